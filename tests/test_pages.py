@@ -1,0 +1,161 @@
+"""Pages: nothing from a caption becomes markup, pictures are embedded, curves and sheets hold what they should."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+import pages
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</style><script>alert(1)</script>",
+    "</title></head><body onload=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "javascript:alert(1)",
+    "&lt;script&gt; &amp; &#60;",
+    "\x1b[31mred\x1b[0m \x00 \x07 \x9b5n",
+    "left \u202eright to left\u202c \u2066x\u2069",
+    "lone \ud800 surrogate",
+    "x" * 10_000,
+    "مرحبا 👩‍👩‍👧 émoji \u2028 line",
+]
+
+
+class Elements(HTMLParser):
+    """All tags with their attributes, and all text, as a browser's tokenizer would see them."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def colour(*rgb: int, size=(40, 30)) -> Image.Image:
+    return Image.new("RGB", size, rgb)
+
+
+def full_page(text: str) -> str:
+    image = colour(200, 30, 30)
+    panel = pages.panel((image, text), text, [(image, text), (image, text)], right=1, note=text, answer=(image, text))
+    parts = [text, pages.table([[text, 1.0]], [text, text]), pages.figure(image, text), panel]
+    drawn = pages.curve({text: [1.0, 2.0], text + "2": [(1, 3.0)]}, text, text)
+    return pages.page(text, [(text, *parts, drawn), text])
+
+
+ALLOWED = set("html head meta title style body h1 h2 section p div figure img figcaption".split())
+ALLOWED |= set("table thead tbody tr th td svg line text path circle polyline".split())
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_stays_text(text):
+    seen = Elements(full_page(text))
+    assert not seen.open
+    assert {tag for tag, _ in seen.tags} <= ALLOWED
+    for tag, attributes in seen.tags:
+        assert not [name for name in attributes if name.startswith("on") or name in ("style", "href")], tag
+        if "src" in attributes:
+            assert re.fullmatch(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", attributes["src"])
+    assert [tag for tag, _ in seen.tags] == [tag for tag, _ in Elements(full_page("plain")).tags]  # same structure
+    assert pages.clean(text)[:20] in re.sub(r"\s+", " ", seen.text)  # and the words are still there
+
+
+def test_control_characters_are_gone():
+    bad = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+    for text in HOSTILE:
+        assert not bad.search(full_page(text).replace(pages.STYLE, ""))
+        full_page(text).encode("utf-8")
+
+
+def test_a_long_text_is_cut_and_says_so():
+    assert pages.escape("x" * 10_000) == "x" * pages.CUT + f"… ({10_000 - pages.CUT:,} more characters)"
+
+
+def test_policy_names_the_only_stylesheet():
+    import hashlib
+
+    text = full_page("plain")
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = next(a["content"] for t, a in Elements(text).tags if t == "meta" and "http-equiv" in a)
+    assert f"style-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert "script" not in policy and "unsafe" not in policy
+
+
+def test_thumbnail_is_a_small_jpeg(tmp_path):
+    colour(10, 200, 10, size=(900, 300)).save(tmp_path / "a.png")
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), colour(10, 200, 10, size=(900, 300))):
+        data = base64.b64decode(pages.thumbnail(image, 90).split(",")[1])
+        small = Image.open(io.BytesIO(data))
+        assert small.format == "JPEG" and small.size == (90, 30)
+        assert abs(small.getpixel((45, 15))[1] - 200) < 8
+
+
+def test_panel_frames_the_right_one():
+    shades = [colour(i * 20, 0, 0) for i in range(5)]
+    figures = [a["class"] for t, a in Elements(pages.panel(shades[0], "redder", shades, right=3)).tags if t == "figure"]
+    assert figures == ["query", "small", "small", "small", "right", "small"]
+    apart = pages.panel(shades[0], "redder", shades[:2], answer=(shades[4], "right"))
+    assert [a["class"] for t, a in Elements(apart).tags if t == "figure"] == ["query", "small", "small", "right"]
+    assert "right" not in str(pages.panel(shades[0], "redder", shades[:2]))
+
+
+def test_table_cells():
+    seen = Elements(pages.table([["a", 28.714, 3, None]], ["name", "R@1", "n", "x"]))
+    assert "28.71" in seen.text and [t for t, _ in seen.tags].count("td") == 4
+
+
+def test_curve_places_points():
+    drawn = pages.curve({"loss": [(0, 4.0), (10, 2.0), (20, 0.0)], "other": [(0, 1.0), (20, 1.0)]}, "step", "loss")
+    lines = [a["points"] for t, a in Elements(drawn).tags if t == "polyline"]
+    xs, ys = zip(*[map(float, p.split(",")) for p in lines[0].split()], strict=True)
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.11) and xs[0] < xs[1]
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.11) and ys[0] < ys[1]  # SVG's y points down: loss falls
+    assert len(lines) == 2 and all(word in Elements(drawn).text for word in ("loss", "other", "step"))
+
+
+ODD_CURVES = [[], [float("nan")] * 3, [1.0], [0.0, 0.0], [float("inf"), 1.0], [-1e9, 1e9], [1e-12] * 4]
+
+
+@pytest.mark.parametrize("values", ODD_CURVES, ids=str)
+def test_curve_takes_any_values(values):
+    drawn = pages.curve({"x": values})
+    assert "nan" not in drawn.lower() and "inf" not in drawn.lower()
+
+
+def test_long_curves_are_thinned_by_means():
+    drawn = pages.curve({"x": [float(i % 2) for i in range(10_000)]})
+    (line,) = [a["points"] for t, a in Elements(drawn).tags if t == "polyline"]
+    heights = {point.split(",")[1] for point in line.split()}
+    assert len(line.split()) <= 400 and len(heights) <= 2  # every run has about as many zeros as ones
+
+
+def test_contact_sheet(tmp_path):
+    tall = colour(0, 250, 0, size=(30, 300))
+    rows = [[(colour(250, 0, 0), "<b>a</b> \x1b[1m"), (tall, "b" * 500)], [colour(0, 0, 250)]]
+    pages.contact_sheet(rows, tmp_path / "deep" / "sheet.png", cell=100, title="مرحبا sheet 👩")
+    sheet = Image.open(tmp_path / "deep" / "sheet.png").convert("RGB")
+    colours = {c for _, c in sheet.getcolors(1 << 20)}
+    assert {(250, 0, 0), (0, 250, 0), (0, 0, 250)} <= colours
+    assert sheet.width == 2 * 110 + 10 and [p.name for p in (tmp_path / "deep").iterdir()] == ["sheet.png"]
+    pages.contact_sheet([], tmp_path / "empty.png")
