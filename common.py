@@ -628,8 +628,10 @@ class JsonlAppender:
         if self.path.exists() and self.path.stat().st_size:
             found = read_json(meta) if meta.exists() else {}
             if found != fingerprint:
-                raise UserError(f"{self.path} was written with other settings ({_difference(found, fingerprint)}); "
-                                "use those, or another --out, or delete the file")
+                raise UserError(
+                    f"{self.path} was written with other settings ({_difference(found, fingerprint)}); "
+                    "use those, or another --out, or delete the file"
+                )
         else:
             write_json(meta, fingerprint, indent=2)
         self.done = repair_jsonl(self.path)
@@ -639,7 +641,7 @@ class JsonlAppender:
 
 
 def _difference(found: dict, wanted: dict) -> str:
-    """"LR: 0.1 there, 0.2 now; ..." for the entries of two JSON records that differ."""
+    """ "LR: 0.1 there, 0.2 now; ..." for the entries of two JSON records that differ."""
     then, now = ({name: json.dumps(value) for name, value in record.items()} for record in (found, wanted))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return "; ".join(f"{name}: {then.get(name, 'absent')} there, {now.get(name, 'absent')} now" for name in names)
@@ -777,15 +779,21 @@ def load_state(out: str | Path, constants: dict, may_change: Iterable[str] = MAY
             _warn(f"checkpoint {folder} does not verify ({error}); trying the one before")
             continue
         ignored = set(may_change)
-        difference = _difference({k: v for k, v in then.items() if k not in ignored},
-                                 {k: v for k, v in constants.items() if k not in ignored})
+        difference = _difference(
+            {k: v for k, v in then.items() if k not in ignored},
+            {k: v for k, v in constants.items() if k not in ignored},
+        )
         if difference:
-            raise UserError(f"{folder} was saved with other constants ({difference}); "
-                            "resume with those, or start anew with another --out")
+            raise UserError(
+                f"{folder} was saved with other constants ({difference}); "
+                "resume with those, or start anew with another --out"
+            )
         return step, state
     if damage:
-        raise UserError(f"no checkpoint in {Path(out) / 'last'} verifies ({'; '.join(damage)}); "
-                        "restore one from a copy, or delete that folder to start from step 0")
+        raise UserError(
+            f"no checkpoint in {Path(out) / 'last'} verifies ({'; '.join(damage)}); "
+            "restore one from a copy, or delete that folder to start from step 0"
+        )
     return None
 
 

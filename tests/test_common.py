@@ -587,9 +587,15 @@ def gather_rank(x, weights, sizes):
     loss.backward()
     common.all_reduce_gradients([weights, idle])
     return {
-        "gathered": everything.detach(), "grad": weights.grad, "idle": idle.grad, "loss": common.all_sum(loss.item()),
-        "tensor": common.all_sum(torch.tensor([world.rank, 1])), "any": common.any_rank(world.rank == 1),
-        "none": common.any_rank(False), "objects": common.gather_objects({"rank": world.rank}), "rank": world.rank,
+        "gathered": everything.detach(),
+        "grad": weights.grad,
+        "idle": idle.grad,
+        "loss": common.all_sum(loss.item()),
+        "tensor": common.all_sum(torch.tensor([world.rank, 1])),
+        "any": common.any_rank(world.rank == 1),
+        "none": common.any_rank(False),
+        "objects": common.gather_objects({"rank": world.rank}),
+        "rank": world.rank,
     }
 
 

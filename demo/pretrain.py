@@ -1,0 +1,912 @@
+"""Trains the stand-in models of the embedded world from scratch and saves them as ordinary Hugging Face folders.
+
+    python demo/pretrain.py --out demo/models            # everything, about an hour on 2 CPU cores
+    python demo/pretrain.py --only llama                 # one of llama, vision, clip, blip, resnet
+
+What each stand-in is shown (never an image pair, a triplet, a human-like delta as training text, or a picture of the
+world that a stage reads; the pictures here are drawn from seeds of their own):
+- llama         text only: described garments ("tags"), captions, and comparisons of two *described* garments, worded
+                otherwise than the human-like deltas are;
+- instructblip  pictures and their attributes: the ViT by its cls token, Q-Former query k by attribute k;
+- clip, blip    pictures and captions (contrast; BLIP also matching); their vision towers start from the ViT above;
+- resnet        pictures and attributes.
+Tokenizers know the words of the deltas, as those of the real models do.
+"""
+
+import copy
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: E402
+from demo import world  # noqa: E402
+
+# ---- what ----
+OUT = "demo/models"  # where the folders go
+ONLY = "all"  # all, or one of llama, vision (= instructblip), clip, blip, resnet
+SEED = 7777  # of pictures, texts and weights
+PICTURES = 24000  # pictures drawn for the vision models
+BANK = "out/pretrain"  # the drawn pictures are kept here between parts
+THREADS = 2  # CPU threads
+
+# ---- steps (batch 128) ----
+LLAMA_FROM = ""  # go on from the weights of this folder, an earlier run of this script
+LLAMA_STEPS = 5000  # of 96 documents
+VISION_STEPS = 2000  # ViT and Q-Former together
+CLIP_STEPS = 1000  # vision tower, text tower
+BLIP_STEPS = 800  # text encoder; the vision tower is the one already trained
+RESNET_STEPS = 1000
+
+PIXELS = 96
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SLOTS = tuple(world.VALUES)
+NOTHING = {"print": "noprint", "sleeves": "armless", "length": "lengthless", "neck": "neckless"}  # attribute not there
+TAG = {
+    ("sleeves", "none"): "sleeveless",
+    ("sleeves", "short"): "shortsleeved",
+    ("sleeves", "long"): "longsleeved",
+    ("neck", "round"): "roundneck",
+    ("neck", "v"): "vneck",
+    ("neck", "collar"): "collared",
+    ("length", "knee"): "midi",
+    ("length", "ankle"): "maxi",
+}
+CLASSES = [(k, v) for k in SLOTS for v in world.VALUES[k] + ((None,) if k in NOTHING else ())]
+CLASS_OF = {kv: i for i, kv in enumerate(CLASSES)}
+
+
+def label(garment: dict) -> list[int]:
+    """Class of each slot, "not there" being a class of its own."""
+    return [CLASS_OF[k, garment[k] if world.applies(garment, k) else None] for k in SLOTS]
+
+
+def tags(garment: dict) -> list[str]:
+    """One word a slot, in slot order."""
+    return [TAG.get((k, garment[k]), garment[k]) if world.applies(garment, k) else NOTHING[k] for k in SLOTS]
+
+
+# ---- text for the language model ----
+ASK_CAPTION = (
+    "describe the image :",
+    "a short description :",
+    "caption :",
+    "write what the picture shows :",
+    "Give a brief summary .",
+    "Share an informative description of the image .",
+)
+LABELS = (
+    ("first :", "second :"),
+    ("before :", "after :"),
+    ("one :", "other :"),
+    ("old :", "new :"),
+    ("A :", "B :"),
+    ("Reference:", "Target:"),
+    ("given image :", "target image :"),
+    ("left :", "right :"),
+)
+ASK_SLOTS = ("slot by slot :", "row by row :", "compare slots :")
+ASK_ALL = ("list what differs :", "differences :", "Response:", "every change :")
+ASK_ONE = ("name a difference :", "one change :", "something that differs :")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "Request: analyze the images and list what differs .\n",
+    "compare the two garments .\n",
+    "Request: provide a description of the given images .\n",
+    "Task: match the first to the second .\n",
+    "Analyze what transforms one to the other .\n",
+)
+
+
+def verbal(key: str, a: dict, b: dict, rng) -> str:
+    """One difference in words that `world.phrase` never puts together."""
+    old, new = a[key], b[key]
+    if key == "category":
+        options = (f"{old} became {new}", f"has become a {new}", f"no longer a {old} but a {new}", f"now {new}")
+    elif key == "colour":
+        options = (f"turned {new}", f"{old} became {new}", f"no longer {old} but {new}", f"the second shows {new}")
+    elif key == "pattern" and new == "plain":
+        options = (f"lost its {old}", "turned plain", f"the {old} are gone")
+    elif key == "pattern":
+        options = (f"gained {b['print']} {new}", f"printed with {new}", f"there are now {b['print']} {new} on it")
+    elif key == "print":
+        options = (f"{b['pattern']} turned {new}", f"printed {new} now", f"no longer {old} but {new} {b['pattern']}")
+    elif key in ("sleeves", "length"):
+        longer = world.VALUES[key].index(new) > world.VALUES[key].index(old)
+        if key == "sleeves":
+            told = {"none": "gone", "short": "short", "long": "long"}[new]
+            options = (f"sleeves now {told}", f"sleeves turned {told}", "arms extended" if longer else "arms cropped")
+        else:
+            options = (f"hem at {new}", f"turned {world.LENGTH[new]}", "hem lowered" if longer else "hem raised")
+    elif key == "neck":
+        options = (f"neck turned {new}", f"neck now {new}", f"no longer {old} but {new} at the neck")
+    else:
+        options = (f"scene turned {new}", f"moved to {new}", f"{old} behind it became {new}")
+    return world._pick(rng, options)
+
+
+THINGS = ("car", "house", "dog", "cat", "bird", "table", "cup", "lamp", "boat", "tree", "bag", "chair", "flag", "bus")
+PARTS = ("doors", "windows", "wheels", "ears", "legs", "leaves", "handles", "wings", "stripes", "dots", "lines")
+KINDS = (*world.COLOURS, *world.PRINT_COLOURS, "big", "small", "old", "new", "round", "wooden", "open", "plain", "long")
+PLACES = ("garden", "street", "beach", "kitchen", "forest", "river", "field")
+
+
+def plain(rng) -> str:
+    """A web sentence about other things than garments: how people ask for changes, in words any model has read."""
+
+    def clause():
+        thing, other, part, kind, place = (world._pick(rng, w) for w in (THINGS, THINGS, PARTS, KINDS, PLACES))
+        return world._pick(
+            rng,
+            (
+                f"is {kind}", f"make it {kind}", f"make the {part} {kind}", f"in {kind}", f"has a {kind} colour",
+                f"{kind} instead of {world._pick(rng, KINDS)}", f"is a {thing}", f"change it to a {thing}",
+                f"should be a {thing}",
+                f"a {thing} instead of a {other}", f"has no {part}", f"remove the {part}", f"add {kind} {part}",
+                f"with {kind} {part}", f"has {kind} {part}", f"the {part} are {kind}", f"has {part}", f"with a {thing}",
+                f"has longer {part}", f"has shorter {part}", "is longer", "is shorter", "make it longer",
+                "make it shorter", f"the background is a {place}", f"on a {place} background", f"has no {thing}",
+                f"change the background to a {place}", f"{part} instead of {world._pick(rng, PARTS)}", f"has a {thing}",
+            ),
+        )  # fmt: skip
+
+    opening = world._pick(
+        rng, ("", "", "", "the same but ", "similar but ", f"the same {world._pick(rng, THINGS)} but ")
+    )
+    return opening + world._pick(rng, (" and ", " , ")).join(clause() for _ in range(rng.integers(1, 4)))
+
+
+def pair(rng):
+    """Two described garments that differ in some slots, often in as few as a family's members do."""
+    a = world.random_garment(rng)
+    b = world.mutate(a, rng, int(rng.integers(1, 4))) if rng.random() < 0.7 else world.random_garment(rng)
+    return (a, b) if world.changed(a, b) else pair(rng)
+
+
+KINDS_OF_TEXT = ("caption", "slots", "one", "all", "plain")
+
+
+def document(rng, kind: str) -> tuple[list[tuple[str, bool]], str]:
+    """-> (pieces of the prompt, each with whether it is a list of tags, which are made soft), answer)."""
+    if kind == "plain":
+        return [], plain(rng)
+    if kind == "caption":
+        garment = world.random_garment(rng)
+        ask = (world._pick(rng, ASK_CAPTION), False)
+        shown = (" ".join(tags(garment)), True)
+        return ([ask, shown] if rng.random() < 0.5 else [shown, ask]), world.caption(garment, rng)
+    a, b = pair(rng)
+    left, right = LABELS[rng.integers(len(LABELS))]
+    opening = world._pick(rng, OPENINGS)
+    newline = rng.random() < 0.5
+    shown = [
+        (opening + left, False),
+        (" ".join(tags(a)), True),
+        ("\n" * newline + right, False),
+        (" ".join(tags(b)), True),
+    ]
+    before = "\n" * newline
+    if kind == "slots":
+        answer = " ".join(t if t != s else "same" for s, t in zip(tags(a), tags(b), strict=True))
+        return shown + [(before + world._pick(rng, ASK_SLOTS), False)], answer
+    changes = world.changed(a, b)
+    if kind == "one":
+        return shown + [(before + world._pick(rng, ASK_ONE), False)], verbal(world._pick(rng, changes), a, b, rng)
+    return shown + [(before + world._pick(rng, ASK_ALL), False)], " ; ".join(verbal(k, a, b, rng) for k in changes)
+
+
+def corpus(rng, n: int) -> list[str]:
+    """Text for the tokenizers alone: all of the above, captions, deltas, prompts."""
+    lines = [
+        "Request: Analyze given reference and target images and provide a description that transforms the reference "
+        "to match the target.\nReference: \nTarget: \nResponse: ",
+        "Provide a brief description of the given image.\n",
+        "Write a terse but informative summary of the picture.",
+        "Share a concise interpretation of the image provided.",
+        "Give a short and clear explanation of the subsequent image.",
+    ] * 40
+    for _ in range(n):
+        for kind in KINDS_OF_TEXT:
+            shown, answer = document(rng, kind)
+            lines.append("\n".join(text for text, _ in shown) + " " + answer)
+        a, b = pair(rng)
+        lines.append(world.delta(a, b, rng))
+    return lines
+
+
+# ---- tokenizers, in each model's own format ----
+def llama_tokenizer(folder: str, lines: list[str]):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True)
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    tok.train_from_iterator(
+        (line for text in lines for line in text.split("\n")),
+        trainers.BpeTrainer(vocab_size=1000, special_tokens=special, show_progress=False, min_frequency=5),
+    )
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    os.makedirs(folder, exist_ok=True)
+    tok.save(f"{folder}/tokenizer.json")
+    write(
+        f"{folder}/tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "legacy": False,
+            "model_max_length": 512,
+        },
+    )
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def words_of(lines: list[str]) -> list[str]:
+    return sorted({w for line in lines for w in "".join(c if c.isalnum() else " " for c in line.lower()).split()})
+
+
+def bert_tokenizer(folder: str, lines: list[str]):
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *".,!?'-;:()"]
+    vocab += [w for w in words_of(lines) if w not in vocab]
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/vocab.txt", "w") as f:
+        f.write("\n".join(vocab))
+    write(
+        f"{folder}/tokenizer_config.json",
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512},
+    )
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def clip_tokenizer(folder: str, lines: list[str]):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok.train_from_iterator(
+        [" ".join(words_of([line])) for line in lines],
+        trainers.BpeTrainer(vocab_size=1200, end_of_word_suffix="</w>", show_progress=False, min_frequency=5),
+    )
+    merges = [tuple(m) for m in json.loads(tok.to_str())["model"]["merges"]]
+    vocab = {}
+    for token in [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *(x + y for x, y in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]:
+        vocab.setdefault(token, len(vocab))
+    os.makedirs(folder, exist_ok=True)
+    write(f"{folder}/vocab.json", vocab)
+    with open(f"{folder}/merges.txt", "w") as f:
+        f.write("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    write(
+        f"{folder}/tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+        },
+    )
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def write(path: str, obj) -> None:
+    with open(path, "w") as f:
+        json.dump(obj, f, indent=1)
+
+
+def preprocessor(folder: str, kind: str) -> None:
+    base = {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+        "do_resize": True,
+        "resample": 3,
+    }
+    square = {"height": PIXELS, "width": PIXELS}
+    write(
+        f"{folder}/preprocessor_config.json",
+        base
+        | {
+            "blip": {"image_processor_type": "BlipImageProcessor", "size": square},
+            "clip": {
+                "image_processor_type": "CLIPImageProcessor",
+                "size": {"shortest_edge": PIXELS},
+                "do_center_crop": True,
+                "crop_size": square,
+                "do_convert_rgb": True,
+            },
+            "resnet": {
+                "image_processor_type": "ConvNextImageProcessor",
+                "size": {"shortest_edge": PIXELS},
+                "crop_pct": 0.875,
+            },
+        }[kind],
+    )
+
+
+# ---- pictures ----
+def _draw(job):
+    seed, i = job
+    rng = common.rng("pretrain", seed, i)
+    garment = world.random_garment(rng)
+    return np.asarray(world.draw(garment, rng)), garment
+
+
+def bank(folder: str, n: int, seed: int):
+    """-> pictures (n, 128, 128, 3) uint8, their garments; drawn once and kept."""
+    file = f"{folder}/bank-{seed}-{n}.npy"
+    if not os.path.exists(file):
+        os.makedirs(folder, exist_ok=True)
+        with ProcessPoolExecutor() as pool:
+            drawn = list(common.progress(pool.map(_draw, ((seed, i) for i in range(n)), chunksize=64), "drawing", n))
+        np.save(file, np.stack([picture for picture, _ in drawn]))
+        write(file + ".json", [garment for _, garment in drawn])
+    with open(file + ".json") as f:
+        return np.load(file, mmap_mode="r"), json.load(f)
+
+
+def views(pictures: np.ndarray, train: bool) -> torch.Tensor:
+    """(B, 128, 128, 3) uint8 -> (B, 3, PIXELS, PIXELS) normalised; in training cropped, flipped, lit anew."""
+    x = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 255
+    if train:
+        n = len(x)
+        zoom = torch.where(torch.rand(n) < 0.35, torch.ones(n), torch.empty(n).uniform_(0.75, 1))
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0] = zoom * torch.empty(n).uniform_(0.95, 1.05) * torch.where(torch.rand(n) < 0.5, 1.0, -1.0)
+        theta[:, 1, 1] = zoom
+        theta[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (1 - zoom)[:, None]
+        x = F.grid_sample(
+            x,
+            F.affine_grid(theta, (n, 3, PIXELS, PIXELS), align_corners=False),
+            padding_mode="border",
+            align_corners=False,
+        )
+        x = (x * torch.empty(n, 1, 1, 1).uniform_(0.9, 1.1)).clamp(0, 1)
+    else:
+        x = F.interpolate(x, (PIXELS, PIXELS), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def sincos(grid: int, width: int) -> torch.Tensor:
+    """2-D sine-cosine positions with a zero row for cls, (1, 1 + grid^2, width): a trained start stalls less."""
+    omega = 100 ** -torch.arange(0, 1, 4 / width)
+    at = torch.arange(grid).float()[:, None] * omega
+    one = torch.cat([at.sin(), at.cos()], 1)
+    both = torch.cat([one[:, None].expand(-1, grid, -1), one[None].expand(grid, -1, -1)], 2).reshape(grid * grid, width)
+    return torch.cat([torch.zeros(1, width), both])[None]
+
+
+def train(name, parameters, steps, lr, loss_at, report=None):
+    """AdamW, 5 % warm-up, cosine to zero; prints the loss now and then."""
+    parameters = [p for p in parameters if p.requires_grad]
+    adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    start, mean = time.time(), 0.0
+    for step in range(steps):
+        rate = min(1, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+        for group in adam.param_groups:
+            group["lr"] = lr * rate
+        loss = loss_at(step)
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        mean = 0.98 * mean + 0.02 * float(loss.detach()) if step else float(loss.detach())
+        if (step + 1) % 100 == 0:
+            extra = report(step) if report and (step + 1) % 500 == 0 else ""
+            print(f"{name} {step + 1}/{steps} loss {mean:.3f} {time.time() - start:.0f} s {extra}", flush=True)
+    return time.time() - start
+
+
+def save(model, folder: str, **facts) -> None:
+    """Half precision on disk; the facts go to pretraining.json beside the weights."""
+    model = copy.deepcopy(model)
+    if isinstance(model, transformers.LlamaForCausalLM):
+        rescale(model)
+    model.half().save_pretrained(folder)
+    write(f"{folder}/pretraining.json", facts)
+
+
+@torch.no_grad()
+def rescale(llama) -> None:
+    """Multiplies the residual stream so that a word's embedding has unit variance. The function stays the same (every
+    layer normalises what it reads), but a projection trained at ordinary rates now speaks as loudly as a word."""
+    factor = 1 / llama.get_input_embeddings().weight.std()
+    llama.get_input_embeddings().weight.mul_(factor)
+    for layer in llama.model.layers:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
+
+
+# ---- the models ----
+@torch.no_grad()
+def carry_over(model, tok, folder: str) -> None:
+    """The weights of an earlier run whose tokenizer may have other ids: embeddings go by token, the rest as it is."""
+    earlier = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    known = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    both = [(i, known[token]) for token, i in tok.get_vocab().items() if token in known]
+    new, old = (torch.tensor(ids) for ids in zip(*both, strict=True))
+    state = earlier.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = model.state_dict()[name].clone()
+        rows[new] = state[name][old]
+        state[name] = rows
+    model.load_state_dict(state)
+
+
+def pretrain_llama(out: str, seed: int, steps: int, start: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rng = np.random.default_rng(seed)
+    tok = llama_tokenizer(f"{out}/llama", corpus(rng, 1500))
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    )
+    if start:
+        carry_over(model, tok, start)
+    print("llama", sum(p.numel() for p in model.parameters()), "parameters, vocabulary", len(tok))
+    cache = {}
+
+    def ids(text):
+        if text not in cache:
+            cache[text] = tok(text, add_special_tokens=False).input_ids
+        return cache[text]
+
+    def batch(rng, kinds, size):
+        rows = []
+        for kind in kinds:
+            shown, answer = document(rng, kind)
+            row, soft = [1], [False]
+            for text, is_tags in shown:
+                new = ids(text) if not is_tags else [i for w in text.split() for i in ids(w)]
+                row, soft = row + new, soft + [is_tags] * len(new)
+            reply = tok(answer, add_special_tokens=False).input_ids + [2]
+            rows.append((row + reply, soft + [False] * len(reply), len(row)))
+        longest = max(len(r) for r, _, _ in rows)
+        x, y = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), -100)
+        soft = torch.zeros(len(rows), longest, 1)
+        for i, (row, is_soft, prompt) in enumerate(rows):
+            x[i, : len(row)] = torch.tensor(row)
+            y[i, prompt : len(row)] = x[i, prompt : len(row)]
+            soft[i, : len(row), 0] = torch.tensor(is_soft).float()
+        return x, y, soft
+
+    def logits_of(x, y, soft, noise):
+        embedded = model.get_input_embeddings()(x)
+        # Image tokens will be no exact words: some louder, all moved by something shared, each by something of its own.
+        n, size = len(x), embedded.detach().std() * noise
+        louder = torch.exp(noise * torch.empty(n, 1, 1).uniform_(-0.3, 1.0))
+        shared = 1.5 * size * torch.rand(n, 1, 1) * torch.randn(n, 1, embedded.shape[-1])
+        own = 2.0 * size * torch.rand(n, 1, 1) * torch.randn_like(embedded)
+        embedded = torch.where(soft > 0, louder * (embedded + shared + own), embedded)
+        hidden = model.model(inputs_embeds=embedded, attention_mask=(x != 0).long()).last_hidden_state  # right padding
+        keep = y[:, 1:] != -100
+        return model.lm_head(hidden[:, :-1][keep]), y[:, 1:][keep]
+
+    def loss_at(step):
+        # Comparisons slot by slot come first: the skill the rest stands on shows up there earliest.
+        mix = (0.1, 0.8, 0.05, 0.05, 0.0) if step < 0.3 * steps and not start else (0.15, 0.45, 0.1, 0.15, 0.15)
+        kinds = rng.choice(KINDS_OF_TEXT, size=96, p=mix)
+        x, y, soft = batch(rng, kinds, 96)
+        return F.cross_entropy(*logits_of(x, y, soft, 1.0))
+
+    exact = {}
+
+    @torch.no_grad()
+    def report(step):
+        model.eval()
+        held_out = np.random.default_rng(seed + 1)
+        x, y, soft = batch(held_out, ["slots"] * 256, 256)
+        logits, truth = logits_of(x, y, soft, 0.0)
+        right = (logits.argmax(-1) == truth).view(256, -1)
+        exact.update(slots_right=float(right.float().mean()), rows_right=float(right.all(1).float().mean()))
+        model.train()
+        save(model, f"{out}/llama", steps=step, **exact)
+        return json.dumps(exact)
+
+    seconds = train("llama", model.parameters(), steps, 1.5e-3, loss_at, report)
+    report(steps)
+    save(model, f"{out}/llama", seconds=round(seconds), steps=steps, **exact)
+
+
+def attribute_loss(logits, labels):
+    """One softmax over all classes a slot: logits (B, slots, classes), labels (B, slots)."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def accuracy(logits, labels) -> dict:
+    right = (logits.argmax(-1) == labels).float().mean(0)
+    return {k: round(float(v), 3) for k, v in zip(SLOTS, right, strict=True)}
+
+
+def pretrain_vision(out: str, seed: int, steps: int, pictures, labels, held) -> None:
+    from transformers import (
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipQFormerConfig,
+        InstructBlipVisionConfig,
+        LlamaConfig,
+    )
+
+    torch.manual_seed(seed)
+    vision = InstructBlipVisionConfig(
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        image_size=PIXELS,
+        patch_size=16,
+        initializer_range=0.02,
+    )
+    qformer = InstructBlipQFormerConfig(
+        vocab_size=64,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        encoder_hidden_size=192,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    text = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = InstructBlipForConditionalGeneration(
+        InstructBlipConfig(
+            vision_config=vision.to_dict(),
+            qformer_config=qformer.to_dict(),
+            text_config=text.to_dict(),
+            num_query_tokens=len(SLOTS),
+            image_token_index=63,
+        )
+    )
+    with torch.no_grad():
+        model.query_tokens.normal_(std=0.5)
+        model.vision_model.embeddings.position_embedding.copy_(sincos(PIXELS // 16, 192))
+    by_cls, by_query = nn.Linear(192, len(SLOTS) * len(CLASSES)), nn.Linear(128, len(CLASSES))
+
+    def logits_of(x):
+        tokens = model.vision_model(pixel_values=x).last_hidden_state
+        queries = model.qformer(
+            input_ids=None, query_embeds=model.query_tokens.expand(len(x), -1, -1), encoder_hidden_states=tokens
+        ).last_hidden_state
+        return by_cls(tokens[:, 0]).view(len(x), len(SLOTS), -1), by_query(queries)
+
+    def loss_at(step):
+        pick = np.random.default_rng((seed, step)).integers(0, len(pictures), 128)
+        a, b = logits_of(views(pictures[np.sort(pick)], True))
+        y = labels[np.sort(pick)]
+        return attribute_loss(a, y) + attribute_loss(b, y)
+
+    scores = {}
+
+    @torch.no_grad()
+    def report(step):
+        model.eval()
+        a, b = zip(*(logits_of(views(held[0][i : i + 100], False)) for i in range(0, len(held[0]), 100)), strict=True)
+        scores.update(cls=accuracy(torch.cat(a), held[1]), queries=accuracy(torch.cat(b), held[1]))
+        model.train()
+        save(model, f"{out}/instructblip", steps=step, held_out=scores)
+        return json.dumps(scores["queries"])
+
+    parameters = [
+        *model.vision_model.parameters(),
+        *model.qformer.parameters(),
+        model.query_tokens,
+        *by_cls.parameters(),
+        *by_query.parameters(),
+    ]
+    seconds = train("vision", parameters, steps, 8e-4, loss_at, report)
+    report(steps)
+    save(model, f"{out}/instructblip", seconds=round(seconds), steps=steps, pictures=len(pictures), held_out=scores)
+    preprocessor(f"{out}/instructblip", "blip")
+
+
+def captions_for(garments, picks, step, seed):
+    rng = np.random.default_rng((seed, step, 1))
+    return [world.caption(garments[i], rng, drop=0.2) for i in picks]
+
+
+def contrast(a, b, scale):
+    logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    truth = torch.arange(len(a))
+    return F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)
+
+
+def pretrain_clip(out: str, seed: int, steps: int, pictures, garments, labels, held) -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    tok = clip_tokenizer(f"{out}/clip", corpus(np.random.default_rng(seed), 1500))
+    torch.manual_seed(seed)
+    model = CLIPModel(
+        CLIPConfig(
+            projection_dim=128,
+            text_config=CLIPTextConfig(
+                vocab_size=len(tok),
+                hidden_size=128,
+                intermediate_size=256,
+                projection_dim=128,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=77,
+                bos_token_id=tok.bos_token_id,
+                eos_token_id=tok.eos_token_id,
+                pad_token_id=tok.eos_token_id,
+            ).to_dict(),
+            vision_config=CLIPVisionConfig(
+                hidden_size=192,
+                intermediate_size=384,
+                projection_dim=128,
+                num_hidden_layers=4,
+                num_attention_heads=6,
+                image_size=PIXELS,
+                patch_size=16,
+                hidden_act="gelu",
+            ).to_dict(),
+        )
+    )
+    start_from_vit(model.vision_model, f"{out}/instructblip")
+    heads = nn.Linear(128, len(SLOTS) * len(CLASSES))
+
+    def loss_at(step):
+        picks = np.sort(np.random.default_rng((seed, step)).integers(0, len(pictures), 128))
+        image = model.visual_projection(model.vision_model(pixel_values=views(pictures[picks], True)).pooler_output)
+        text = tok(captions_for(garments, picks, step, seed), padding=True, return_tensors="pt")
+        words = model.text_projection(model.text_model(**text).pooler_output)
+        guide = attribute_loss(heads(image).view(len(image), len(SLOTS), -1), labels[picks])
+        return contrast(image, words, model.logit_scale.exp().clamp(max=100)) + guide
+
+    scores = {}
+
+    @torch.no_grad()
+    def report(step):
+        model.eval()
+        images = torch.cat(
+            [
+                model.visual_projection(
+                    model.vision_model(pixel_values=views(held[0][i : i + 100], False)).pooler_output
+                )
+                for i in range(0, len(held[0]), 100)
+            ]
+        )
+        text = tok(
+            [world.caption(g, np.random.default_rng(3), drop=0) for g in held[2]], padding=True, return_tensors="pt"
+        )
+        words = model.text_projection(model.text_model(**text).pooler_output)
+        hits = (F.normalize(words, dim=-1) @ F.normalize(images, dim=-1).T).argmax(1) == torch.arange(len(images))
+        scores.update(
+            text_to_image_r1=float(hits.float().mean()),
+            attributes=accuracy(heads(images).view(len(images), len(SLOTS), -1), held[1]),
+        )
+        model.train()
+        return json.dumps(scores)
+
+    seconds = train("clip", [*model.parameters(), *heads.parameters()], steps, 5e-4, loss_at, report)
+    report(steps)
+    save(model, f"{out}/clip", seconds=round(seconds), steps=steps, held_out=scores)
+    preprocessor(f"{out}/clip", "clip")
+
+
+def vit_of(folder: str) -> dict:
+    """The trained ViT's tensors, without their prefix."""
+    from safetensors.torch import load_file
+
+    state = load_file(f"{folder}/model.safetensors")
+    return {k.removeprefix("vision_model."): v.float() for k, v in state.items() if k.startswith("vision_model.")}
+
+
+def start_from_vit(tower: nn.Module, folder: str) -> None:
+    """Copies the trained ViT into CLIP's layout (q, k, v apart; an extra norm before the layers starts as it is)."""
+    state, new = vit_of(folder), tower.state_dict()
+    new["embeddings.class_embedding"] = state["embeddings.class_embedding"].flatten()
+    new["embeddings.patch_embedding.weight"] = state["embeddings.patch_embedding.weight"]
+    new["embeddings.position_embedding.weight"] = state["embeddings.position_embedding"][0]
+    for i in range(4):
+        old, here = f"encoder.layers.{i}.", f"encoder.layers.{i}."
+        for part in ("weight", "bias"):
+            q, k, v = state[f"{old}self_attn.qkv.{part}"].chunk(3)
+            new[f"{here}self_attn.q_proj.{part}"], new[f"{here}self_attn.k_proj.{part}"] = q, k
+            new[f"{here}self_attn.v_proj.{part}"] = v
+            new[f"{here}self_attn.out_proj.{part}"] = state[f"{old}self_attn.projection.{part}"]
+            for norm in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"):
+                new[f"{here}{norm}.{part}"] = state[f"{old}{norm}.{part}"]
+    tower.load_state_dict(new)
+
+
+def pretrain_blip(out: str, seed: int, steps: int, pictures, garments, held) -> None:
+    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
+
+    tok = bert_tokenizer(f"{out}/blip", corpus(np.random.default_rng(seed), 1500))
+    torch.manual_seed(seed)
+    vocab = len(tok) + 2  # [DEC] and [ENC] come last, as in the released weights
+    model = BlipForImageTextRetrieval(
+        BlipConfig(
+            image_text_hidden_size=128,
+            text_config=BlipTextConfig(
+                vocab_size=vocab,
+                hidden_size=128,
+                encoder_hidden_size=192,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=128,
+                bos_token_id=vocab - 2,
+                eos_token_id=3,
+                sep_token_id=3,
+                pad_token_id=0,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            ).to_dict(),
+            vision_config=BlipVisionConfig(
+                hidden_size=192,
+                intermediate_size=384,
+                num_hidden_layers=4,
+                num_attention_heads=6,
+                image_size=PIXELS,
+                patch_size=16,
+            ).to_dict(),
+        )
+    )
+    state = vit_of(f"{out}/instructblip")
+    model.vision_model.load_state_dict({k: v for k, v in state.items()})
+    model.vision_model.requires_grad_(False).eval()
+    guide = nn.Linear(128, len(SLOTS) * len(CLASSES))
+    label_of = torch.tensor([label(g) for g in garments])
+    scale = nn.Parameter(torch.tensor(2.6))
+
+    def encode(texts, tokens=None):
+        words = tok(texts, padding=True, return_tensors="pt")
+        if tokens is None:
+            return model.text_encoder(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state
+        ids = words.input_ids.clone()
+        ids[:, 0] = vocab - 1  # [ENC]
+        return model.text_encoder(
+            input_ids=ids,
+            attention_mask=words.attention_mask,
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.long),
+        ).last_hidden_state
+
+    def loss_at(step):
+        picks = np.sort(np.random.default_rng((seed, step)).integers(0, len(pictures), 96))
+        with torch.no_grad():
+            tokens = model.vision_model(pixel_values=views(pictures[picks], True)).last_hidden_state
+        texts = captions_for(garments, picks, step, seed)
+        image, words = model.vision_proj(tokens[:, 0]), model.text_proj(encode(texts)[:, 0])
+        itc = contrast(image, words, scale.exp().clamp(max=100))
+        # ALBEF / BLIP: each caption also meets its hardest picture of the batch, each picture its hardest caption.
+        with torch.no_grad():
+            near = 20 * F.normalize(image, dim=-1) @ F.normalize(words, dim=-1).T
+            near.fill_diagonal_(-1e4)
+            hard_text = torch.multinomial(near.softmax(1), 1)[:, 0]
+            hard_image = torch.multinomial(near.T.softmax(1), 1)[:, 0]
+        both = encode(texts * 2 + [texts[i] for i in hard_text], torch.cat([tokens, tokens[hard_image], tokens]))
+        truth = torch.cat([torch.ones(96), torch.zeros(192)]).long()
+        attributes = attribute_loss(guide(image).view(len(image), len(SLOTS), -1), label_of[picks])
+        return itc + F.cross_entropy(model.itm_head(both[:, 0]), truth) + attributes
+
+    scores = {}
+
+    @torch.no_grad()
+    def report(step):
+        tokens = torch.cat(
+            [
+                model.vision_model(pixel_values=views(held[0][i : i + 100], False)).last_hidden_state
+                for i in range(0, len(held[0]), 100)
+            ]
+        )
+        texts = [world.caption(g, np.random.default_rng(3), drop=0) for g in held[2]]
+        words = F.normalize(model.text_proj(encode(texts)[:, 0]), dim=-1)
+        images = F.normalize(model.vision_proj(tokens[:, 0]), dim=-1)
+        matched = model.itm_head(encode(texts[:200], tokens[:200])[:, 0]).argmax(1).float().mean()
+        apart = model.itm_head(encode(texts[1:201], tokens[:200])[:, 0]).argmax(1).float().mean()
+        scores.update(
+            text_to_image_r1=float(((words @ images.T).argmax(1) == torch.arange(len(images))).float().mean()),
+            matched=float(matched),
+            mismatched_as_matched=float(apart),
+        )
+        return json.dumps(scores)
+
+    seconds = train("blip", [*model.parameters(), *guide.parameters(), scale], steps, 1e-3, loss_at, report)
+    report(steps)
+    save(model, f"{out}/blip", seconds=round(seconds), steps=steps, held_out=scores)
+    preprocessor(f"{out}/blip", "blip")
+
+
+def pretrain_resnet(out: str, seed: int, steps: int, pictures, labels, held) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(seed)
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=32,
+            hidden_sizes=[32, 64, 128, 256],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            num_labels=len(SLOTS) * len(CLASSES),
+        )
+    )
+
+    def logits_of(x):
+        return model(pixel_values=x).logits.view(len(x), len(SLOTS), -1)
+
+    def loss_at(step):
+        picks = np.sort(np.random.default_rng((seed, step)).integers(0, len(pictures), 128))
+        return attribute_loss(logits_of(views(pictures[picks], True)), labels[picks])
+
+    scores = {}
+
+    @torch.no_grad()
+    def report(step):
+        model.eval()
+        scores.update(
+            accuracy(
+                torch.cat([logits_of(views(held[0][i : i + 100], False)) for i in range(0, len(held[0]), 100)]), held[1]
+            )
+        )
+        model.train()
+        return json.dumps(scores)
+
+    seconds = train("resnet", model.parameters(), steps, 2e-3, loss_at, report)
+    report(steps)
+    save(model, f"{out}/resnet", seconds=round(seconds), steps=steps, held_out=scores)
+    preprocessor(f"{out}/resnet", "resnet")
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    wanted = ("llama", "vision", "clip", "blip", "resnet") if ONLY == "all" else tuple(ONLY.split(","))
+    if "llama" in wanted:
+        pretrain_llama(OUT, SEED, LLAMA_STEPS, LLAMA_FROM)
+    if set(wanted) <= {"llama"}:
+        return
+    pictures, garments = bank(BANK, PICTURES, SEED)
+    shown, drawn = bank(BANK, 1000, SEED + 1)
+    labels, held = torch.tensor([label(g) for g in garments]), (shown, torch.tensor([label(g) for g in drawn]), drawn)
+    if "vision" in wanted:
+        pretrain_vision(OUT, SEED, VISION_STEPS, pictures, labels, held)
+    if "resnet" in wanted:
+        pretrain_resnet(OUT, SEED, RESNET_STEPS, pictures, labels, held)
+    if "clip" in wanted:
+        pretrain_clip(OUT, SEED, CLIP_STEPS, pictures, garments, labels, held)
+    if "blip" in wanted:
+        pretrain_blip(OUT, SEED, BLIP_STEPS, pictures, garments, held)
+
+
+if __name__ == "__main__":
+    common.override(globals())
+    common.run(main)

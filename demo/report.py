@@ -1,0 +1,171 @@
+"""The demo's result: the table in the shape of the paper's Table 2, what the deltas are worth, and a page to look at.
+
+    python demo/report.py --out out/demo --world out/demo/world
+
+Reads the folders that demo.sh wrote; writes OUT/metrics.json and OUT/index.html.
+"""
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: E402
+import pages  # noqa: E402
+from demo import world  # noqa: E402
+
+OUT = "out/demo"  # folder of the demo
+WORLD = "out/demo/world"  # folder written by demo/world.py
+
+MODELS = ("combiner", "blip_tdm")
+ROWS = {
+    "supervised": "supervised",
+    "same": "supervised + VDG deltas",
+    "auxiliary": "supervised + VDG deltas + auxiliary",
+    "only": "auxiliary only",
+}
+RECALLS = ("R@1", "R@5", "R@10", "R@50", "Rs@1")
+
+
+def judge(records: list[dict], attributes: dict) -> dict:
+    """Precision: of what the deltas name, the share that truly changed and is named with the right value. Recall: of
+    what changed, the share rightly named. Percent; a human delta names one or two changes on purpose."""
+    said = right = named = changed = 0
+    for record in records:
+        a, b, c, d = world.judge(record["delta"], attributes[record["reference"]], attributes[record["target"]])
+        said, right, named, changed = said + a, right + b, named + len(c), changed + len(d)
+    return {
+        "pairs": len(records),
+        "claims": said,
+        "precision": 100 * right / max(said, 1),
+        "recall": 100 * named / max(changed, 1),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'model':10s}{'trained on':38s}" + "".join(f"{k:>8s}" for k in RECALLS) + "    mean of R@1, 5, 10"]
+    for row in rows:
+        lines.append(
+            f"{row['model']:10s}{row['name']:38s}"
+            + "".join(f"{row[k]:8.1f}" for k in RECALLS)
+            + f"{row['mean']:14.1f}   (step {row['step']})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    attributes = common.read_json(f"{WORLD}/attributes.json")
+    rows, curves = [], {model: {} for model in MODELS}
+    for model in MODELS:
+        for key, name in ROWS.items():
+            metrics = common.read_json(f"{OUT}/eval/{model}-{key}/metrics.json")["metrics"]
+            config = common.read_json(f"{OUT}/cir/{model}-{key}/config.json")
+            log = common.read_jsonl(f"{OUT}/cir/{model}-{key}/log.jsonl")
+            curves[model][name] = [(r["step"], r["score"]) for r in log if "score" in r]
+            rows.append(
+                {
+                    "model": model,
+                    "name": name,
+                    **{k: metrics[k] for k in RECALLS},
+                    "mean": sum(metrics[k] for k in RECALLS[:3]) / 3,
+                    "step": config.get("step"),
+                }
+            )
+    held_out = common.read_jsonl(f"{OUT}/heldout/pseudo.jsonl")
+    auxiliary = common.read_jsonl(f"{OUT}/pseudo/pseudo.jsonl")
+    same = common.read_jsonl(f"{OUT}/same/pseudo.jsonl")
+    human = [
+        {"reference": r["reference"], "target": r["target_hard"], "delta": r["caption"]}
+        for r in common.read_json(f"{WORLD}/cirr/captions/cap.rc2.val.json")
+    ]
+    deltas = {
+        name: judge(records, attributes)
+        for name, records in (
+            ("VDG, held-out pairs", held_out),
+            ("VDG, auxiliary pairs", auxiliary),
+            ("VDG, the human train pairs", same),
+            ("human-like, held-out pairs", human),
+        )
+    }
+    common.write_json(f"{OUT}/metrics.json", {"rows": rows, "deltas": deltas}, indent=1)
+    print(table(rows))
+    print("\ndeltas: precision = named changes that are true, recall = true changes that are named (percent)")
+    for name, score in deltas.items():
+        print(
+            f"  {name:28s} precision {score['precision']:5.1f}   recall {score['recall']:5.1f}"
+            f"   {score['pairs']:,} pairs"
+        )
+
+    root = f"{WORLD}/cirr/img_raw"
+    places = common.read_json(f"{WORLD}/cirr/image_splits/split.rc2.val.json")
+
+    def sample(records, place):
+        parts = []
+        for record in records:
+            parts.append(
+                pages.panel(
+                    (place(record["reference"]), "reference"),
+                    record["delta"],
+                    [(place(record["target"]), "target")],
+                    note=record.get("note", ""),
+                )
+            )
+        return parts
+
+    spoken = {(r["reference"], r["target"]): r["delta"] for r in human}
+    shown = [
+        {**r, "note": "human: " + spoken.get((r["reference"], r["target"]), "")}
+        for r in held_out[:: max(1, len(held_out) // 8)]
+    ]
+    sections = [
+        (
+            "What the generated deltas are worth",
+            "One backbone, four training sets. Recall in percent on val; the step was chosen on dev.",
+            pages.table(
+                [[r["model"], r["name"], *(float(r[k]) for k in RECALLS), float(r["mean"])] for r in rows],
+                ["model", "trained on", *RECALLS, "mean R@1, 5, 10"],
+            ),
+        ),
+        (
+            "Precision and recall of the deltas",
+            pages.table(
+                [[name, float(s["precision"]), float(s["recall"]), s["pairs"]] for name, s in deltas.items()],
+                ["", "precision", "recall", "pairs"],
+            ),
+        ),
+        ("Deltas for held-out pairs", *sample(shown, lambda name: os.path.join(root, places[name]))),
+        (
+            "Deltas for pairs mined from unlabelled pictures",
+            *sample(auxiliary[:: max(1, len(auxiliary) // 8)], lambda name: os.path.join(WORLD, "aux", name)),
+        ),
+    ]
+    losses = {}
+    for stage in ("align", "vdg"):
+        losses[stage] = [(r["step"], r["loss"]) for r in common.read_jsonl(f"{OUT}/{stage}/log.jsonl") if "loss" in r]
+    sections.append(("Alignment and tuning", pages.curve(losses, y_label="loss")))
+    for model in MODELS:
+        sections.append(
+            (f"{model}: recall on dev while training", pages.curve(curves[model], y_label="mean of R@1, 5, 10"))
+        )
+    sections.append(
+        (
+            "Retrievals",
+            pages.Html(
+                "<p>"
+                + " · ".join(
+                    f'<a href="eval/{m}-{k}/index.html">{m}, {pages.escape(n)}</a>'
+                    for m in MODELS
+                    for k, n in ROWS.items()
+                )
+                + ' · <a href="mined/subgroups.html">mined subgroups</a></p>'
+            ),
+        )
+    )
+    common.write_text(f"{OUT}/index.html", pages.page("VDG on the embedded world", sections))
+    print(f"\n{OUT}/index.html is the page to look at; {OUT}/metrics.json holds the table")
+    assert json.loads(open(f"{OUT}/metrics.json").read())["rows"]
+
+
+if __name__ == "__main__":
+    common.override(globals())
+    common.run(main)

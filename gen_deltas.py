@@ -1,0 +1,466 @@
+"""Stage 4, delta generation [S3.2]: the tuned VDG says, for a pair of images, what turns the reference into the target.
+
+    python gen_deltas.py --vdg out/vdg --pairs out/mine/pairs.jsonl --images aux/images
+    torchrun --nproc_per_node 8 gen_deltas.py --vdg out/vdg --triplets cirr/train --root cirr --out out/same_pairs
+
+Reads a VDG (vdg_tune.py), the pairs of mine_pairs.py (with subgroups.jsonl beside) or of human triplets, and images.
+Writes OUT/parts/part-R-of-N.jsonl as it goes, then OUT/pseudo.jsonl, cap.rc2.train.json, report.json and deltas.html.
+
+A delta is a function of the VDG, the two images, the pair's id and the sampling constants, never of batch, order or
+number of ranks: the same command goes on after a kill, also with another batch size or on another number of ranks.
+On a CPU with MKL this holds to the bit; on a GPU, where a product of another shape rounds otherwise, at the same BATCH.
+"""
+
+import os
+
+# Has MKL add up a matrix product in one order, whatever the number of rows or threads. Without it the logits of a pair
+# in a batch of 3 and of the same pair in a batch of 64 differ by 2e-5, which flips a word now and then. From eight rows
+# on it costs no time that could be measured.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+import common
+
+common.early_help(__name__, __file__)
+
+import hashlib
+import itertools
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache
+
+import data
+import pages
+import vdg_align
+import vdg_tune
+
+# ---- what is described ----
+VDG = "out/vdg"  # checkpoint of vdg_tune.py
+PAIRS = "out/mine/pairs.jsonl"  # pairs of mine_pairs.py
+IMAGES = ""  # folder of the images; with TRIPLETS empty means the usual places in and beside ROOT
+TRIPLETS = ""  # instead of PAIRS those of human triplets: "cirr/train", "fashioniq/train" (or ".../dress"), "jsonl"
+ROOT = ""  # folder of the annotations of TRIPLETS; for "jsonl" the file
+SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CIRR and 3,600 for FashionIQ [S4.1]
+MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
+REVERSE = False  # also say what turns the target into the reference: the same model, images swapped [ours]
+
+# ---- sampling ----
+TEMPERATURE = 0.2  # 0 = always the likeliest token [S4.1]
+TOP_K = 50  # tokens to draw from, 0 = all [S4.1]
+MAX_NEW = 32  # tokens of a delta at most [ours: the paper is silent; the release's value]
+MERGE = True  # fold LoRA into the LLM's weights, which saves its products; a quantised LLM keeps them apart [ours]
+
+# ---- run ----
+OUT = "out/deltas"  # folder of everything written
+BATCH = 64  # pairs decoded together
+ENCODE_BATCH = 32  # images per forward pass of the ViT
+SHOW = 24  # pairs on the sample page deltas.html
+WORKERS = 8  # threads that decode images
+SEED = 0  # fixes what is drawn
+DEVICE = "auto"  # "auto", "cpu" or "cuda"
+DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
+CHECK = False  # only look at pairs and images: counts of expected, present and unreadable images, then stop
+
+REPEATED = re.compile(r"(?:^|\s)(\S+(?:\s\S+){0,7})(?:\s\1){2,}(?=\s|$)")  # up to eight words, three times in a row
+
+
+# ---- pairs ----
+def read_pairs(path: str, root: str) -> tuple[list[dict], dict, data.ImageStore]:
+    """Records of pairs.jsonl, the members of each subgroup (subgroups.jsonl beside it, if there), and the images."""
+    if not os.path.isdir(root):
+        raise common.UserError(f"--images {root!r} is no folder; name the folder that the pairs' names are relative to")
+    beside = Path(path).with_name("subgroups.jsonl")
+    members = {group["id"]: group["members"] for group in common.read_jsonl(beside)} if beside.exists() else {}
+    return common.read_jsonl(path), members, data.ImageStore(root)
+
+
+def triplet_pairs(name: str, root: str, images: str) -> tuple[list[dict], dict, data.ImageStore]:
+    """The pairs of human triplets; the human text is not among them, so that it cannot be taken for a generated one."""
+    dataset, split, category, *_ = *name.split("/"), "train", "all"
+    triplets, store = data.training_triplets(dataset, root, split, category, images or None)
+    pairs = [{"id": t.id, "reference": t.reference, "target": t.target} for t in triplets]
+    return pairs, {t.id: t.members for t in triplets if t.members}, store
+
+
+def check_pairs(pairs: list[dict], where: str) -> None:
+    """Ids are unique and names are safe; UserError names the record."""
+    seen = set()
+    for number, pair in enumerate(pairs, 1):
+        here = f"{where}, record {number}"
+        for key in ("id", "reference", "target"):
+            if key not in pair:
+                raise common.UserError(f'{here}: no "{key}"; wanted id, reference and target')
+        data.safe_name(pair["reference"], here)
+        data.safe_name(pair["target"], here)
+        if not isinstance(pair["id"], int | str):
+            raise common.UserError(f"{here}: id {data.shown(pair['id'])}; wanted a number or a string")
+        if pair["id"] in seen:
+            raise common.UserError(f"{here}: id {data.shown(pair['id'])} occurs twice; ids must differ")
+        seen.add(pair["id"])
+
+
+def choose_subgroups(pairs: list[dict], subgroups: int, max_pairs: int, seed: int) -> list[dict]:
+    """Pairs of random whole subgroups, in their old order; a pair without a subgroup is one by itself."""
+    if not subgroups and not max_pairs:
+        return pairs
+    groups: dict[object, list[dict]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.get("subgroup", ("alone", pair["id"])), []).append(pair)
+    names = list(groups)
+    chosen, count = set(), 0
+    for i in common.rng("subgroups", seed).permutation(len(names))[: subgroups or None]:
+        count += len(groups[names[i]])
+        if max_pairs and count > max_pairs:
+            break
+        chosen.add(names[i])
+    if not chosen:
+        raise common.UserError(f"--max_pairs {max_pairs} is less than one subgroup has; give at least {count}")
+    return [pair for pair in pairs if pair.get("subgroup", ("alone", pair["id"])) in chosen]
+
+
+def identity(pair: dict) -> tuple:
+    """What makes a stored delta this pair's: an id that now means other images is another pair."""
+    return pair["id"], pair["reference"], pair["target"]
+
+
+# ---- Q-Former outputs, once an image ----
+def encode_images(vision, images: data.ImageStore, names: list[str], folder: Path, batch: int, workers: int, world):
+    """Q-Former outputs of every distinct picture -> ((N, Q, q_width) memory-mapped, {name: row}).
+
+    The file is named by the hash of encoder weights and image contents: a changed picture or encoder is another file.
+    Rows of an earlier file by the same encoder are taken over. Half precision unless the model computes in fp32."""
+    share = {name: file_digest(images.path(name)) for name in names[world.rank :: world.size]}
+    content = {name: digest for part in common.gather_objects(share) for name, digest in part.items()}
+    keys = sorted(set(content.values()))
+    encoder, shape = weights_digest(vision), (len(keys), *vision.query_tokens.shape[1:])
+    path = folder / f"{hashlib.sha256(json.dumps([encoder, keys]).encode()).hexdigest()[:16]}.npy"
+    row = {key: i for i, key in enumerate(keys)}
+    if not common.any_rank(not path.exists()):
+        return np.load(path, mmap_mode="r"), {name: row[key] for name, key in content.items()}
+
+    known = {}  # content -> its row in a file that an earlier run completed
+    for header in sorted(folder.glob("*.json")):
+        before = common.read_json(header)
+        if before["encoder"] == encoder and header.with_suffix(".npy").exists():
+            known |= zip(before["keys"], np.load(header.with_suffix(".npy"), mmap_mode="r"), strict=True)
+    aside = path.with_suffix(".tmp")
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = np.float32 if vision.query_tokens.dtype == torch.float32 else np.float16
+        rows = np.lib.format.open_memmap(aside, "w+", dtype, shape)
+        for key in row.keys() & known.keys():
+            rows[row[key]] = known[key]
+        rows.flush()
+    common.barrier()
+    rows = np.lib.format.open_memmap(aside, "r+")
+    first = {key: name for name, key in reversed(content.items())}  # one name of each content
+    todo = [first[key] for key in keys if key not in known][world.rank :: world.size]
+
+    def load(chunk: list[str]) -> torch.Tensor:
+        return data.load_pixels(images, chunk, vision.preprocess, workers)
+
+    fault = None
+    for chunk, pixels in vdg_align.ahead(load, chunks(common.progress(todo, "images"), batch)):
+        if isinstance(pixels, Exception):
+            fault = pixels
+            break
+        # always a full batch: the same shape whatever the number of images, hence the same rounding
+        queries = vision.queries(pixels[fill(list(range(len(chunk))), batch)].to(world.device))[: len(chunk)]
+        rows[[row[content[name]] for name in chunk]] = queries.float().cpu().numpy()
+    rows.flush()
+    vdg_align.stop_together(fault)  # and waits for every rank's rows
+    if world.rank == 0:
+        common.write_json(path.with_suffix(".json"), {"encoder": encoder, "keys": keys})
+        os.replace(aside, path)
+        for old in folder.iterdir():
+            if old.stem != path.stem:
+                old.unlink()
+    common.barrier()
+    return np.load(path, mmap_mode="r"), {name: row[key] for name, key in content.items()}
+
+
+def file_digest(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(vision) -> str:
+    """Hash of the frozen part, ViT and Q-Former; the projection comes after what is stored."""
+    digest = hashlib.sha256()
+    for name, tensor in vision.state_dict().items():
+        if not name.startswith("projection."):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def chunks(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter; taken one by one, so that a progress bar around them counts."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def fill(items: list, size: int) -> list:
+    """The last item again and again until there are `size`."""
+    return items + [items[-1]] * (size - len(items))
+
+
+# ---- sampling: noise that belongs to the pair ----
+def signed(number: int) -> int:
+    """The low 64 bits of a number as int64 holds them."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+GOLDEN = signed(0x9E3779B97F4A7C15)  # splitmix64's step and its two multipliers
+MIX1, MIX2 = signed(0xBF58476D1CE4E5B9), signed(0x94D049BB133111EB)
+
+
+def row_key(seed: int, pair_id: int | str, direction: str) -> int:
+    """64 bits from which all the noise of one delta comes."""
+    digest = hashlib.sha256(json.dumps([seed, pair_id, direction]).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser on int64, which wraps; >> copies the sign bit, so the mask takes it off."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX1
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX2
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def gumbel(keys: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:
+    """keys (B,), tokens (B, K) -> (B, K) float64: a Gumbel number for each (key, position, token), stateless."""
+    bits = mix(mix(keys + signed(GOLDEN * (position + 1)))[:, None] + GOLDEN * (tokens + 1))
+    uniform = ((bits >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52  # inside (0, 1): 52 bits and a half are exact
+    return -torch.log(-torch.log(uniform))
+
+
+def choose(logits: torch.Tensor, keys: torch.Tensor, position: int, temperature: float, top_k: int) -> torch.Tensor:
+    """logits (B, V), keys (B,) -> (B,) tokens: the likeliest at temperature 0, else a draw from the top k's softmax.
+
+    Gumbel-max: argmax(logits / temperature + Gumbel noise) is such a draw, its noise a function of (key, position)."""
+    if temperature == 0:
+        return logits.float().argmax(-1)
+    top, tokens = logits.float().topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, K)
+    best = (top.double() / temperature + gumbel(keys, position, tokens)).argmax(-1, keepdim=True)
+    return tokens.gather(1, best)[:, 0]
+
+
+# ---- decoding with a KV cache in three levels: instruction once, each reference once, each pair ----
+def advance(llm, embeddings: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """Feeds (B, T, D) after what is in the cache -> logits of the next token (B, V)."""
+    hidden = llm.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
+    return llm.lm_head(hidden[:, -1])
+
+
+def branch(llm, caches: list[DynamicCache], rows: list[int]) -> DynamicCache:
+    """A new cache whose rows are copies of rows of the given ones laid end to end."""
+    new = DynamicCache(config=llm.config)
+    for i in range(len(caches[0].layers)):
+        keys, values = (torch.cat([getattr(c.layers[i], part) for c in caches])[rows] for part in ("keys", "values"))
+        new.update(keys, values, i)
+    return new
+
+
+def prompt_parts(pieces: list) -> tuple[list[list[int]], list[str]]:
+    """prompt_pieces -> ids [before, between, after the images], and the order of these: ["reference", "target"]."""
+    at = [i for i, piece in enumerate(pieces) if isinstance(piece, str)]
+    spans = ((0, at[0]), (at[0] + 1, at[1]), (at[1] + 1, len(pieces)))
+    return [sum(pieces[start:stop], []) for start, stop in spans], [pieces[i].strip("<>") for i in at]
+
+
+@torch.inference_mode()
+def instruction(llm, ids: list[int]) -> DynamicCache:
+    """The cache of the ids before the first image, one row, computed once a run."""
+    cache = DynamicCache(config=llm.config)
+    advance(llm, vdg_align.splice(llm.get_input_embeddings(), [[ids]]).embeddings, cache)
+    return cache
+
+
+@torch.inference_mode()
+def generate(llm, prompt, prefix, references, targets, row, keys, eos, max_new, temperature, top_k) -> torch.Tensor:
+    """Tokens (B, <= max_new) of B pairs, `eos` after the end. All prompts have the same length, so nothing is padded.
+
+    prompt: ids before, between and after the two images; prefix: cache of the first of these (1 row). references
+    (R, Q, D), of which pair i has number row[i]; targets (B, Q, D); keys (B,): the pairs' noise."""
+    embed = llm.get_input_embeddings()
+    size = max(1, len(targets) // 4)  # references in one pass, always full: a fixed shape rounds in a fixed way
+    caches = []
+    for chunk in chunks(range(len(references)), size):
+        caches.append(branch(llm, [prefix], [0] * size))
+        advance(llm, vdg_align.splice(embed, [[references[i]] for i in fill(chunk, size)]).embeddings, caches[-1])
+    cache = branch(llm, caches, row)
+    logits = advance(llm, vdg_align.splice(embed, [[prompt[1], t, prompt[2]] for t in targets]).embeddings, cache)
+    tokens, ended = [], torch.zeros(len(targets), dtype=torch.bool, device=logits.device)
+    while True:
+        token = choose(logits, keys, len(tokens), temperature, top_k).masked_fill(ended, eos)
+        tokens.append(token)
+        ended |= token == eos
+        if len(tokens) == max_new or ended.all():
+            return torch.stack(tokens, 1)
+        logits = advance(llm, embed(token)[:, None], cache)
+
+
+def text_of(ids: list[int], tokenizer) -> tuple[str, list[str]]:
+    """Generated ids -> (delta, flags). What the model said is kept whole, less control characters and white space."""
+    ended = tokenizer.eos_token_id in ids
+    said = tokenizer.decode(ids[: ids.index(tokenizer.eos_token_id)] if ended else ids, skip_special_tokens=True)
+    delta = " ".join(pages.clean(said).split())
+    wrong = {"empty": not delta, "runaway": not ended, "repeated": bool(REPEATED.search(delta))}
+    return delta, [flag for flag, found in wrong.items() if found]
+
+
+# ---- files ----
+def open_parts(folder: Path, fingerprint: dict, world) -> tuple[common.JsonlAppender, dict[tuple, dict]]:
+    """This rank's part, and what all parts of this and earlier runs (on any number of ranks) hold, by pair."""
+    if world.rank == 0:  # alone: a rank that is already writing must not have its last line taken for a torn one
+        for path in sorted(folder.glob("part-*-of-*.jsonl")):
+            common.JsonlAppender(path, fingerprint)  # refuses another fingerprint, cuts a torn tail
+    common.barrier()
+    done = read_parts(folder)
+    common.barrier()
+    return common.JsonlAppender(folder / f"part-{world.rank}-of-{world.size}.jsonl", fingerprint), done
+
+
+def read_parts(folder: Path) -> dict[tuple, dict]:
+    paths = sorted(folder.glob("part-*-of-*.jsonl"))
+    return {identity(record): record for path in paths for record in common.read_jsonl(path)}
+
+
+def write_results(out: Path, pairs: list[dict], members: dict, images: data.ImageStore, show: int, seed: int) -> dict:
+    """Merges the parts in the order of the pairs and writes the four files -> what report.json holds."""
+    done = read_parts(out / "parts")
+    records = []
+    for pair in pairs:
+        said = done[identity(pair)]
+        records.append(pair | {key: said[key] for key in ("delta", "reverse_delta", "flags") if key in said})
+    common.write_text(out / "pseudo.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    known = ((record, members.get(record.get("subgroup", record["id"]))) for record in records)
+    data.write_cirr_captions(out / "cap.rc2.train.json", [r | {"members": m} if m else r for r, m in known])
+    flags = Counter(flag for record in records for flag in record.get("flags", ()))
+    report = {
+        "pairs": len(records),
+        "images": len({name for r in records for name in (r["reference"], r["target"])}),
+        "distinct_deltas": len({record["delta"] for record in records}),
+        "mean_words": round(sum(len(record["delta"].split()) for record in records) / max(1, len(records)), 2),
+        **{"empty": 0, "runaway": 0, "repeated": 0, **dict(sorted(flags.items()))},
+    }
+    common.write_json(out / "report.json", report, indent=2)
+    shown = sorted(common.rng("show", seed).permutation(len(records))[:show].tolist())
+    common.write_text(out / "deltas.html", sample_page([records[i] for i in shown], report, images))
+    return report
+
+
+def sample_page(records: list[dict], report: dict, images: data.ImageStore) -> str:
+    """A page of deltas beside their two pictures."""
+    panels = []
+    for r in records:
+        notes = [f"pair {r['id']}", *r.get("flags", ())]
+        if "reverse_delta" in r:
+            notes.append(f"reversed: {r['reverse_delta']}")
+        target = (images.path(r["target"]), f"target {r['target']}")
+        query = (images.path(r["reference"]), f"reference {r['reference']}")
+        panels.append(pages.panel(query, r["delta"] or "(nothing)", [target], note=" · ".join(notes)))
+    counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in report.items())
+    return pages.page("Generated deltas", [("Counts", counts), (f"{len(records)} pairs at random", *panels)])
+
+
+def digest_of(folder: str) -> str:
+    """Hash of a VDG's files; config.json among them names the LLM, the vision side and the prompt."""
+    names = ("config.json", "adapter_config.json", "adapter_model.safetensors", "projection.safetensors")
+    absent = [name for name in names if not os.path.isfile(f"{folder}/{name}")]
+    if absent:
+        raise common.UserError(f"{folder}/{absent[0]} not found; wanted a finished checkpoint of vdg_tune.py")
+    return hashlib.sha256("".join(file_digest(f"{folder}/{name}") for name in names).encode()).hexdigest()
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    world = common.init_world(DEVICE)
+    if TEMPERATURE < 0 or TOP_K < 0 or min(MAX_NEW, BATCH, ENCODE_BATCH) < 1:
+        raise common.UserError("--temperature and --top_k start at 0, --max_new, --batch and --encode_batch at 1")
+    pairs, members, images = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
+    check_pairs(pairs, TRIPLETS or PAIRS)
+    pairs = choose_subgroups(pairs, SUBGROUPS, MAX_PAIRS, SEED)
+    names = sorted({name for pair in pairs for name in (pair["reference"], pair["target"])})
+    if CHECK:
+        report, ok = data.check_report(names, images)
+        common.say(f"{len(pairs):,} pairs; {report}")
+        if not ok:
+            raise common.UserError("images are missing or unreadable; complete the folder or correct --images")
+        return
+    missing = images.missing(names)
+    if missing:
+        found = f"{len(missing):,} of {len(names):,} images are not in {', '.join(images.roots)}"
+        raise common.UserError(f"{found}, first {data.shown(missing[0])}; complete the folder or correct --images")
+    common.lock_folder(OUT)
+    out, dtype = Path(OUT), common.pick_dtype(DTYPE, world.device)
+    settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
+    settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
+    part, done = open_parts(out / "parts", settings, world)
+    todo = [pair for pair in pairs if identity(pair) not in done]
+    todo.sort(key=lambda pair: (pair["reference"], pair["target"], json.dumps(pair["id"])))  # a reference's together
+    common.say(f"{len(pairs):,} pairs of {len(names):,} images, {len(pairs) - len(todo):,} of them described already")
+
+    if todo:
+        vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype)
+        if MERGE and not config["quantize"]:
+            vdg_tune.merge_lora(llm)
+        prompt, order = prompt_parts(vdg_tune.prompt_pieces(tokenizer, config["prompt"]))
+        names = sorted({name for pair in todo for name in (pair["reference"], pair["target"])})
+        queries, row = encode_images(vision, images, names, out / "queries", ENCODE_BATCH, WORKERS, world)
+        prefix = instruction(llm, prompt[0])
+
+        def image_tokens(names: list[str]) -> torch.Tensor:
+            return vision(torch.from_numpy(queries[[row[name] for name in names]]).to(world.device))  # (n, Q, D)
+
+        @torch.inference_mode()
+        def describe(batch: list[dict], order: list[str], direction: str) -> list[tuple[str, list[str]]]:
+            """(delta, flags) of each pair; order: which of its images come first and second in the prompt."""
+            first, second = ([pair[side] for pair in batch] for side in order)
+            shared = {name: i for i, name in enumerate(dict.fromkeys(first))}
+            keys = torch.tensor([row_key(SEED, pair["id"], direction) for pair in batch], device=world.device)
+            images = image_tokens(fill(list(shared), len(batch)))[: len(shared)], image_tokens(second)
+            sampling = tokenizer.eos_token_id, MAX_NEW, TEMPERATURE, TOP_K
+            ids = generate(llm, prompt, prefix, *images, [shared[name] for name in first], keys, *sampling)
+            return [text_of(line, tokenizer) for line in ids.tolist()]
+
+    mine = todo[len(todo) * world.rank // world.size : len(todo) * (world.rank + 1) // world.size]
+    began, count = time.time(), 0
+    for batch in chunks(common.progress(mine, "deltas"), BATCH):
+        if common.stop_requested():
+            break
+        full = fill(batch, BATCH)  # the same shape for the last, short batch: the same rounding on a GPU
+        forward = describe(full, order, "forward")
+        backward = describe(full, order[::-1], "reverse") if REVERSE else None
+        for i, pair in enumerate(batch):
+            record = {key: pair[key] for key in ("id", "reference", "target")} | {"delta": forward[i][0]}
+            flags = forward[i][1]
+            if backward:
+                record["reverse_delta"] = backward[i][0]
+                flags = flags + [f"reverse_{flag}" for flag in backward[i][1]]
+            part.append(record | ({"flags": flags} if flags else {}))
+        count += len(batch)
+    made, seconds = common.all_sum(count), max(time.time() - began, 1e-9)
+    if made:
+        common.Log(OUT).write(generated=int(made), seconds=round(seconds, 1), pairs_per_s=round(made / seconds, 2))
+    if common.any_rank(count < len(mine)):
+        common.say(f"stopped with {len(todo) - int(made):,} pairs to go; the same command goes on")
+        raise SystemExit(143)
+    if world.rank == 0:
+        report = write_results(out, pairs, members, images, SHOW, SEED)
+        common.say(f"wrote {OUT}/pseudo.jsonl: {', '.join(f'{name} {value:,}' for name, value in report.items())}")
+    common.barrier()
+
+
+if __name__ == "__main__":
+    common.override(globals())
+    common.run(main)

@@ -1,0 +1,665 @@
+"""data.py against the real annotation files, small handmade ones, hostile ones, and transformers' own processors."""
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import common
+import data
+from common import UserError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1).astype(np.uint8))
+
+
+def put(path, value) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+# ---- one picture ----
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_every_format_decodes_and_is_refused_when_cut(tmp_path, name):
+    path, picture = tmp_path / name, smooth(61, 47)
+    picture.save(path, quality=95)
+    opened = data.open_image(path)
+    assert opened.mode == "RGB" and opened.size == (61, 47)
+    assert np.abs(np.asarray(opened, int) - np.asarray(picture, int)).mean() < 6
+    noise(61, 47).save(path)
+    whole = path.read_bytes()
+    for part in (0, 0.01, 0.3, 0.6, 0.95):
+        path.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(UserError, match=name):
+            data.open_image(path)
+
+
+def test_other_formats_are_refused_whatever_they_are_called(tmp_path):
+    for kind in ("TIFF", "GIF", "BMP", "PPM", "ICO"):
+        path = tmp_path / f"{kind}.jpg"
+        noise(32, 32).save(path, format=kind)
+        with pytest.raises(UserError, match="JPEG, PNG, WEBP"):
+            data.open_image(path)
+    for text in (b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"8BPS\0\1", b"hello"):
+        path = tmp_path / "text.jpg"
+        path.write_bytes(text)
+        with pytest.raises(UserError):
+            data.open_image(path)
+
+
+def png_of_nothing(width: int, height: int) -> bytes:
+    """A PNG header that claims a size, and no pixels worth the name."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the filter of data.py
+@pytest.mark.parametrize("size", [(20000, 20000), (9487, 9487), (8001, 8000), (1, 5000), (5000, 1), (21, 1)])
+def test_bombs_and_ribbons_are_refused_by_their_header(tmp_path, size):
+    path = tmp_path / "x.png"
+    path.write_bytes(png_of_nothing(*size))
+    with pytest.raises(UserError, match="x.png"):
+        data.open_image(path)
+    with pytest.raises(UserError, match="x.png"):
+        data.verify_image(path)
+
+
+def test_an_aspect_ratio_of_twenty_is_read(tmp_path):
+    noise(400, 20).save(tmp_path / "x.png")
+    assert data.open_image(tmp_path / "x.png").size == (400, 20)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for the other end of a FIFO"))
+    signal.alarm(20)
+    for path in (tmp_path / "fifo.jpg", tmp_path / "folder.jpg", "/dev/zero"):
+        with pytest.raises(UserError, match="regular file"):
+            data.open_image(path)
+    signal.alarm(0)
+    with pytest.raises(FileNotFoundError):
+        data.open_image(tmp_path / "absent.jpg")
+
+
+def test_exif_orientation_is_applied_once(tmp_path):
+    upright = smooth(40, 24)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.png"
+        upright.save(path, exif=exif)
+        truth = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        opened = data.open_image(path)
+        assert opened.tobytes() == truth.tobytes() and opened.size == truth.size
+        opened.save(tmp_path / "again.png")
+        assert data.open_image(tmp_path / "again.png").tobytes() == opened.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about EXIF that is cut short
+def test_damaged_bytes_give_a_picture_or_one_line(tmp_path):
+    exif, rng = Image.Exif(), np.random.default_rng(0)
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    for name in ("x.jpg", "x.png", "x.webp"):
+        path = tmp_path / name
+        smooth(20, 30).save(path, exif=exif)
+        whole = path.read_bytes()
+        for i in range(150):
+            broken = bytearray(whole)
+            for _ in range(1 + i % 9):
+                broken[rng.integers(len(whole) if i % 2 else min(200, len(whole)))] = rng.integers(256)
+            path.write_bytes(broken)
+            for read in (data.verify_image, data.open_image):
+                try:
+                    read(path)  # any other exception fails the test
+                except UserError as error:
+                    assert name in str(error) and "\n" not in str(error)
+
+
+def test_colour_modes(tmp_path):
+    def opened(image: Image.Image, name="x.png", **options) -> np.ndarray:
+        image.save(tmp_path / name, **options)
+        found = data.open_image(tmp_path / name)
+        assert found.mode == "RGB"
+        return np.asarray(found)
+
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    grey = np.repeat(ramp[:, :, None], 3, 2)
+    assert (opened(Image.fromarray(ramp)) == grey).all()
+    assert (opened(Image.fromarray(ramp > 99)) == (grey > 99) * 255).all()
+    assert (opened(Image.fromarray(ramp.astype(np.uint16) * 257)) == grey).all()  # 16 bit, scaled and not clipped
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 2, 4))
+    expected = np.array([[BLUE, BLUE, WHITE, WHITE]] * 4)
+    assert (opened(half) == expected).all()
+    assert (opened(half, "x.webp", lossless=True) == expected).all()
+    assert (opened(Image.new("RGBA", (4, 4), (255, 0, 0, 128)))[0, 0] == (255, 127, 127)).all()
+    assert (opened(Image.new("LA", (4, 4), (0, 0))) == 255).all()
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([*RED, *GREEN, *BLUE])
+    assert (opened(palette) == np.array(GREEN)).all()
+    assert (opened(palette, transparency=1) == 255).all()
+    assert (opened(Image.new("RGB", (4, 4), GREEN), transparency=GREEN) == 255).all()
+    cmyk = opened(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "x.jpg", quality=95)
+    assert np.abs(cmyk.astype(int) - np.array(RED)).max() < 12
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
+    for name in ("x.png", "x.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+        assert (np.asarray(data.open_image(tmp_path / name)) == np.array(RED)).all()
+
+
+# ---- names and stores ----
+TRAVERSALS = [
+    "/etc/passwd", "//etc/passwd", "../x.jpg", "a/../../x.jpg", "a/..", "..", "./../x.jpg", "a/./../x", "\\x.jpg",
+    "..\\x.jpg", "a\\..\\..\\x.jpg", "C:\\x.jpg", "C:/x.jpg", "x\0.jpg", "", ".", "./", "a" * 1025, "x\n.jpg",
+    "\x1b[31mx.jpg", "\ud800.jpg", "~/x.jpg", None, 7, 1.5, True, ["a.jpg"], {"a": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAVERSALS, ids=range(len(TRAVERSALS)))
+def test_names_that_could_leave_the_root_are_refused(tmp_path, name):
+    with pytest.raises(UserError) as error:
+        data.safe_name(name)
+    assert str(error.value).isprintable() and len(str(error.value)) < 250
+    if isinstance(name, str):
+        with pytest.raises(UserError):
+            data.ImageStore(str(tmp_path), {"id": name}).find("id")
+
+
+def test_ordinary_names_pass():
+    for name in ("a.jpg", "./train/34/a.png", "train-1-img0", "ä ö/ü.jpg", "a..b.jpg", "...jpg", "服.webp", "a" * 1024):
+        assert data.safe_name(name) == name
+
+
+def test_store_looks_in_the_table_then_for_the_name_then_for_extensions(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for path in (one / "train/3/a.png", one / "b.jpg", two / "c.webp", two / "b.jpg", two / "train/4/d.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(8, 8).save(path)
+    (two / "e").mkdir()
+    table = {"a": "./train/3/a.png", "b": "./train/3/b.png", "d": "./train/4/d.png"}
+    for roots in ([str(one), str(two)], f"{one}{os.pathsep}{two}"):
+        store = data.ImageStore(roots, table)
+        assert os.path.samefile(store.find("a"), one / "train/3/a.png")
+        assert os.path.samefile(store.find("b"), one / "b.jpg")  # not where the table says; the first root wins
+        assert os.path.samefile(store.find("c"), two / "c.webp")
+        assert os.path.samefile(store.find("d"), two / "train/4/d.jpg")  # converted from .png
+        assert store.find("e") is None and store.missing(["a", "e", "c", "f"]) == ["e", "f"]
+        assert store.open("a").size == (8, 8)
+        with pytest.raises(FileNotFoundError) as error:
+            store.path("f")
+        assert "'f'" in str(error.value) and str(two) in str(error.value)
+
+
+def test_links_stay_below_the_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir(), outside.mkdir()
+    noise(8, 8).save(outside / "x.png")
+    noise(8, 8).save(root / "y.png")
+    (root / "out.png").symlink_to(outside / "x.png")
+    (root / "in.png").symlink_to(root / "y.png")
+    (root / "folder").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(root)
+    for name in ("out.png", "out", "folder/x.png"):
+        with pytest.raises(UserError, match="link"):
+            data.ImageStore(str(root)).find(name)
+    assert data.ImageStore(str(root)).open("in.png").size == (8, 8)
+    assert data.ImageStore(str(tmp_path / "alias")).open("y").size == (8, 8)  # the root itself may be a link
+    with pytest.raises(UserError, match="link to a folder"):
+        data.list_images(root)
+
+
+def test_list_images(tmp_path):
+    for name in ("b.JPG", "a/z.png", "a/b/c.webp", "a.jpeg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("a/notes.txt", "._b.jpg", "c.gif"):
+        (tmp_path / name).touch()
+    assert data.list_images(tmp_path) == ["a.jpeg", "a/b/c.webp", "a/z.png", "b.JPG"]
+    for folder in (tmp_path / "absent", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=folder.name):
+            data.list_images(folder)
+
+
+# ---- the real files ----
+def test_cirr_as_published(shared):
+    for root in (shared / "data" / "cirr", shared / "data"):
+        val = data.read_cirr(str(root), "val")
+        assert (len(val.queries), len(val.gallery)) == data.OFFICIAL["cirr", "val"] == (4181, 2297)
+    query = val.queries[0]
+    assert query.id == 12060 and query.reference == "dev-244-0-img0" and query.target == "dev-1028-1-img1"
+    assert query.delta == "show three bottles of soft drink" and len(query.members) == 6
+    assert val.images.table["dev-244-0-img0"] == "./dev/dev-244-0-img0.png"
+    test = data.read_cirr(str(root), "test1")
+    assert (len(test.queries), len(test.gallery)) == data.OFFICIAL["cirr", "test1"] == (4148, 2315)
+    assert all(query.target is None for query in test.queries)
+    text, ok = data.check_report(val)
+    assert not ok and "2,297 expected, 0 present" in text and "2,297 missing" in text and "'dev-244-0-img0'" in text
+    with pytest.raises(UserError, match="cap.rc2.train.json not found"):
+        data.training_triplets("cirr", str(root), "train")
+    with pytest.raises(UserError, match="hidden"):
+        data.training_triplets("cirr", str(root), "test1")
+
+
+def test_fashioniq_as_published(shared):
+    root, queries = str(shared / "data" / "fashioniq"), 0
+    for category in data.FASHIONIQ_CATEGORIES:
+        for protocol, key in (("original", ()), ("val", ("val",))):
+            found = data.read_fashioniq(root, "val", category, protocol=protocol)
+            assert (len(found.queries), len(found.gallery)) == data.OFFICIAL["fashioniq", "val", category, *key]
+            assert {q.target for q in found.queries} <= set(found.gallery)
+        queries += len(found.queries)
+        assert all(query.target is None for query in data.read_fashioniq(root, "test", category).queries)
+    assert queries == 6016
+    counts = [data.OFFICIAL["fashioniq", "val", c][1] for c in data.FASHIONIQ_CATEGORIES]
+    assert counts == [3817, 6346, 5373]
+    counts = [data.OFFICIAL["fashioniq", "val", c, "val"][1] for c in data.FASHIONIQ_CATEGORIES]
+    assert counts == [2628, 3089, 2902]
+    triplets, _ = data.training_triplets("fashioniq", root, "train")
+    assert len(triplets) == 5985 + 5988 + 6027 and len({triplet.id for triplet in triplets}) == len(triplets)
+    first = triplets[0]
+    assert (first.reference, first.target) == ("B003FGW7MK", "B008BHCT58")  # the candidate is the reference
+    assert first.alternatives == ("is solid black with no sleeves", "is black with straps")
+    assert first.delta == "Is solid black with no sleeves and is black with straps"
+    assert len(data.training_triplets("fashioniq", root, "train", "dress")[0]) == 5985
+
+
+def test_clothing_photographs(shared):
+    root = shared / "data" / "clothing"
+    names = data.list_images(root)
+    assert len(names) == 3409
+    text, ok = data.check_report(names[::40], data.ImageStore(str(root)))
+    assert ok and "86 expected, 86 present, 0 unreadable, 0 missing" in text
+
+
+# ---- handmade files ----
+def cirr_record(**changes) -> dict:
+    members = [f"m{i}" for i in range(6)]
+    record = {"pairid": 5, "reference": "m0", "target_hard": "m1", "target_soft": {"m1": 1.0}, "caption": "make it red"}
+    return {**record, "img_set": {"id": 1, "members": members, "reference_rank": 0, "target_rank": 1}, **changes}
+
+
+def write_cirr(root, records, split="val", names=None):
+    table = {name: f"./dev/{name}.png" for name in names or [f"m{i}" for i in range(8)]}
+    put(root / f"captions/cap.rc2.{split}.json", records)
+    put(root / f"image_splits/split.rc2.{split}.json", table)
+
+
+def test_cirr_from_a_small_folder(tmp_path):
+    write_cirr(tmp_path / "cirr", [cirr_record(), cirr_record(pairid=6, caption="")], "mine")
+    for name in range(8):
+        path = tmp_path / f"img_raw/dev/m{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(8, 8).save(path)
+    benchmark = data.read_cirr(str(tmp_path), "mine")  # images lie beside cirr/, as CLIP4Cir keeps them
+    assert [query.id for query in benchmark.queries] == [5, 6] and len(benchmark.gallery) == 8
+    assert data.check_report(benchmark)[1]
+    (tmp_path / "img_raw/dev/m3.png").unlink()
+    (tmp_path / "img_raw/dev/m4.png").write_bytes(b"")
+    benchmark = data.read_cirr(str(tmp_path / "cirr"), "mine")
+    text, ok = data.check_report(benchmark)
+    assert not ok and "8 expected, 6 present, 1 unreadable, 1 missing" in text and "'m3'" in text and "m4.png" in text
+    assert "\n" not in text
+    with pytest.raises(UserError, match="nowhere"):
+        data.read_cirr(str(tmp_path), "mine", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="captions/"):
+        data.read_cirr(str(tmp_path / "img_raw"), "mine")
+    with pytest.raises(UserError, match="split.rc2.val.json not found.*split.rc2.mine.json"):
+        data.read_cirr(str(tmp_path), "val")
+
+
+@pytest.mark.parametrize(
+    "records, wanted",
+    [
+        ({"a": 1}, "a list of records"),
+        ([[1]], "record 0"),
+        ([cirr_record(), {}], 'record 1: has no "'),
+        ([cirr_record(caption=3)], 'record 0: "caption" is 3'),
+        ([cirr_record(caption=None)], 'record 0: "caption"'),
+        ([cirr_record(pairid="x")], 'record 0: "pairid"'),
+        ([cirr_record(pairid=True)], 'record 0: "pairid"'),
+        ([cirr_record(), cirr_record()], "pairid 5 occurs twice"),
+        ([cirr_record(reference="../m0")], 'record 0: "reference"'),
+        ([cirr_record(reference="absent")], "'absent' is not in"),
+        ([cirr_record(target_hard="absent")], "'absent' is not in"),
+        ([cirr_record(img_set={"members": ["m0", 4]})], "record 0: member"),
+        ([cirr_record(img_set={"members": ["m0", "absent"]})], "'absent' is not in"),
+        ([cirr_record(img_set=[])], 'record 0: "img_set"'),
+        ("[1, 2", "cap.rc2.val.json"),
+        ('[{"pairid": NaN}]', "cap.rc2.val.json"),
+        ('[{"pairid": 1, "pairid": 2}]', "cap.rc2.val.json"),
+        ("\ufeff[]", "cap.rc2.val.json"),
+        ("[" * 100000, "cap.rc2.val.json"),
+        ("", "cap.rc2.val.json"),
+    ],
+    ids=str,
+)
+def test_bad_cirr_files_are_named_with_record_and_field(tmp_path, records, wanted):
+    write_cirr(tmp_path, records)
+    with pytest.raises(UserError) as error:
+        data.read_cirr(str(tmp_path), "val")
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("table", [[], {}, {"m0": 3}, {"m0": "../m0.png"}, {"m0": "/m0.png"}, {"../m0": "m0.png"}])
+def test_bad_cirr_tables_are_named(tmp_path, table):
+    write_cirr(tmp_path, [cirr_record()])
+    put(tmp_path / "image_splits/split.rc2.val.json", table)
+    with pytest.raises(UserError, match="split.rc2.val.json"):
+        data.read_cirr(str(tmp_path), "val")
+
+
+def test_fashioniq_from_a_small_folder(tmp_path):
+    def write(records, names):
+        put(tmp_path / "fashioniq/captions/cap.hat.val.json", records)
+        put(tmp_path / "fashioniq/image_splits/split.hat.val.json", names)
+
+    good = {"target": "b", "candidate": "a", "captions": [" Is Red. ", "has dots?, "]}
+    write([good], ["a", "b", "c"])
+    benchmark = data.read_fashioniq(str(tmp_path), "val", "hat")
+    assert benchmark.gallery == ("a", "b", "c") and benchmark.queries[0].delta == "Is red and has dots"
+    assert data.read_fashioniq(str(tmp_path), "val", "hat", protocol="val").gallery == ("a", "b")
+    with pytest.raises(UserError, match="protocol"):
+        data.read_fashioniq(str(tmp_path), "val", "hat", protocol="VAL")
+    for record, names, wanted in (
+        ({**good, "captions": ["one"]}, ["a", "b"], "1 captions"),
+        ({**good, "captions": "one"}, ["a", "b"], "captions are 'one'"),
+        ({**good, "captions": ["one", None]}, ["a", "b"], "list of strings"),
+        ({**good, "target": "z"}, ["a", "b"], "'z' is not in"),
+        ({**good, "candidate": "/a"}, ["a", "b"], "absolute"),
+        (good, ["a", "b", "a"], "'a' occurs twice"),
+        (good, {"a": 1}, "list of names"),
+        (good, ["a", 3], "entry 1"),
+    ):
+        write([record], names)
+        with pytest.raises(UserError) as error:
+            data.read_fashioniq(str(tmp_path), "val", "hat")
+        assert wanted in str(error.value)
+
+
+def test_chat(tmp_path):
+    def record(question, **changes):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "a red hat"}]
+        return {"id": "x7", "image": "x7.jpg", "conversations": turns, **changes}
+
+    path = put(tmp_path / "chat.json", [record("Describe it.\n<image>"), record("<image>\nDescribe it.")])
+    after, before = data.read_chat(path)
+    assert after == data.Caption("x7.jpg", "Describe it.", "a red hat", False, "x7")
+    assert before == data.Caption("x7.jpg", "Describe it.", "a red hat", True, "x7")
+    questions = [record(question) for question in ("Describe it.", "<image> a <image>", "a <image> b", "", 3)]
+    for bad in (
+        *questions,
+        *(
+            record("<image>", **change)
+            for change in (
+                {"image": "/x"},
+                {"image": None},
+                {"conversations": []},
+                {"conversations": [1, 2]},
+                {"conversations": None},
+            )
+        ),
+    ):
+        with pytest.raises(UserError, match="chat.json, record 0"):
+            data.read_chat(put(tmp_path / "chat.json", [bad]))
+
+
+def test_triplet_files(tmp_path):
+    line = {"reference": "a.jpg", "target": "b.jpg", "delta": "make it\u2028red", "score": 0.8, "id": 4}
+    path = put(tmp_path / "t.jsonl", json.dumps(line, ensure_ascii=False) + "\n" + json.dumps(line) + "\n")
+    triplets, store = data.training_triplets("jsonl", path, "")
+    assert len(triplets) == 2 and triplets[0].delta == "make it\u2028red" and triplets[0].extra == {"score": 0.8}
+    assert triplets[0].id == 4 and triplets[0].alternatives == () and store.roots == [str(tmp_path)]
+    release = [
+        {"reference": "a.jpg", "target": "b.jpg", "caption": ["human", "generated"]},
+        {"reference": "c.jpg", "target": "d.jpg", "caption": "one"},
+    ]
+    both, one = data.read_triplets(put(tmp_path / "vdg.json", release))
+    assert (both.delta, both.alternatives) == ("human", ("generated",)) and (one.delta, one.alternatives) == ("one", ())
+    for bad in (
+        {"reference": "a", "target": "b"},
+        {**line, "target": None},
+        {**line, "reference": "../a"},
+        {**line, "delta": []},
+        {**line, "delta": [1]},
+    ):
+        with pytest.raises(UserError, match="record 0"):
+            data.read_triplets(put(tmp_path / "bad.jsonl", json.dumps(bad)))
+    with pytest.raises(UserError, match="dataset"):
+        data.training_triplets("coco", path, "")
+
+
+def test_pseudo_triplets_in_cirr_format_are_read_back(tmp_path):
+    ring = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4)]
+    records = []
+    for subgroup in range(3):
+        for a, b in ring:
+            names = {"reference": f"g{subgroup}/{a}", "target": f"g{subgroup}/{b}", "delta": f"from {a} to {b} ü"}
+            records.append({"id": len(records) + 100, "subgroup": subgroup, **names, "score": 0.5})
+    path = tmp_path / "captions/cap.rc2.train.json"
+    data.write_cirr_captions(path, records)
+    names = sorted({record["reference"] for record in records})
+    put(tmp_path / "image_splits/split.rc2.train.json", {name: f"./{name}.jpg" for name in names})
+    queries = data.read_cirr(str(tmp_path), "train").queries
+    assert [(q.id, q.reference, q.target, q.delta) for q in queries] == [
+        (r["id"], r["reference"], r["target"], r["delta"]) for r in records
+    ]
+    for query, written, pair in zip(queries, json.loads(path.read_text()), ring * 3, strict=True):
+        assert list(query.members) == [f"g{query.extra['img_set']['id']}/{i}" for i in range(6)]
+        assert (written["img_set"]["reference_rank"], written["img_set"]["target_rank"]) == pair
+        assert written["target_soft"] == {query.target: 1.0}
+    given = [{**record, "members": [f"g{record['subgroup']}/{i}" for i in range(6)]} for record in records[7:8]]
+    data.write_cirr_captions(path, given)  # one pair of a subgroup: the members given are kept
+    assert json.loads(path.read_text())[0]["img_set"]["members"] == [f"g0/{i}" for i in range(6)]
+    data.write_cirr_captions(path, [{"reference": "a", "target": "b", "delta": "x"}] * 2)
+    assert [record["pairid"] for record in json.loads(path.read_text())] == [0, 1]
+
+
+# ---- picture -> tensor ----
+SIZES = [(224, 224), (225, 224), (37, 301), (301, 37), (500, 333), (17, 19), (640, 481), (223, 400)]
+
+
+def processors(config: dict):
+    """transformers' own Pillow processor of a preprocessor_config.json."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+
+    classes = {"CLIP": CLIPImageProcessorPil, "Blip": BlipImageProcessorPil, "ConvNext": ConvNextImageProcessorPil}
+    kind = config.get("image_processor_type") or config["feature_extractor_type"]
+    settings = {key: value for key, value in config.items() if not key.endswith("_type")}
+    return next(cls for name, cls in classes.items() if kind.startswith(name))(**settings)
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SQUARE_28 = {"height": 28, "width": 28}
+CONFIGS = [
+    {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 224, "size": 224, "do_center_crop": True},
+    {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": SQUARE_28},
+    {"image_processor_type": "CLIPImageProcessorFast", "size": {"shortest_edge": 31}, "crop_size": 35, **IMAGENET},
+    {"image_processor_type": "BlipImageProcessor", "size": {"height": 384, "width": 384}},
+    {"image_processor_type": "BlipImageProcessor", "size": {"height": 33, "width": 33}, "resample": 2},
+    {"image_processor_type": "BlipImageProcessor", "size": {"height": 20, "width": 20}, "do_normalize": False},
+    {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.875, "resample": 3, **IMAGENET},
+    {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "crop_pct": 0.875},
+    {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 61}},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_preprocess_equals_transformers(tmp_path, config):
+    put(tmp_path / "preprocessor_config.json", config)
+    ours, theirs = data.Preprocess.from_folder(tmp_path), processors(config)
+    for i, (width, height) in enumerate(SIZES):
+        image = noise(width, height, i)
+        pixels = ours(image)
+        assert pixels.dtype == torch.float32 and pixels.shape == (3, ours.size, ours.size)
+        assert torch.equal(pixels, theirs(image, return_tensors="pt")["pixel_values"][0])
+    assert len(ours.mean) == len(ours.std) == 3
+
+
+def test_preprocess_of_the_zoo(zoo):
+    for name, use in (("clip", "clip"), ("blip", "blip"), ("instructblip", "vision"), ("resnet", "encoder")):
+        ours = data.Preprocess.from_folder(str(zoo / name), use)
+        theirs = processors(json.loads((zoo / name / "preprocessor_config.json").read_text()))
+        image = noise(90, 61)
+        assert torch.equal(ours(image), theirs(image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_preprocess_from_a_processor_config(tmp_path):
+    put(tmp_path / "processor_config.json", {"image_processor": CONFIGS[4], "processor_class": "InstructBlipProcessor"})
+    assert data.Preprocess.from_folder(tmp_path).size == 33
+    put(tmp_path / "preprocessor_config.json", CONFIGS[3])
+    assert data.Preprocess.from_folder(tmp_path).size == 384
+
+
+def test_preprocess_not_there_or_not_usable_is_one_line(tmp_path):
+    for name in (tmp_path, tmp_path / "absent", "../x", "nobody/no-such-model-here", "a b", ""):
+        with pytest.raises(UserError, match="text tower.*preprocessor_config.json") as error:
+            data.Preprocess.from_folder(name, "text tower")
+        assert "\n" not in str(error.value)
+    for config in (
+        [],
+        {"image_processor_type": "PixtralImageProcessor"},
+        {**CONFIGS[3], "size": {"height": 384, "width": 224}},
+        {**CONFIGS[3], "size": {"longest_edge": 384}},
+        {**CONFIGS[3], "size": [224]},
+        {**CONFIGS[3], "size": -1},
+        {**CONFIGS[0], "do_center_crop": False},
+        {**CONFIGS[0], "do_resize": False},
+    ):
+        path = put(tmp_path / "preprocessor_config.json", config)
+        with pytest.raises(UserError) as error:
+            data.Preprocess.from_folder(tmp_path)
+        assert path in str(error.value)
+
+
+# ---- augmentation ----
+def test_augmentation_is_a_function_of_its_generator():
+    image = smooth(90, 85)
+    for change in (data.augment, data.random_resized_crop):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        one = change(image, common.rng(0, 1, 2), size=32)
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        assert change(image, common.rng(0, 1, 2), size=32).tobytes() == one.tobytes()
+        assert change(image, common.rng(0, 1, 3), size=32).tobytes() != one.tobytes()
+        assert one.size == (32, 32) and one.mode == "RGB"
+    assert image.tobytes() == smooth(90, 85).tobytes()  # the picture given is not changed
+
+
+def test_resized_crop_keeps_area_and_shape_and_goes_everywhere():
+    width, height = 170, 160
+    y, x = np.mgrid[0:height, 0:width]
+    position = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    corners, areas, rng = [], [], np.random.default_rng(0)
+    for _ in range(400):
+        window = data.random_resized_crop(position, rng, (0.8, 1.0), (0.9, 1.1))
+        w, h = window.size
+        assert 0.79 <= w * h / (width * height) <= 1 and 0.89 <= w / h <= 1.11
+        left, top = window.getpixel((0, 0))[:2]
+        assert window.getpixel((w - 1, h - 1))[:2] == (left + w - 1, top + h - 1)  # a window, nothing resampled
+        corners.append((left, top)), areas.append(w * h / (width * height))
+    assert min(areas) < 0.82 and max(areas) > 0.96
+    assert min(c[0] for c in corners) == 0 and max(c[0] for c in corners) > 20 and max(c[1] for c in corners) > 15
+    thin = data.random_resized_crop(smooth(300, 20), rng, (0.8, 1.0), (0.9, 1.1))
+    assert thin.size == (22, 20)  # no window fits: the largest of an allowed shape
+    assert data.random_resized_crop(smooth(3, 60), rng, (0.8, 1.0), (0.9, 1.1)).size == (3, 3)
+
+
+def test_each_part_of_the_augmentation_does_what_it_is_called():
+    image, rng = smooth(64, 64), np.random.default_rng(0)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "shift": 0.0, "degrees": 0.0}
+    assert data.augment(image, rng, **whole).tobytes() == image.tobytes()
+    assert data.augment(image, rng, **{**whole, "flip": 1.0}).tobytes() == ImageOps.mirror(image).tobytes()
+    flips = [data.augment(image, rng, **{**whole, "flip": 0.5}).tobytes() != image.tobytes() for _ in range(200)]
+    assert 70 < sum(flips) < 130
+    grey = Image.new("RGB", (32, 32), (100, 100, 100))
+    levels = [data.augment(grey, rng, **{**whole, "jitter": 0.2}).getpixel((16, 16))[0] for _ in range(200)]
+    assert 79 <= min(levels) < 90 and 110 < max(levels) <= 120
+    white = Image.new("RGB", (100, 100), WHITE)
+    for part in ({"shift": 0.1}, {"degrees": 10.0}):
+        uncovered = []
+        for _ in range(50):
+            pixels = np.asarray(data.augment(white, rng, **{**whole, **part}), int)
+            uncovered.append((pixels < 250).any(-1).mean())
+            assert pixels.min() >= 127 and pixels[50, 50].min() == 255
+        assert 0.03 < max(uncovered) < 0.25
+
+
+# ---- order and batches ----
+def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_only():
+    orders = [tuple(data.epoch_order(101, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert all(sorted(order) == list(range(101)) for order in orders) and len(set(orders)) == 9
+    assert data.epoch_order(101, 1, 2) == list(orders[5]) and data.epoch_order(0, 0, 0) == []
+    code = "import data; print(data.epoch_order(101, 1, 2))"  # another process: no hash randomisation in it
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=os.path.dirname(data.__file__))
+    assert json.loads(found) == list(orders[5])
+
+
+@pytest.mark.parametrize("n, batch, size", [(100, 8, 1), (100, 8, 2), (101, 8, 3), (2, 8, 4), (33, 7, 4), (0, 4, 2)])
+def test_ranks_share_what_one_rank_would_see(n, batch, size):
+    order = data.epoch_order(n, 0, 0)
+    for drop_last in (False, True):
+        alone = data.rank_batches(order, batch, drop_last=drop_last)
+        ranks = [data.rank_batches(order, batch, rank, size, drop_last) for rank in range(size)]
+        for step, items in enumerate(alone):
+            parts = [ranks[rank][step] for rank in range(size)]
+            assert sum(parts, []) == items
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert {len(rank) for rank in ranks} == {len(alone)}
+        assert sum(alone, []) == (order[: n // batch * batch] if drop_last else order)
+        assert all(len(items) == batch for items in alone[: None if drop_last else -1])
+
+
+def test_load_pixels(tmp_path):
+    for i in range(5):
+        noise(20 + i, 30, i).save(tmp_path / f"{i}.png")
+    store, names = data.ImageStore(str(tmp_path)), ["3", "0", "4", "0.png"]
+    put(tmp_path / "preprocessor_config.json", CONFIGS[4])
+    transform = data.Preprocess.from_folder(tmp_path)
+    pixels = data.load_pixels(store, names, transform)
+    assert pixels.shape == (4, 3, 33, 33)
+    for row, name in zip(pixels, names, strict=True):
+        assert torch.equal(row, transform(store.open(name)))
+    assert torch.equal(data.load_pixels(store, names, transform, workers=3), pixels)
+
+    def augmented(i: int):
+        return lambda image: transform(data.augment(image, common.rng(0, i)))
+
+    each = [data.load_pixels(store, names, [augmented(i) for i in range(4)], workers) for workers in (0, 3)]
+    assert torch.equal(*each) and not torch.equal(each[0], pixels)
+    for workers in (0, 3):
+        with pytest.raises(FileNotFoundError, match="'9'"):
+            data.load_pixels(store, ["3", "9"], transform, workers)
+
+
+def test_importing_data_does_not_import_torch():
+    code = "import sys, data; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(data.__file__)).returncode == 0

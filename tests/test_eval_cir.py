@@ -1,0 +1,457 @@
+"""Recall against a brute-force oracle, protocols against the real annotations, server files against mutations."""
+
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+from ranks import run_ranks
+
+import common
+import data
+import eval_cir
+
+
+# ---- an independent truth ----
+def oracle(scores: list[float], target: int, excluded: int = -1) -> float:
+    """Rank by Python's sort on (-score, index)."""
+    order = sorted((j for j in range(len(scores)) if j != excluded), key=lambda j: (-scores[j], j))
+    return order.index(target) + 1 if target in order else float("inf")
+
+
+def random_case(seed: int) -> tuple[data.Benchmark, torch.Tensor, torch.Tensor, eval_cir.Indices]:
+    """Small integers as embeddings, so that equal scores are common and exactly equal."""
+    draw = random.Random(seed)
+    dataset = ("cirr", "fashioniq")[seed % 2]
+    names = [f"n{i}" for i in draw.sample(range(1000), draw.randint(8, 40))]
+    outside = [f"out{i}" for i in range(8)]  # references and members that are not in the gallery
+    queries = []
+    for i in range(draw.randint(1, 25)):
+        members = draw.sample(names + outside, 6)
+        reference, target = members[:2]
+        draw.shuffle(members)
+        if dataset == "fashioniq":
+            members, reference, target = None, draw.choice(names + outside), draw.choice(names + outside)
+        queries.append(data.Triplet(reference, target, "words", i, tuple(members) if members else None))
+    benchmark = data.Benchmark(dataset, "val", "dress" if seed % 2 else None, tuple(queries), tuple(names), None)
+    at = eval_cir.index(benchmark, keep_reference=draw.random() < 0.5)
+    whole = torch.Generator().manual_seed(seed)
+    width = draw.randint(1, 4)
+    images = torch.randint(-1, 2, (len(at.names), width), generator=whole).float()
+    wanted = torch.randint(-1, 2, (len(queries), width), generator=whole).float()
+    for i in range(0, len(queries), 3):  # the reference is the best match of every third query
+        wanted[i] = images[at.reference[i]] * 5
+    return benchmark, wanted, images, at
+
+
+@pytest.mark.parametrize("dataset", [0, 1], ids=["cirr", "fashioniq"])
+def test_recalls_equal_brute_force(dataset):
+    ties = never = 0
+    for seed in range(dataset, 400, 2):
+        benchmark, wanted, images, at = random_case(seed)
+        got = eval_cir.recalls(*eval_cir.measure(wanted, images, at))
+        place = {name: i for i, name in enumerate(at.names)}
+        full, subset = [], []
+        vectors = images.tolist()
+        for query, row in zip(benchmark.queries, wanted.tolist(), strict=True):
+            scores = {name: sum(a * b for a, b in zip(row, vectors[i], strict=True)) for name, i in place.items()}
+            gallery = [scores[name] for name in benchmark.gallery]
+            spot = {name: i for i, name in enumerate(benchmark.gallery)}
+            drop = -1 if at.excluded is None else spot.get(query.reference, -1)
+            full.append(oracle(gallery, spot.get(query.target, -1), drop))
+            ties += query.target in spot and gallery.count(scores[query.target]) > 1
+            if benchmark.dataset == "cirr":
+                others = sorted(set(query.members) - {query.reference}, key=place.get)
+                subset.append(oracle([scores[name] for name in others], others.index(query.target)))
+        never += full.count(float("inf"))
+        percent = {k: 100 * sum(r <= k for r in full) / len(full) for k in (1, 5, 10, 50)}
+        expected = {f"R@{k}": percent[k] for k in ((1, 5, 10, 50) if subset else (10, 50))}
+        if subset:
+            expected |= {f"Rs@{k}": 100 * sum(r <= k for r in subset) / len(subset) for k in (1, 2, 3)}
+            expected["Avg"] = (expected["R@5"] + expected["Rs@1"]) / 2
+        assert got == pytest.approx(expected), seed
+    assert ties > 500 and never > 100  # the cases are hard enough
+
+
+def test_rank_ties_exclusion_and_absence():
+    scores = torch.tensor([[3.0, 5.0, 3.0, 3.0]])
+    for target, expected in enumerate((2, 1, 3, 4)):
+        assert eval_cir.rank(scores, torch.tensor([target])).item() == expected
+    assert eval_cir.rank(scores, torch.tensor([2]), torch.tensor([1])).item() == 2  # the reference was the best match
+    assert eval_cir.rank(scores, torch.tensor([2]), torch.tensor([0])).item() == 2
+    assert eval_cir.rank(scores, torch.tensor([-1])).item() == eval_cir.NEVER  # even with K over the gallery's size
+    assert eval_cir.rank(scores, torch.tensor([1]), torch.tensor([1])).item() == eval_cir.NEVER
+    assert eval_cir.recall(torch.tensor([1, 7, eval_cir.NEVER, 50]), 50) == 75.0
+
+
+def test_best_agrees_with_rank():
+    whole = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (50, 30), generator=whole).float()
+    excluded = torch.randint(-1, 30, (50,), generator=whole)
+    top = eval_cir.best(scores, 29, excluded)
+    for place in range(28):
+        assert (eval_cir.rank(scores, top[:, place], excluded) == place + 1).all()
+    assert not (top == excluded[:, None]).any()
+
+
+def test_blocks_cover_every_query_once():
+    whole = torch.Generator().manual_seed(1)
+    queries, images = torch.randn(1100, 6, generator=whole), torch.randn(70, 6, generator=whole)
+    blocks = list(eval_cir.score_blocks(queries, images))
+    assert len(blocks) > 1 and torch.get_float32_matmul_precision() == "highest"
+    found, exact = torch.cat([scores for _, scores in blocks]), queries.double() @ images.double().T
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-5  # bf16 or TF32 would be off by 1e-2
+
+
+# ---- a tiny drawn CIRR and a model that sees colour ----
+class Colours(torch.nn.Module):
+    """An image is its mean colour; the text "+r" adds red. Counts the images it encodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.seen = torch.nn.Dropout(), 0
+        self.frozen.eval()
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        return torch.tensor(list(image.resize((2, 2)).tobytes())).float().view(2, 2, 3).permute(2, 0, 1) / 255
+
+    def image(self, pixels):
+        self.seen += len(pixels)
+        tokens = pixels.mean((2, 3)) - 0.4
+        return tokens, torch.nn.functional.normalize(tokens, dim=1)
+
+    def compose(self, tokens, texts):
+        assert not self.training and len(tokens) == len(texts)
+        steps = torch.tensor([[0.3 * ("+r" in t), 0.3 * ("+g" in t), 0.3 * ("+b" in t)] for t in texts])
+        return torch.nn.functional.normalize(tokens + steps.to(tokens), dim=1)
+
+
+HOSTILE = "<script>alert('x')</script>\x1b[31m"
+
+
+def write_world(root, split="val", labelled=True, subgroups=4):
+    """CIRR's layout: subgroups of six colours, two queries each; the text says which channel rises."""
+    draw = random.Random(5)
+    table, records = {}, []
+    (root / "img_raw" / split).mkdir(parents=True)
+    for g in range(subgroups):
+        members = [f"{split}-{g}-img{i}" for i in range(6)]
+        for name in members:
+            table[name] = f"./{split}/{name}.png"
+            shade = tuple(draw.randint(0, 255) for _ in range(3))
+            Image.new("RGB", (24, 16), shade).save(root / "img_raw" / split / f"{name}.png")
+        for i in range(2):
+            record = {"pairid": 100 + len(records), "reference": members[i], "target_hard": members[i + 2]}
+            record |= {"target_soft": {members[i + 2]: 1.0}, "caption": draw.choice(["+r", "+g", "+b"]) + HOSTILE}
+            record["img_set"] = {"id": g, "members": members, "reference_rank": i, "target_rank": i + 2}
+            if not labelled:
+                record = {k: v for k, v in record.items() if not k.startswith("target")}
+            records.append(record)
+    for folder, name, value in (("captions", "cap", records), ("image_splits", "split", table)):
+        (root / "cirr" / folder).mkdir(parents=True, exist_ok=True)
+        (root / "cirr" / folder / f"{name}.rc2.{split}.json").write_text(json.dumps(value))
+    return root
+
+
+@pytest.fixture
+def world(tmp_path):
+    return write_world(tmp_path / "world")
+
+
+def brute(benchmark: data.Benchmark, model: Colours) -> dict[str, float]:
+    """R@1 and Rs@1 one image and one query at a time, in float64."""
+    model.eval()
+    at = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
+    full, subset = [], []
+    for query in benchmark.queries:
+        c = model.compose(at[query.reference][0], [query.delta])[0].double()
+        scores = {name: float(c @ target[0].double()) for name, (_, target) in at.items() if name != query.reference}
+        order = sorted(scores, key=lambda name: -scores[name])
+        full.append(order[0] == query.target)
+        subset.append([name for name in order if name in query.members][0] == query.target)
+    return {"R@1": 100 * sum(full) / len(full), "Rs@1": 100 * sum(subset) / len(subset)}
+
+
+def test_evaluate_on_a_drawn_cirr(world):
+    benchmark, model = data.read_cirr(world / "cirr", "val"), Colours()
+    model.train()
+    model.frozen.eval()
+    got = eval_cir.evaluate(model, benchmark, 5, "cpu")
+    assert model.seen == 24  # every image once, although references stand in two roles
+    assert model.training and not model.frozen.training  # modes as they were, part by part
+    expected = brute(benchmark, model)
+    assert {key: got[key] for key in expected} == pytest.approx(expected)
+    assert 0 < got["Rs@1"] and got["Avg"] == pytest.approx((got["R@5"] + got["Rs@1"]) / 2)
+    for batch, workers in ((1, 0), (64, 2)):
+        assert eval_cir.evaluate(Colours(), benchmark, batch, "cpu", workers=workers) == pytest.approx(got)
+
+
+def test_two_ranks_give_the_same_numbers(world):
+    benchmark = data.read_cirr(world / "cirr", "val")
+    alone = eval_cir.evaluate(Colours(), benchmark, 5, "cpu")
+    for batch in (5, 64):  # with 64, the second rank has no image to encode
+        results = run_ranks(2, lambda batch=batch: eval_cir.evaluate(Colours(), benchmark, batch, "cpu"))
+        assert results[0] == results[1] == alone
+
+
+def test_a_missing_gallery_image_stops(world):
+    benchmark, model = data.read_cirr(world / "cirr", "val"), Colours()
+    (world / "img_raw" / "val" / "val-3-img5.png").unlink()  # in no query: only the gallery needs it
+    with pytest.raises(common.UserError, match="1 of 24 images missing, the first is 'val-3-img5'"):
+        eval_cir.evaluate(model, benchmark, 5, "cpu")
+    assert model.seen == 0
+
+
+def test_a_damaged_gallery_image_stops(world):
+    benchmark = data.read_cirr(world / "cirr", "val")
+    (world / "img_raw" / "val" / "val-3-img5.png").write_bytes(b"")
+    with pytest.raises(common.UserError, match="val-3-img5"):
+        eval_cir.evaluate(Colours(), benchmark, 5, "cpu")
+
+
+def test_not_finite_stops(world):
+    class Broken(Colours):
+        def compose(self, tokens, texts):
+            return super().compose(tokens, texts) * float("nan")
+
+    with pytest.raises(common.UserError, match="8 query embeddings are not finite"):
+        eval_cir.evaluate(Broken(), data.read_cirr(world / "cirr", "val"), 5, "cpu")
+
+
+def test_odd_img_set_and_doubled_gallery_stop(world):
+    benchmark = data.read_cirr(world / "cirr", "val")
+    first = benchmark.queries[0]
+    for members in (first.members[1:], first.members[:5] + first.members[:1], None):
+        odd = data.Triplet(first.reference, first.target, first.delta, first.id, members)
+        changed = data.Benchmark("cirr", "val", None, (odd,), benchmark.gallery, benchmark.images)
+        with pytest.raises(common.UserError, match="pairid 100"):
+            eval_cir.index(changed, True)
+    double = data.Benchmark("cirr", "val", None, benchmark.queries, ("val-0-img0",) * 2, benchmark.images)
+    with pytest.raises(common.UserError, match="twice"):
+        eval_cir.index(double, True)
+
+
+# ---- the stage itself ----
+def run_stage(monkeypatch, tmp_path, **constants) -> None:
+    """main() with constants set as the command line sets them, and a colour model in place of a checkpoint's."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    stage = types.SimpleNamespace(load_cir=lambda folder, device: Colours())
+    monkeypatch.setitem(sys.modules, "train_cir", stage)
+    for name, value in ({"CHECKPOINT": str(checkpoint), "OUT": str(tmp_path / "out")} | constants).items():
+        assert hasattr(eval_cir, name)
+        monkeypatch.setattr(eval_cir, name, value)
+    eval_cir.main()
+
+
+def test_main_writes_metrics_and_a_page(monkeypatch, tmp_path, world, capsys):
+    run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), OFFICIAL=False, DEVICE="cpu", SHOW=5)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    benchmark = data.read_cirr(world / "cirr", "val")
+    assert found["metrics"] == eval_cir.evaluate(Colours(), benchmark, 64, "cpu")
+    assert (found["parts"][0]["queries"], found["parts"][0]["gallery"]) == (8, 24)
+    assert found["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    printed = capsys.readouterr().out
+    for text in ('protocol "split"', "minus the query's own reference", "not the official data", found["sha256"]):
+        assert text in printed
+    assert f"{found['metrics']['R@1']:.2f}" in printed
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<script" not in page and "\x1b" not in page and "&lt;script&gt;" in page
+    shown = [int(place) for place in re.findall(r"the right one is at rank (\d+) of 24", page)]
+    assert len(shown) == 5 and shown == sorted(shown, reverse=True) and shown[0] > shown[-1]  # hardest first
+    assert page.count('class="panel"') == 5 and page.count('class="right"') == 5
+
+
+def test_other_data_is_not_the_official_set(monkeypatch, tmp_path, world):
+    with pytest.raises(common.UserError, match="8 queries and 24 gallery.*4,181 and 2,297"):
+        run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), DEVICE="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_references_protocol_is_a_smaller_gallery(monkeypatch, tmp_path, world):
+    smaller = {"CIRR_PROTOCOL": "references", "OFFICIAL": False, "SHOW": 4}
+    run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), DEVICE="cpu", **smaller)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["parts"][0]["gallery"] == 8 and "references" in found["protocol"]
+    assert found["metrics"]["R@50"] == 0  # no target of this world is anybody's reference
+    assert found["metrics"]["Rs@1"] == eval_cir.evaluate(Colours(), data.read_cirr(world, "val"), 9, "cpu")["Rs@1"]
+    assert "not in the gallery" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_hidden_split_writes_the_servers_files(monkeypatch, tmp_path, capsys):
+    world = write_world(tmp_path / "world", "test1", labelled=False, subgroups=10)
+    run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), OFFICIAL=False, DEVICE="cpu", SPLIT="test")
+    benchmark = data.read_cirr(world / "cirr", "test1")
+    model = Colours().eval()
+    at = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
+    full = json.loads((tmp_path / "out" / "recall.json").read_text())
+    subset = json.loads((tmp_path / "out" / "recall_subset.json").read_text())
+    assert (full.pop("version"), full.pop("metric")) == ("rc2", "recall")
+    assert (subset.pop("version"), subset.pop("metric")) == ("rc2", "recall_subset")
+    assert list(full) == list(subset) == [str(q.id) for q in benchmark.queries]
+    for query in benchmark.queries:
+        c = model.compose(at[query.reference][0], [query.delta])[0]
+        order = sorted(benchmark.gallery, key=lambda name: -float(c @ at[name][1][0]))  # noqa: B023
+        order.remove(query.reference)
+        assert full[str(query.id)][:10] == order[:10] and len(full[str(query.id)]) == 50
+        assert subset[str(query.id)] == [name for name in order if name in query.members][:3]
+    assert "has no labels" in capsys.readouterr().out and not (tmp_path / "out" / "metrics.json").exists()
+
+
+# ---- the server's files ----
+@pytest.fixture
+def sent(tmp_path):
+    """A labelled benchmark of 10 queries over 60 images, and a valid file of each kind as (path, record)."""
+    draw = random.Random(3)
+    names = [f"dev-{i}" for i in range(60)]
+    queries = []
+    for i in range(10):
+        members = draw.sample(names, 6)
+        queries.append(data.Triplet(members[0], members[1], "words", i + 7, tuple(members)))
+    benchmark = data.Benchmark("cirr", "val", None, tuple(queries), tuple(names), None)
+    files = {}
+    for metric, count in (("recall", 50), ("recall_subset", 3)):
+        record = {"version": "rc2", "metric": metric}
+        for query in queries:
+            pool = set(names if count == 50 else query.members) - {query.reference}
+            record[str(query.id)] = draw.sample(sorted(pool), count)
+        path = tmp_path / f"{metric}.json"
+        path.write_text(json.dumps(record))
+        files[metric] = (path, record)
+    return benchmark, files
+
+
+def mutate(record: dict, benchmark: data.Benchmark, how: str) -> str:
+    query = benchmark.queries[4]
+    names = record[str(query.id)]
+    outsider = next(n for n in benchmark.gallery if n not in query.members)
+    if how == "version":
+        record["version"] = "rc1"
+    elif how == "metric":
+        record["metric"] = "recall_subset" if record["metric"] == "recall" else "recall"
+    elif how == "lost query":
+        del record[str(query.id)]
+    elif how == "unknown query":
+        record["999"] = names
+    elif how == "too few":
+        names.pop()
+    elif how == "too many":
+        names.append(next(n for n in benchmark.gallery if n not in names and n != query.reference))
+    elif how == "doubled":
+        names[0] = names[1]
+    elif how == "reference":
+        names[2] = query.reference
+    elif how == "not in the gallery":
+        names[0] = "dev-999" if len(names) == 50 else outsider
+    elif how == "not text":
+        names[0] = 3
+    elif how == "not a list":
+        record[str(query.id)] = "dev-1"
+    elif how == "too large":
+        return json.dumps(record) + " " * eval_cir.SERVER_LIMIT
+    elif how == "cut":
+        return json.dumps(record)[:-20]
+    elif how == "a list":
+        return json.dumps([record])
+    return json.dumps(record)
+
+
+MUTATIONS = "version,metric,lost query,unknown query,too few,too many,doubled,reference,not in the gallery,not text"
+MUTATIONS += ",not a list,too large,cut,a list"
+
+
+@pytest.mark.parametrize("metric", ["recall", "recall_subset"])
+@pytest.mark.parametrize("how", MUTATIONS.split(","))
+def test_validator_refuses(sent, metric, how):
+    benchmark, files = sent
+    path, record = files[metric]
+    assert eval_cir.read_submission(path, benchmark, metric)  # valid before
+    path.write_text(mutate(record, benchmark, how))
+    says = "own reference" if how == "reference" else ""
+    with pytest.raises(common.UserError, match=f"{metric}.json.*{says}"):
+        eval_cir.read_submission(path, benchmark, metric)
+
+
+def test_scoring_a_file(sent):
+    benchmark, files = sent
+    for metric, letter, ks in (("recall", "R", (1, 5, 10, 50)), ("recall_subset", "Rs", (1, 2, 3))):
+        path, record = files[metric]
+        hits = {k: sum(q.target in record[str(q.id)][:k] for q in benchmark.queries) for k in ks}
+        expected = {f"{letter}@{k}": 10.0 * hits[k] for k in ks}
+        assert eval_cir.score_submission(path, benchmark, metric) == pytest.approx(expected)
+
+
+def test_full_size_submission_fits_the_limit(shared, tmp_path):
+    """4,148 queries x 50 of the longest names: compact fits, indented would not."""
+    benchmark = data.read_cirr(shared / "data" / "cirr", "test1")
+    at = eval_cir.index(benchmark, True)
+    whole = torch.Generator().manual_seed(0)
+    queries = torch.randn(len(benchmark.queries), 8, generator=whole)
+    images = torch.randn(len(at.names), 8, generator=whole)
+    eval_cir.write_submission(str(tmp_path), benchmark, queries, images, at)
+    record = common.read_json(tmp_path / "recall.json")
+    assert len(record) == 4148 + 2
+    (tmp_path / "recall.json").write_text(json.dumps(record, indent=2))
+    with pytest.raises(common.UserError, match="without indentation"):
+        eval_cir.read_submission(tmp_path / "recall.json", benchmark, "recall")
+
+
+# ---- the real annotations ----
+@pytest.mark.parametrize(
+    "dataset, split, protocol, queries, galleries",
+    [
+        ("cirr", "val", "split", 4181, [2297]),
+        ("cirr", "test", "split", 4148, [2315]),
+        ("cirr", "test1", "references", 4148, [2178]),
+        ("cirr", "val", "references", 4181, [2165]),
+        ("fashioniq", "val", "original", 6016, [3817, 6346, 5373]),
+        ("fashioniq", "val", "val", 6016, [2628, 3089, 2902]),
+    ],
+)
+def test_published_counts(shared, dataset, split, protocol, queries, galleries):
+    found = eval_cir.read_benchmarks(dataset, str(shared / "data" / dataset), split, "all", "", protocol)
+    assert sum(len(b.queries) for b in found) == queries and [len(b.gallery) for b in found] == galleries
+    for benchmark in found:
+        eval_cir.require_official(benchmark, protocol)
+        at = eval_cir.index(benchmark, True)
+        assert at.gallery == len(benchmark.gallery) and (at.target is None) == split.startswith("test")
+        fewer = dataclasses.replace(benchmark, queries=benchmark.queries[1:])
+        with pytest.raises(common.UserError, match="published"):
+            eval_cir.require_official(fewer, protocol)
+
+
+def test_check_counts_and_stops(shared, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "train_cir", None)  # importing it would raise: --check loads no model
+    for name, value in (("CHECK", True), ("DEVICE", "cpu"), ("ROOT", str(shared / "data" / "cirr"))):
+        monkeypatch.setattr(eval_cir, name, value)
+    with pytest.raises(common.UserError, match="2,297 images missing .*'dev-244-0-img0'"):
+        eval_cir.main()
+    printed = capsys.readouterr().out
+    assert "4,181 queries, 2,297 gallery images" in printed and "2,297 missing" in printed
+    monkeypatch.setattr(eval_cir, "DATASET", "fashioniq")
+    monkeypatch.setattr(eval_cir, "ROOT", str(shared / "data" / "fashioniq"))
+    with pytest.raises(common.UserError, match="15,536 images missing"):
+        eval_cir.main()
+    printed = capsys.readouterr().out
+    for count in ("6,016 queries", "3,817 gallery", "6,346 gallery", "5,373 gallery"):
+        assert count in printed
+
+
+def test_check_passes_when_all_is_there(world, monkeypatch, capsys):
+    for name, value in (("CHECK", True), ("DEVICE", "cpu"), ("ROOT", str(world / "cirr")), ("OFFICIAL", False)):
+        monkeypatch.setattr(eval_cir, name, value)
+    eval_cir.main()
+    assert "8 queries, 24 gallery images" in capsys.readouterr().out
+
+
+def test_unknown_protocol_names_the_choices(monkeypatch):
+    monkeypatch.setattr(eval_cir, "CIRR_PROTOCOL", "all")
+    with pytest.raises(common.UserError, match="--cirr_protocol is 'all'; wanted one of split, references"):
+        eval_cir.main()

@@ -1,0 +1,450 @@
+"""gen_deltas.py on a tiny random VDG: tokens against Hugging Face's generate, one text whatever happens to a run."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import zoo as writer
+from transformers import AutoModelForCausalLM
+
+import common
+import data
+import gen_deltas  # sets MKL's summation order: pytest imports all tests before one computes
+import vdg_align
+import vdg_tune
+
+DEFAULTS = common.constants_of(vars(gen_deltas))
+PROMPT = "Request: Analyze.\nReference: <reference>\nTarget: <target>\nResponse:"
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """main() reads constants of its module: put them back after each test, and leave the signals of pytest alone."""
+    monkeypatch.setattr(common, "stop_requested", lambda: False)
+    yield
+    vars(gen_deltas).update(DEFAULTS)
+
+
+@pytest.fixture(scope="module")
+def vdg(zoo, tmp_path_factory):
+    """A checkpoint as vdg_tune.py writes it: random LoRA, random projection, an LLM that ends now and then."""
+    root = tmp_path_factory.mktemp("vdg")
+    shutil.copytree(zoo / "llama", root / "llama")
+    llm = AutoModelForCausalLM.from_pretrained(root / "llama", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    llm.lm_head.weight.data[2] *= 4  # the end token: likely after some words, impossible after others
+    llm.save_pretrained(root / "llama")
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.05, "targets": ["q_proj", "v_proj"]}
+    for module in vdg_tune.add_lora(llm, *lora.values()).values():
+        module.lora_B.data.normal_(std=0.3, generator=generator)
+        module.lora_A.data.normal_(std=0.3, generator=generator)
+    vision = vdg_align.VisionProjector(str(zoo / "instructblip"), llm.config.hidden_size)
+    vision.projection.weight.data.normal_(std=0.4, generator=generator)
+    vision.projection.bias.data.zero_()  # drawn from the global generator, whose state depends on other tests
+    config = {"stage": "tune", "vision": str(zoo / "instructblip"), "llm": str(root / "llama"), "quantize": ""}
+    config |= {"dim": llm.config.hidden_size, "lora": lora, "prompt": PROMPT}
+    tensors = {"adapter_model.safetensors": vdg_tune.adapter_tensors(llm)}
+    tensors["projection.safetensors"] = vision.projection.state_dict()
+    texts = {"adapter_config.json": vdg_tune.adapter_config(lora, config["llm"]), "config.json": config}
+    common.save_folder(root / "vdg", tensors, texts)
+    return root / "vdg"
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory):
+    """Four subgroups of six out of 13 pictures, two of them the same file; nine pairs each, as mine_pairs.py does."""
+    root = tmp_path_factory.mktemp("mined")
+    names = writer.draw(root / "images", 12, 5)
+    shutil.copy(root / "images" / names[3], root / "images" / "again.png")
+    names.append("again.png")
+    template = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4)]
+    order, groups, pairs = np.random.default_rng(0).permutation(13), [], []
+    for number in range(4):
+        members = [names[order[(6 * number + i) % 13]] for i in range(6)]
+        groups.append({"id": number, "members": members, "scores": [0.9] * 5})
+        for a, b in template:
+            pair = {"id": len(pairs), "subgroup": number, "reference": members[a], "target": members[b], "score": 0.5}
+            pairs.append(pair)
+    write_jsonl(root / "subgroups.jsonl", groups)
+    write_jsonl(root / "pairs.jsonl", pairs)
+    return root
+
+
+def write_jsonl(path, records):
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def arguments(vdg, mined, out, **more) -> list[str]:
+    base = {"vdg": vdg, "pairs": mined / "pairs.jsonl", "images": mined / "images", "out": out, "device": "cpu"}
+    base |= {"workers": 0, "temperature": 1.0, "max_new": 10, "batch": 8, "encode_batch": 4, "show": 2} | more
+    return [word for name, value in base.items() for word in (f"--{name}", str(value))]
+
+
+def generate(*given, **more) -> bytes:
+    """A run in this process -> the bytes of pseudo.jsonl."""
+    vars(gen_deltas).update(DEFAULTS)
+    common.override(vars(gen_deltas), arguments(*given, **more))
+    gen_deltas.main()
+    return (Path(given[2]) / "pseudo.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def truth(vdg, mined, tmp_path_factory):
+    """One undisturbed run -> (its folder, the bytes of pseudo.jsonl)."""
+    out = tmp_path_factory.mktemp("truth") / "out"
+    return out, generate(vdg, mined, out)
+
+
+def records_of(text: bytes) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ---- the sampler ----
+@pytest.mark.parametrize("top_k", [4, 0])
+def test_choose_draws_from_the_softmax_of_the_top_k(top_k):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9, -3.0, 1.9])
+    scaled = (logits.double() / 0.7).masked_fill(logits < (logits.topk(4).values[-1] if top_k else -9), -torch.inf)
+    wanted = scaled.softmax(0)
+    n = 40_000
+    over_keys = torch.tensor([gen_deltas.row_key(0, i, "forward") for i in range(n)])
+    drawn = gen_deltas.choose(logits.expand(n, -1), over_keys, 3, 0.7, top_k)
+    other = gen_deltas.choose(logits.expand(n, -1), over_keys, 4, 0.7, top_k)
+    along = torch.cat([gen_deltas.choose(logits[None], over_keys[:1], p, 0.7, top_k) for p in range(2000)])
+    for tokens, most in ((drawn, 0.01), (other, 0.01), (along, 0.04)):
+        seen = torch.bincount(tokens, minlength=7).double() / len(tokens)
+        assert (seen - wanted).abs().sum() / 2 < most
+    joint = torch.bincount(drawn * 7 + other, minlength=49).double() / n  # two positions of a row are independent
+    assert (joint - torch.outer(wanted, wanted).flatten()).abs().sum() / 2 < 0.03
+
+
+def test_choose_depends_on_the_row_alone_and_zero_is_greedy():
+    logits = torch.randn(64, 50, generator=torch.manual_seed(0))
+    keys = torch.tensor([gen_deltas.row_key(7, f"pair {i}", "forward") for i in range(64)])
+    together = gen_deltas.choose(logits, keys, 5, 1.0, 20)
+    alone = torch.cat([gen_deltas.choose(logits[i : i + 1], keys[i : i + 1], 5, 1.0, 20) for i in range(64)])
+    assert torch.equal(together, alone)
+    assert len(set(together.tolist())) > 10
+    assert torch.equal(gen_deltas.choose(logits, keys, 5, 0.0, 20), logits.argmax(1))
+    assert gen_deltas.row_key(0, 1, "forward") != gen_deltas.row_key(0, "1", "forward")
+    assert gen_deltas.row_key(0, 1, "forward") != gen_deltas.row_key(0, 1, "reverse")
+
+
+def test_mix_is_splitmix64():
+    def truth(x: int) -> int:  # Steele, Lea, Flood 2014, in unbounded integers
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) % 2**64
+        return x ^ x >> 31
+
+    numbers = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15, 123456789]
+    mixed = gen_deltas.mix(torch.tensor([gen_deltas.signed(x) for x in numbers]))
+    assert [x % 2**64 for x in mixed.tolist()] == [truth(x) for x in numbers]
+
+
+# ---- decoding ----
+def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch):
+    """The cache in three levels against Hugging Face's loop over the spliced prompt, LoRA merged against LoRA apart."""
+    vision, llm, tokenizer, config = vdg_tune.load_vdg(str(vdg), "cpu", torch.float32)
+    pieces = vdg_tune.prompt_pieces(tokenizer, config["prompt"])
+    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    images = data.ImageStore(mined / "images")
+    names = sorted({pair["reference"] for pair in pairs} | {pair["target"] for pair in pairs})
+    with torch.no_grad():
+        tokens = vision(vision.queries(data.load_pixels(images, names, vision.preprocess)))  # (N, Q, D)
+        at = [(names.index(pair["reference"]), names.index(pair["target"])) for pair in pairs]
+        rows = [vdg_tune.delta_row(pieces, tokens[r], tokens[t]) for r, t in at]
+        batch = vdg_align.splice(llm.get_input_embeddings(), rows, left=True)
+        wanted = llm.generate(
+            inputs_embeds=batch.embeddings, attention_mask=batch.mask, max_new_tokens=16, do_sample=False,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+    vdg_tune.merge_lora(llm)
+    prompt, order = gen_deltas.prompt_parts(pieces)
+    assert order == ["reference", "target"]
+    prefix = gen_deltas.instruction(llm, prompt[0])
+    references = sorted({r for r, _ in at})
+    row = [references.index(r) for r, _ in at]
+    second = tokens[[t for _, t in at]]
+    keys, eos, positions, real = torch.zeros(len(at)).long(), tokenizer.eos_token_id, [], gen_deltas.choose
+    monkeypatch.setattr(gen_deltas, "choose", lambda *a: positions.append(a[2]) or real(*a))
+    found = gen_deltas.generate(llm, prompt, prefix, tokens[references], second, row, keys, eos, 16, 0.0, 0)
+    assert torch.equal(found, wanted)
+    assert positions == list(range(16))  # each step has noise of its own
+    assert len({tuple(line) for line in wanted.tolist()}) > 10  # the prompts tell them apart
+    ends = [tokenizer.eos_token_id in line for line in wanted.tolist()]
+    assert any(ends) and not all(ends)
+
+
+def test_products_do_not_depend_on_the_number_of_rows():
+    """To the last bit: what makes a delta independent of the batch, and of the threads, which torchrun sets to one."""
+    if not torch.backends.mkl.is_available() or "GenuineIntel" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs MKL on an Intel CPU")
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    for width, out in ((64, 96), (320, 320), (1382, 512)):
+        x, w = torch.randn(300, width, generator=generator), torch.randn(out, width, generator=generator)
+        whole = x @ w.T
+        for rows in (1, 2, 3, 7, 16, 64, 100):
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                part = x[:rows] @ w.T
+                torch.set_num_threads(threads)
+                assert torch.equal(part, whole[:rows]), (width, rows, count)
+
+
+def test_flags(vdg):
+    tokenizer = vdg_align.load_tokenizer(str(vdg.parent / "llama"))
+    eos, ids = [tokenizer.eos_token_id], lambda text: vdg_align.tokenize(tokenizer, text)
+    assert gen_deltas.text_of(ids("shows: two cats") + eos + ids("more"), tokenizer) == ("shows: two cats", [])
+    assert gen_deltas.text_of(eos, tokenizer) == ("", ["empty"])
+    assert gen_deltas.text_of(ids(" \n ") + eos, tokenizer) == ("", ["empty"])
+    assert gen_deltas.text_of(ids("is red"), tokenizer) == ("is red", ["runaway"])
+    assert gen_deltas.text_of(ids("is red and red") + eos, tokenizer) == ("is red and red", [])
+    again = "a red hat to a red hat to a red hat to the dog"
+    assert gen_deltas.text_of(ids(again) + eos, tokenizer) == (again, ["repeated"])
+    odd = tokenizer.convert_tokens_to_ids(["<0x1B>", "<0x0A>", "<0x07>"])
+    assert gen_deltas.text_of(ids("is") + odd + ids("red") + eos, tokenizer)[0].split() == ["is", "red"]
+
+
+# ---- whole runs ----
+def test_files(truth, mined):
+    out, text = truth
+    pairs, records = common.read_jsonl(mined / "pairs.jsonl"), records_of(text)
+    assert [{k: v for k, v in r.items() if k not in ("delta", "flags")} for r in records] == pairs
+    assert len({r["delta"] for r in records}) > 25
+    report = common.read_json(out / "report.json")
+    assert report["pairs"] == 36 and report["images"] == len({n for p in pairs for n in (p["reference"], p["target"])})
+    for flag in ("empty", "runaway", "repeated"):
+        assert report[flag] == sum(flag in r.get("flags", ()) for r in records)
+    assert 0 < report["runaway"] < 36
+    groups = common.read_jsonl(mined / "subgroups.jsonl")
+    cirr = common.read_json(out / "cap.rc2.train.json")
+    assert [c["caption"] for c in cirr] == [r["delta"] for r in records]
+    assert [c["img_set"]["members"] for c in cirr] == [groups[p["subgroup"]]["members"] for p in pairs]
+    assert [(c["img_set"]["reference_rank"], c["img_set"]["target_rank"]) for c in cirr[:3]] == [(0, 1), (1, 2), (2, 3)]
+    page = (out / "deltas.html").read_text()
+    assert page.count("<img") == 4 and "<script" not in page
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_batch_size_and_order_change_no_byte(vdg, mined, truth, tmp_path, batch):
+    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    order = np.random.default_rng(batch).permutation(len(pairs))
+    write_jsonl(tmp_path / "pairs.jsonl", [pairs[i] for i in order])
+    shuffled = generate(vdg, mined, tmp_path / "out", pairs=tmp_path / "pairs.jsonl", batch=batch, encode_batch=batch)
+    assert sorted(shuffled.splitlines()) == sorted(truth[1].splitlines())
+    assert [r["id"] for r in records_of(shuffled)] == order.tolist()
+
+
+def test_two_ranks_write_the_same(vdg, mined, truth, tmp_path):
+    def work():
+        generate(vdg, mined, tmp_path / "out")
+
+    ranks.run_ranks(2, work)
+    assert (tmp_path / "out" / "pseudo.jsonl").read_bytes() == truth[1]
+    parts = sorted((tmp_path / "out" / "parts").glob("*.jsonl"))
+    assert [p.name for p in parts] == ["part-0-of-2.jsonl", "part-1-of-2.jsonl"]
+    assert [len(common.read_jsonl(p)) for p in parts] == [18, 18]
+    for name in ("cap.rc2.train.json", "report.json", "deltas.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (truth[0] / name).read_bytes()
+
+
+def test_killed_and_resumed_on_other_ranks(vdg, mined, truth, tmp_path):
+    """SIGKILL in the middle, a torn last line, then two ranks with another batch size: every pair once, same text."""
+    out = tmp_path / "out"
+    part = out / "parts" / "part-0-of-1.jsonl"
+
+    def work():
+        torch.set_num_threads(1)  # OpenMP's thread pool does not survive a fork
+        generate(vdg, mined, out, batch=1)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    deadline = time.time() + 100
+    while not (part.exists() and part.read_bytes().count(b"\n") >= 5) and time.time() < deadline:
+        assert process.is_alive()
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    whole = part.read_bytes()
+    kept = whole.count(b"\n")
+    assert 5 <= kept < 36 and not (out / "pseudo.jsonl").exists()
+    part.write_bytes(whole + b'{"id": 3, "delta": "ma')
+
+    ranks.run_ranks(2, lambda: generate(vdg, mined, out, batch=5) and None)
+    assert (out / "pseudo.jsonl").read_bytes() == truth[1]
+    written = [r["id"] for p in (out / "parts").glob("*.jsonl") for r in common.read_jsonl(p)]
+    assert sorted(written) == list(range(36)) and len(common.read_jsonl(part)) == kept
+
+
+def test_other_settings_do_not_mix(vdg, mined, truth, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(truth[0], out)
+    vars(gen_deltas).update(DEFAULTS)
+    common.override(vars(gen_deltas), arguments(vdg, mined, out, temperature=0.5))
+    with pytest.raises(SystemExit) as stop:
+        common.run(gen_deltas.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "temperature: 1.0 there, 0.5 now" in error
+    other = tmp_path / "vdg"
+    shutil.copytree(vdg, other)
+    tensors = common.load_tensors(other, "adapter_model.safetensors")
+    changed = {name: t * 2 for name, t in tensors.items()}
+    texts = {n: common.read_json(other / n) for n in ("adapter_config.json", "config.json")}
+    kept = common.load_tensors(other, "projection.safetensors")
+    common.save_folder(other, {"adapter_model.safetensors": changed, "projection.safetensors": kept}, texts)
+    with pytest.raises(common.UserError, match="vdg"):
+        generate(other, mined, out)
+    assert (out / "pseudo.jsonl").read_bytes() == truth[1]
+
+
+def test_only_new_pairs_are_generated(vdg, mined, truth, tmp_path, monkeypatch):
+    """First 20 pairs, then all 36, then 30 of them; a known id with other images is another pair."""
+    seen, real = [], gen_deltas.row_key
+    monkeypatch.setattr(gen_deltas, "row_key", lambda seed, i, way: seen.append(i) or real(seed, i, way))
+    pairs, out = common.read_jsonl(mined / "pairs.jsonl"), tmp_path / "out"
+    for some in (pairs[:20], pairs, pairs[6:]):
+        seen.clear()
+        write_jsonl(tmp_path / "pairs.jsonl", some)
+        text = generate(vdg, mined, out, pairs=tmp_path / "pairs.jsonl")
+        assert text.splitlines() == [line for line, p in zip(truth[1].splitlines(), pairs, strict=True) if p in some]
+        assert sorted(set(seen)) == {20: list(range(20)), 36: list(range(20, 36)), 30: []}[len(some)]
+    changed = [pairs[0] | {"target": pairs[4]["target"]}, *pairs[1:]]
+    seen.clear()
+    write_jsonl(tmp_path / "pairs.jsonl", changed)
+    text = generate(vdg, mined, out, pairs=tmp_path / "pairs.jsonl")
+    assert set(seen) == {0} and text.splitlines()[1:] == truth[1].splitlines()[1:]
+    assert records_of(text)[0]["target"] == pairs[4]["target"]
+
+
+def test_each_image_is_encoded_once(vdg, mined, truth, tmp_path, monkeypatch):
+    opened, encoded = [], []
+    real_open, real_queries = data.ImageStore.open, vdg_align.VisionProjector.queries
+    monkeypatch.setattr(data.ImageStore, "open", lambda self, name: opened.append(name) or real_open(self, name))
+    counted = lambda self, pixels: encoded.append(len(pixels)) or real_queries(self, pixels)  # noqa: E731
+    monkeypatch.setattr(vdg_align.VisionProjector, "queries", counted)
+    pairs, out = common.read_jsonl(mined / "pairs.jsonl"), tmp_path / "out"
+    write_jsonl(tmp_path / "pairs.jsonl", pairs[:9])
+    generate(vdg, mined, out, pairs=tmp_path / "pairs.jsonl")
+    first = {n for p in pairs[:9] for n in (p["reference"], p["target"])}
+    assert sorted(opened) == sorted(first) and encoded == [4, 4]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert generate(vdg, mined, out, pairs=tmp_path / "pairs.jsonl") == truth[1]
+    files = {n: (mined / "images" / n).read_bytes() for p in pairs for n in (p["reference"], p["target"])}
+    assert len(opened) == len(set(opened)) == len(set(files.values())) < len(files)  # two names, one content: once
+    assert len(list((out / "queries").glob("*.npy"))) == 1
+
+
+def test_a_changed_picture_is_encoded_again(vdg, mined, truth, tmp_path):
+    """The store is keyed by content: new pairs of a picture that was exchanged do not get the old one's tokens."""
+    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    root = tmp_path / "mined"
+    shutil.copytree(mined, root)
+    write_jsonl(root / "pairs.jsonl", pairs[:1])
+    generate(vdg, root, tmp_path / "out")
+    name = pairs[1]["reference"]
+    writer.draw(tmp_path / "other", 1, 77)
+    shutil.copy(next((tmp_path / "other").iterdir()), root / "images" / name)
+    write_jsonl(root / "pairs.jsonl", pairs[:2])
+    resumed = generate(vdg, root, tmp_path / "out").splitlines()
+    assert resumed[1] == generate(vdg, root, tmp_path / "fresh").splitlines()[1] != truth[1].splitlines()[1]
+
+
+def test_reverse(vdg, mined, truth, tmp_path):
+    """Forward deltas stay what they are; the reverse one is what greedy decoding says of the swapped images."""
+    both = records_of(generate(vdg, mined, tmp_path / "out", reverse=True))
+    assert [r["delta"] for r in both] == [r["delta"] for r in records_of(truth[1])]
+    swapped = []
+    for pair in common.read_jsonl(mined / "pairs.jsonl"):
+        swapped.append(pair | {"reference": pair["target"], "target": pair["reference"]})
+    write_jsonl(tmp_path / "pairs.jsonl", swapped)
+    greedy = records_of(generate(vdg, mined, tmp_path / "greedy", reverse=True, temperature=0.0))
+    there = generate(vdg, mined, tmp_path / "there", pairs=tmp_path / "pairs.jsonl", temperature=0.0)
+    assert [r["reverse_delta"] for r in greedy] == [r["delta"] for r in records_of(there)]
+    assert [r["delta"] for r in greedy] != [r["reverse_delta"] for r in greedy]
+
+
+def test_subgroups_are_chosen_whole_by_seed(mined):
+    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    drawn = [gen_deltas.choose_subgroups(pairs, 2, 0, seed) for seed in range(8)]
+    assert all(len(some) == 18 and some == [p for p in pairs if p in some] for some in drawn)
+    assert len({tuple(sorted({p["subgroup"] for p in some})) for some in drawn}) > 1
+    assert len(gen_deltas.choose_subgroups(pairs, 0, 30, 0)) == 27  # three whole subgroups
+    assert gen_deltas.choose_subgroups(pairs, 0, 0, 0) == pairs == gen_deltas.choose_subgroups(pairs, 9, 99, 0)
+    with pytest.raises(common.UserError, match="at least 9"):
+        gen_deltas.choose_subgroups(pairs, 0, 5, 0)
+
+
+def test_pairs_of_human_triplets(vdg, mined, tmp_path):
+    """CIRR's layout in, and out again in a form that the CIRR reader takes."""
+    groups = common.read_jsonl(mined / "subgroups.jsonl")
+    names = sorted({name for group in groups for name in group["members"]})
+    root = tmp_path / "cirr"
+    table = {name.removesuffix(".png"): f"./{name}" for name in names}
+    records = []
+    for group in groups:
+        members = [name.removesuffix(".png") for name in group["members"]]
+        image_set = {"id": group["id"], "members": members, "reference_rank": 1, "target_rank": 4}
+        record = {"pairid": 50 + group["id"], "reference": members[1], "target_hard": members[4], "target_soft": {}}
+        records.append(record | {"caption": "human words", "img_set": image_set})
+    for part, file, value in (("captions", "cap", records), ("image_splits", "split", table)):
+        (root / part).mkdir(parents=True)
+        writer.write(root / part / f"{file}.rc2.train.json", value)
+    text = generate(vdg, mined, tmp_path / "out", triplets="cirr/train", root=root)
+    said = records_of(text)
+    wanted = [{"id": r["pairid"], "reference": r["reference"], "target": r["target_hard"]} for r in records]
+    assert [{k: r[k] for k in ("id", "reference", "target")} for r in said] == wanted
+    assert not any("human" in r["delta"] for r in said)
+    shutil.copy(tmp_path / "out" / "cap.rc2.train.json", root / "captions")
+    triplets, _ = data.training_triplets("cirr", root, "train", images=mined / "images")
+    assert [t.delta for t in triplets] == [r["delta"] for r in said]
+    assert [list(t.members) for t in triplets] == [r["img_set"]["members"] for r in records]
+
+
+def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
+    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    path = tmp_path / "pairs.jsonl"
+
+    def fails(match, records=pairs, **more):
+        write_jsonl(path, records)
+        with pytest.raises(common.UserError, match=match):
+            generate(vdg, mined, tmp_path / "out", pairs=path, **more)
+
+    fails("0 occurs twice", [pairs[0], pairs[0]])
+    fails('record 2: no "target"', [pairs[0], {"id": 1, "reference": "a"}])
+    fails(r"contains \"\.\.\"", [pairs[0] | {"target": "../x.png"}])
+    fails("1 of .* images are not in .*absent.png", [pairs[0] | {"target": "absent.png"}])
+    fails("missing or unreadable", [pairs[0] | {"target": "absent.png"}], check=True)
+    assert "1 missing" in capsys.readouterr().out
+    fails("no folder", images=tmp_path / "nowhere")
+    fails("temperature", temperature=-1.0)
+    with pytest.raises(common.UserError, match="vdg_tune.py"):
+        generate(tmp_path, mined, tmp_path / "out")
+    assert not (tmp_path / "out" / "pseudo.jsonl").exists()
+
+
+def test_an_unreadable_picture_stops_the_run_and_nothing_is_lost(vdg, mined, truth, tmp_path):
+    root = tmp_path / "mined"
+    shutil.copytree(mined, root)
+    victim = root / "images" / common.read_jsonl(root / "pairs.jsonl")[0]["target"]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(common.UserError, match=victim.name):
+        generate(vdg, root, tmp_path / "out")
+    victim.write_bytes(whole)
+    assert generate(vdg, root, tmp_path / "out") == truth[1]
+
+
+def test_help_comes_before_torch():
+    root = Path(gen_deltas.__file__).parent
+    started = time.time()
+    run = subprocess.run([sys.executable, "gen_deltas.py", "--help"], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0 and "--temperature 0.2" in run.stdout and time.time() - started < 5
+    assert os.environ["MKL_CBWR"]

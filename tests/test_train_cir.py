@@ -1,0 +1,405 @@
+"""train_cir.py on tiny random models: its mathematics against formulas written out here, its promises by running it."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import transformers
+import zoo as writer
+from safetensors.torch import load_file, save_file
+
+import common
+import data
+import train_cir
+
+WORDS = ["make it red", "has two dogs", "remove the hat and add a ball", "is blue", "more of them", "a cat instead"]
+DEFAULTS = common.constants_of(vars(train_cir))
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """main() reads constants of its module: put them back after each test, and leave the signals of pytest alone."""
+    monkeypatch.setattr(common, "stop_requested", lambda: False)
+    yield
+    vars(train_cir).update(DEFAULTS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """CIRR's layout with 24 training triplets and 6 validation queries; 20 pseudo triplets; generated deltas."""
+    root = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    for part in ("captions", "image_splits"):
+        (root / "cirr" / part).mkdir(parents=True)
+    for split, n, seed in (("train", 24, 1), ("val", 6, 2)):
+        files = writer.draw(root / "img_raw" / split, 12, seed)
+        names = [f"{split}-{i}" for i in range(12)]
+        table = {name: f"./{split}/{file}" for name, file in zip(names, files, strict=True)}
+        records = []
+        for i in range(n):
+            members = [names[j] for j in rng.permutation(12)[:6]]
+            image_set = {"id": i, "members": members, "reference_rank": 0, "target_rank": 1}
+            record = {"pairid": i, "reference": members[0], "target_hard": members[1], "target_soft": {}}
+            records.append(record | {"caption": f"{WORDS[i % 6]} {i}", "img_set": image_set})
+        writer.write(root / "cirr" / "image_splits" / f"split.rc2.{split}.json", table)
+        writer.write(root / "cirr" / "captions" / f"cap.rc2.{split}.json", records)
+        if split == "train":
+            lines = [{"reference": r["reference"], "target": r["target_hard"], "delta": "generated"} for r in records]
+            (root / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = writer.draw(root / "aux", 10, 3)
+    pairs = [(names[i % 10], names[(i + 1 + i // 10) % 10], f"{WORDS[i % 6]} aux") for i in range(20)]
+    lines = [json.dumps(dict(zip(("reference", "target", "delta"), pair, strict=True))) + "\n" for pair in pairs]
+    (root / "pseudo.jsonl").write_text("".join(lines))
+    return root
+
+
+def arguments(world, zoo, out, model="blip_tdm", **more) -> list[str]:
+    """The flags of a short run with B and B' = 6."""
+    backbone = zoo / ("blip" if model == "blip_tdm" else "clip")
+    base = {"model": model, "backbone": backbone, "root": world / "cirr", "out": out, "batch": 6, "steps": 6}
+    base |= {"lr": 1e-3, "tau": 0.1, "device": "cpu", "workers": 0, "log_every": 1}
+    base |= {"pseudo": world / "pseudo.jsonl", "pseudo_images": world / "aux"} | more
+    return [word for name, value in base.items() for word in (f"--{name}", str(value))]
+
+
+def train(argv: list[str]) -> None:
+    vars(train_cir).update(DEFAULTS)
+    common.override(vars(train_cir), argv)
+    train_cir.main()
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def pixels_of(model, n, seed=0):
+    return torch.randn(n, 3, model.preprocess.size, model.preprocess.size, generator=torch.manual_seed(seed))
+
+
+# ---- models ----
+
+
+def test_combiner_is_the_formula():
+    torch.manual_seed(0)
+    ours = train_cir.Combiner(d=5, p=7, h=11, dropout=0.5).double().eval()
+    text, image = torch.randn(4, 5).double(), torch.randn(4, 5).double()
+    w = {name: p.detach().numpy() for name, p in ours.named_parameters()}
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    t, v = (np.maximum(linear(n, x.numpy()), 0) for n, x in (("text", text), ("image", image)))
+    r = np.concatenate([t, v], axis=1)
+    lam = 1 / (1 + np.exp(-linear("gate", np.maximum(linear("gate_hidden", r), 0))))
+    c = linear("out", np.maximum(linear("hidden", r), 0)) + lam * text.numpy() + (1 - lam) * image.numpy()
+    c /= np.linalg.norm(c, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours(image, text).detach().numpy(), c, atol=1e-6)  # it normalises in fp32
+
+
+def test_clip_features_equal_transformers(zoo):
+    model = train_cir.build_cir("combiner", str(zoo / "clip"), p=6, h=9).eval()
+    assert model.combiner.text.out_features == 6 and model.combiner.hidden.out_features == 9
+    pixels = pixels_of(model, 3)
+    vision = transformers.CLIPVisionModelWithProjection.from_pretrained(zoo / "clip").eval()
+    text = transformers.CLIPTextModelWithProjection.from_pretrained(zoo / "clip").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo / "clip")
+    with torch.no_grad():
+        image = vision(pixel_values=pixels).image_embeds
+        tokens, target = model.image(pixels)
+        assert torch.equal(tokens, image)
+        torch.testing.assert_close(target, image / image.norm(dim=1, keepdim=True))
+        texts = [text(**tokenizer(words, return_tensors="pt")).text_embeds[0] for words in WORDS[:3]]  # no padding
+        wanted = model.combiner(image, torch.stack(texts))
+        torch.testing.assert_close(model.compose(tokens, WORDS[:3]), wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("first_token", ["enc", "cls"])
+def test_blip_equals_its_parts_called_by_hand(zoo, first_token):
+    model = train_cir.build_cir("blip_tdm", str(zoo / "blip"), first_token=first_token).eval()
+    hf = transformers.BlipForImageTextRetrieval.from_pretrained(zoo / "blip").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo / "blip")
+    wanted_id = hf.config.text_config.vocab_size - 1 if first_token == "enc" else tokenizer.cls_token_id
+    pixels = pixels_of(model, 3)
+    with torch.no_grad():
+        patches = hf.vision_model(pixel_values=pixels).last_hidden_state
+        tokens, target = model.image(pixels)
+        assert torch.equal(tokens, patches)
+        feature = hf.vision_proj(patches[:, 0])
+        torch.testing.assert_close(target, feature / feature.norm(dim=1, keepdim=True))
+        composed, matched = model.compose(tokens, WORDS[:3]), model.match(tokens, WORDS[:3])
+        for i, words in enumerate(WORDS[:3]):  # one by one: no padding
+            ids = tokenizer(words, return_tensors="pt").input_ids
+            ids[0, 0] = wanted_id
+            states = hf.text_encoder(input_ids=ids, encoder_hidden_states=patches[i : i + 1]).last_hidden_state
+            c = hf.text_proj(states[0, 0])
+            torch.testing.assert_close(composed[i], c / c.norm(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(matched[i], hf.itm_head(states[0]).mean(0), atol=1e-6, rtol=0)
+
+
+def test_a_wrong_backbone_or_one_without_its_weights_is_refused(zoo, tmp_path):
+    with pytest.raises(common.UserError, match="is a clip model, wanted blip"):
+        train_cir.build_cir("blip_tdm", str(zoo / "clip"))
+    shutil.copytree(zoo / "blip", tmp_path / "blip")
+    weights = load_file(tmp_path / "blip" / "model.safetensors")
+    weights.pop("itm_head.weight")
+    save_file(weights, tmp_path / "blip" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(common.UserError, match="first itm_head.weight"):
+        train_cir.build_cir("blip_tdm", str(tmp_path / "blip"))
+
+
+def test_text_is_never_cut_silently_nor_ended_by_a_caption(zoo):
+    for kind, folder, mark in (("combiner", "clip", "<|endoftext|>"), ("blip_tdm", "blip", "[SEP]")):
+        model = train_cir.build_cir(kind, str(zoo / folder), text_length=12)
+        ids, mask = model.tokenize(["a", "b " * 30, "c"], "cpu")
+        assert ids.shape == (3, 12) and mask.sum(1).tolist()[1] == 12
+        assert model.too_long(["a", "b " * 30, "c"]) == ["b " * 30]
+        model.length = 60
+        plain, spelled = (model.tokenize([text], "cpu")[0] for text in ("a b", f"a {mark} b"))
+        assert spelled.shape[1] > plain.shape[1] + 1  # letters, not one special token
+        with pytest.raises(common.UserError, match="positions"):
+            train_cir.build_cir(kind, str(zoo / folder), text_length=10_000)
+
+
+# ---- target-delta matching ----
+
+
+def test_tdm_loss_is_equation_3(zoo):
+    model = train_cir.build_cir("blip_tdm", str(zoo / "blip")).eval()
+    with torch.no_grad():
+        tokens = model.tokens(pixels_of(model, 4))
+        rows, hard_target, hard_delta = torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), torch.tensor([3, 2, 0])
+        ours = train_cir.tdm_loss(model, tokens, WORDS[:4], (rows, hard_target, hard_delta))
+        pairs = [(i, i, 1) for i in range(4)] + [(2, 0, 0), (0, 1, 0), (1, 3, 0)] + [(0, 3, 0), (1, 2, 0), (3, 0, 0)]
+        wanted = []
+        for image, delta, label in pairs:  # (target image, delta, matched)
+            states, _ = model.ground(tokens[image : image + 1], [WORDS[delta]])
+            logits = (states[0].double() @ model.backbone.itm_head.weight.double().T).mean(0)
+            logits = logits + model.backbone.itm_head.bias.double()
+            wanted.append(math.log(sum(math.exp(float(z)) for z in logits)) - float(logits[label]))
+    torch.testing.assert_close(ours.double(), torch.tensor(wanted).double(), atol=1e-5, rtol=0)
+
+
+def test_negatives_are_hard_and_never_the_same_image():
+    torch.manual_seed(0)
+    images = [(0, "a"), (0, "b"), (0, "a"), (0, "c"), (1, "a"), (0, "b")]
+    target, c = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    same = torch.tensor([[p == q for q in images] for p in images])
+    z = target @ c.T
+    counts = torch.zeros(2, 6, 6)
+    for _ in range(400):
+        rows, hard_target, hard_delta = train_cir.draw_negatives(target, c, images, tau=0.2)
+        assert rows.tolist() == list(range(6))
+        assert not same[rows, hard_target].any() and not same[rows, hard_delta].any()
+        counts[0, rows, hard_target] += 1
+        counts[1, rows, hard_delta] += 1
+    for count, logits in zip(counts, (z.T, z), strict=True):  # row i of z.T: which target is near delta i
+        wanted = (logits / 0.2).masked_fill(same, -torch.inf).softmax(1)
+        assert (count / 400 - wanted).abs().max() < 0.1  # 4 standard deviations; without the temperature 0.3 off
+    none = train_cir.draw_negatives(target[:2], c[:2], [(0, "a"), (0, "a")], tau=0.01)
+    assert [len(part) for part in none] == [0, 0, 0]
+
+
+# ---- what is drawn ----
+
+
+def test_each_step_draws_its_share_of_a_shuffled_epoch():
+    items = [train_cir.Item((0, f"r{i}"), (0, f"t{i}"), ((f"d{i}",),)) for i in range(23)]
+    one = SimpleNamespace(rank=0, size=1)
+    drawn = [d.key[2] for step in range(6) for d in train_cir.draw(items, 0, step, 6, 0, one)]
+    assert len(set(drawn[:18])) == len(set(drawn[18:])) == 18 and drawn[:18] != drawn[18:]
+    for step in range(4):  # two ranks of 3 see what one rank of 6 sees
+        parts = [train_cir.draw(items, 0, step, 3, 0, SimpleNamespace(rank=r, size=2)) for r in (0, 1)]
+        assert parts[0] + parts[1] == train_cir.draw(items, 0, step, 6, 0, one)
+    assert train_cir.draw(items, 0, 0, 6, 1, one) != train_cir.draw(items, 0, 0, 6, 0, one)
+
+
+def test_dagger_draws_both_deltas_and_fashioniq_all_four():
+    human = [data.Triplet(f"r{i}", f"t{i}", "human") for i in range(10)]
+    generated = [data.Triplet(f"r{i}", f"t{i}", "generated") for i in range(9)]
+    items = train_cir.human_items(human, "cirr", generated)
+    one = SimpleNamespace(rank=0, size=1)
+    drawn = [d for step in range(60) for d in train_cir.draw(items, 0, step, 10, 0, one)]
+    share = np.mean([d.delta == "generated" for d in drawn if d.key[2] != 9])
+    assert 0.4 < share < 0.6
+    assert {d.delta for d in drawn if d.key[2] == 9} == {"human"}  # nothing was generated for it
+    with pytest.raises(common.UserError, match="none of its"):
+        train_cir.human_items(human, "cirr", [data.Triplet("x", "y", "generated")])
+    fashion = data.Triplet("r", "t", "Is red. and has dots", alternatives=("is red.", "has dots"))
+    (item,) = train_cir.human_items([fashion], "fashioniq", [])
+    assert item.deltas == (("Is red and has dots", "Has dots and is red", "Is red", "Has dots"),)
+    release = data.Triplet("r", "t", "human", alternatives=("human", "generated"))
+    assert train_cir.human_items([release], "jsonl", [])[0].deltas == (("human",), ("generated",))
+
+
+# ---- runs ----
+
+
+@pytest.mark.parametrize("model", ["combiner", "blip_tdm"])
+def test_a_run_saves_trained_weights_only_and_reloads(world, zoo, tmp_path, model):
+    train(arguments(world, zoo, tmp_path, model, same_pairs=world / "same.jsonl", steps=2))
+    saved = load_file(tmp_path / "model.safetensors")
+    prefixes = ("backbone.text_", "combiner.", "backbone.itm_head.")
+    assert saved and all(name.startswith(prefixes) for name in saved)
+    before = train_cir.build_cir(model, str(zoo / ("clip" if model == "combiner" else "blip"))).eval()
+    after = train_cir.load_cir(str(tmp_path))
+    assert not after.training
+    old, new = before.state_dict(), after.state_dict()
+    assert {name for name in new if not torch.equal(new[name], old[name])} <= saved.keys()  # vision is as it was
+    moved = [name for name in saved if name in old and not torch.equal(saved[name], old[name])]
+    assert any("text_" in name for name in moved)
+    assert model == "combiner" or "backbone.itm_head.weight" in moved
+    assert all(torch.equal(new[name], saved[name]) for name in saved)
+    pixels = pixels_of(after, 2)
+    with torch.no_grad():
+        assert torch.equal(before.image(pixels)[1], after.image(pixels)[1])
+        c = after.compose(after.tokens(pixels), WORDS[:2])
+        assert not torch.allclose(before.compose(before.tokens(pixels), WORDS[:2]), c, atol=1e-4)
+        train_cir.put_trained(before, saved, "here")
+        assert torch.equal(before.compose(before.tokens(pixels), WORDS[:2]), c)
+    saved.pop(next(iter(saved)))
+    with pytest.raises(common.UserError, match="do not fit"):
+        train_cir.put_trained(before, saved, "here")
+
+
+@pytest.mark.parametrize("model", ["combiner", "blip_tdm"])
+def test_six_steps_equal_three_and_resume_and_three(world, zoo, tmp_path, monkeypatch, model):
+    more = {"combiner_dropout": 0.5, "learn_tau": True} if model == "combiner" else {"val_split": "val", "val_every": 2}
+    train(arguments(world, zoo, tmp_path / "whole", model, **more))
+    asked = []
+    monkeypatch.setattr(common, "stop_requested", lambda: asked.append(1) or len(asked) == 3)
+    with pytest.raises(SystemExit) as stop:
+        train(arguments(world, zoo, tmp_path / "halves", model, **more))
+    assert stop.value.code == 143 and [r["step"] for r in log_of(tmp_path / "halves") if "lr" in r] == [1, 2, 3]
+    train(arguments(world, zoo, tmp_path / "halves", model, **more))
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
+    logs = [log_of(tmp_path / name) for name in ("whole", "halves")]
+    for record in logs[0] + logs[1]:
+        record.pop("items_per_s", None), record.pop("eta_s", None)
+    assert logs[0] == logs[1] and len([r for r in logs[0] if "lr" in r]) == 6
+    with pytest.raises(common.UserError, match="LR"):
+        train(arguments(world, zoo, tmp_path / "halves", model, **more | {"lr": 2e-3}))
+
+
+@pytest.mark.parametrize("pseudo", [True, False])
+def test_two_ranks_equal_one(world, zoo, tmp_path, monkeypatch, pseudo):
+    """Plain gradient descent: after two steps the weights agree only if loss and gradients of L_tcc do."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr))
+    more = {"steps": 2, "beta": 0.5, "learn_tau": True, "lr": 0.1} | ({} if pseudo else {"pseudo": ""})
+    train(arguments(world, zoo, tmp_path / "one", "combiner", **more))
+    ranks.run_ranks(2, train, arguments(world, zoo, tmp_path / "two", "combiner", batch=3, **more))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    start = train_cir.build_cir("combiner", str(zoo / "clip")).state_dict()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-4)
+    assert max((one[n] - start[n]).abs().max() for n in one if n.startswith("backbone.")) > 1e-3
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert a["tcc"] == pytest.approx(b["tcc"], rel=1e-5) and a["tau"] == pytest.approx(b["tau"], rel=1e-5)
+
+
+def test_blip_on_two_ranks_runs_and_keeps_them_equal(world, zoo, tmp_path):
+    ranks.run_ranks(2, train, arguments(world, zoo, tmp_path, batch=3, steps=2, val_split="val"))
+    assert [r["step"] for r in log_of(tmp_path) if "tdm" in r] == [1, 2]
+
+
+def test_steps_and_what_is_trained_on(world, zoo, tmp_path, capsys):
+    train(arguments(world, zoo, tmp_path / "a", "combiner", steps=0, epochs=2, pseudo=""))
+    assert [r["step"] for r in log_of(tmp_path / "a")][-1] == 2 * (24 // 6)
+    train(arguments(world, zoo, tmp_path / "b", "combiner", steps=0, epochs=1, triplets=False))
+    assert [r["step"] for r in log_of(tmp_path / "b")][-1] == 20 // 6
+    rates = [r["lr"] for r in log_of(tmp_path / "a")]
+    assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * s / 8)) for s in range(8)])
+    with pytest.raises(common.UserError, match="nothing to train on"):
+        train(arguments(world, zoo, tmp_path / "c", "combiner", triplets=False, pseudo=""))
+    with pytest.raises(common.UserError, match="fewer than 32"):
+        train(arguments(world, zoo, tmp_path / "c", "combiner", batch=32))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(common.UserError, match="no triplet"):
+        train(arguments(world, zoo, tmp_path / "c", "combiner", pseudo=tmp_path / "empty.jsonl"))
+    capsys.readouterr()
+    train(arguments(world, zoo, tmp_path / "d", "combiner", steps=1, text_length=8))
+    assert "exceeds 8 tokens" in capsys.readouterr().out
+
+
+def test_a_learned_temperature_stays_in_its_bounds(world, zoo, tmp_path):
+    train(arguments(world, zoo, tmp_path, "combiner", steps=1, learn_tau=True, lr=1.0))  # Adam's first step is +-lr
+    assert log_of(tmp_path)[0]["tau"] in (pytest.approx(0.001), 0.5)
+    assert "tau" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_wrong_flags_are_one_line(world, zoo, tmp_path):
+    for flags, words in (({"model": "blip"}, "one of combiner"), ({"beta": "hard"}, "--beta hard")):
+        with pytest.raises(common.UserError, match=words):
+            train(arguments(world, zoo, tmp_path, **{"model": "combiner"} | flags))
+    with pytest.raises(common.UserError, match="--first_token"):
+        train(arguments(world, zoo, tmp_path, first_token="dec"))
+    pairs = world / "pseudo.jsonl"
+    with pytest.raises(common.UserError, match="no gallery"):
+        train(arguments(world, zoo, tmp_path, dataset="jsonl", root=pairs, images=world / "aux", val_split="val"))
+
+
+def test_views_are_the_same_images_encoded_once(world, zoo, tmp_path, monkeypatch):
+    same = {"augment": False, "steps": 2}
+    train(arguments(world, zoo, tmp_path / "fresh", **same))
+    train(arguments(world, zoo, tmp_path / "cached", **same, views=1))
+    for a, b in zip(log_of(tmp_path / "fresh"), log_of(tmp_path / "cached"), strict=True):
+        assert a["tcc"] == pytest.approx(b["tcc"], rel=1e-4) and a["tdm"] == pytest.approx(b["tdm"], rel=1e-4)
+    opened = []
+    there = data.ImageStore.open
+    monkeypatch.setattr(data.ImageStore, "open", lambda self, name: opened.append(name) or there(self, name))
+    train(arguments(world, zoo, tmp_path / "views", views=3))
+    assert len(opened) == 3 * len(set(opened)) and len(set(opened)) <= 22
+
+
+def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
+    scores, seen = iter([3.0, 9.0, 5.0]), []
+
+    def evaluate(model, *_, **__):
+        seen.append(train_cir.get_trained(model))
+        return {"R@1": next(scores), "R@5": 1.0, "R@10": 2.0}
+
+    monkeypatch.setattr(train_cir, "evaluate", evaluate)
+    train(arguments(world, zoo, tmp_path, "combiner", steps=5, val_split="val", val_every=2))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
+    assert json.loads((tmp_path / "config.json").read_text())["step"] == 4
+    assert [(r["step"], r["score"]) for r in log_of(tmp_path) if "val" in r] == [(2, 2.0), (4, 4.0), (5, 8 / 3)]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(world, zoo, tmp_path, monkeypatch):
+    real, factors = train_cir.l_tcc, iter([1.0, 1.0, math.nan])
+    monkeypatch.setattr(train_cir, "l_tcc", lambda *given: real(*given) * next(factors))
+    with pytest.raises(common.UserError, match="not finite at step 3"):
+        train(arguments(world, zoo, tmp_path, save_every=1))
+    assert sorted(p.name for p in (tmp_path / "last").iterdir()) == ["step-1", "step-2"]
+    assert not (tmp_path / "model.safetensors").exists()
+    bad = log_of(tmp_path)[-1]
+    assert bad["step"] == 3 and len(bad["items"]) == 12
+
+
+def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
+    pairs = [{"reference": "3-000.png", "target": "gone.png", "delta": "x"}] * 6
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    with pytest.raises(common.UserError, match="gone.png"):
+        train(arguments(world, zoo, tmp_path / "out", pseudo=tmp_path / "bad.jsonl"))
+    with pytest.raises(common.UserError, match="images missing"):
+        train([*arguments(world, zoo, tmp_path / "out", pseudo=tmp_path / "bad.jsonl"), "--check"])
+    assert "gone.png" in capsys.readouterr().out
+    train([*arguments(world, zoo, tmp_path / "none"), "--check"])
+    assert "human: 24 triplets" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    items = [train_cir.Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
+    items += [train_cir.Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
+    assert len(train_cir.drop_missing(items, data.ImageStore(str(world / "aux")), "auxiliary")) == 1999
+    assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["combiner", "blip_tdm"])
+def test_it_learns_a_handful_of_triplets(world, zoo, tmp_path, model):
+    train(arguments(world, zoo, tmp_path, model, steps=40, views=1, augment=False, pseudo="", lr=3e-3, batch=12))
+    losses = [r["tcc"] for r in log_of(tmp_path)]
+    assert np.mean(losses[-4:]) < 0.6 * losses[0]

@@ -1,0 +1,338 @@
+"""Stage 1 against Hugging Face's own modules, and its run: resume, ranks, faults."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from ranks import run_ranks
+from safetensors.torch import load_file
+from zoo import draw
+
+import common
+import data
+import vdg_align
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def stage(name: str, *argv: str) -> None:
+    """main() of a stage in this process, with its public flags and fresh constants."""
+    spec = importlib.util.spec_from_file_location(f"{name}_run", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    common.override(vars(module), list(argv))
+    module.main()
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def chat(folder: Path, n: int) -> None:
+    """n captions of different lengths, the image before or after the instruction."""
+    prompts = ["Provide a brief description of the given image.\n<image>", "<image>\nWhat is this?"]
+    entries = []
+    for i, name in enumerate(draw(folder / "images", n)):
+        answer = "a box" + " on a table" * (i % 3)
+        turns = [{"from": "human", "value": prompts[i % 2]}, {"from": "gpt", "value": answer}]
+        entries.append({"id": f"item-{i}", "image": name, "conversations": turns})
+    (folder / "chat.json").write_text(json.dumps(entries))
+
+
+@pytest.fixture(scope="module")
+def flags(zoo, tmp_path_factory) -> list[str]:
+    """10 captions, 2 epochs of 3 steps (4 + 4 + 2 items)."""
+    folder = tmp_path_factory.mktemp("align")
+    chat(folder, 10)
+    models = ["--vision", str(zoo / "instructblip"), "--llm", str(zoo / "llama")]
+    files = ["--chat", str(folder / "chat.json"), "--images", str(folder / "images")]
+    return [*models, *files, "--epochs", "2", "--device", "cpu", "--workers", "0", "--save_every", "100"]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory) -> Path:
+    """Six steps without a stop, as a process of its own."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    command = [sys.executable, str(ROOT / "vdg_align.py"), *flags, "--batch", "4", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def blip2(folder: Path) -> Path:
+    vision = transformers.Blip2VisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    qformer = transformers.Blip2QFormerConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, encoder_hidden_size=32
+    )
+    text = transformers.OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=16
+    )
+    config = transformers.Blip2Config(
+        vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(), num_query_tokens=8
+    )
+    model = transformers.Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["instructblip", "blip-2"])
+def test_vision_equals_hugging_face_exactly(zoo, tmp_path, kind):
+    if kind == "blip-2":
+        folder, model = blip2(tmp_path / "blip2"), transformers.Blip2ForConditionalGeneration
+        shutil.copy(zoo / "instructblip" / "preprocessor_config.json", folder)
+    else:
+        folder, model = zoo / "instructblip", transformers.InstructBlipForConditionalGeneration
+    theirs = model.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = vdg_align.VisionProjector(str(folder), theirs.config.text_config.hidden_size)
+    ours.projection.load_state_dict(theirs.language_projection.state_dict())
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        patches = theirs.vision_model(pixel_values=pixels).last_hidden_state
+        prompt = {"input_ids": None} if kind == "instructblip" else {}
+        start = theirs.query_tokens.expand(3, -1, -1)
+        queries = theirs.qformer(query_embeds=start, encoder_hidden_states=patches, **prompt).last_hidden_state
+        assert torch.equal(ours.queries(pixels), queries)
+        assert torch.equal(ours(queries), theirs.language_projection(queries))
+    assert queries.std(dim=1).min() > 0.01  # the learned queries differ, so the comparison says something
+    assert [name for name, p in ours.named_parameters() if p.requires_grad] == ["projection.weight", "projection.bias"]
+
+
+def test_the_language_model_inside_is_not_read(zoo, tmp_path):
+    folder = tmp_path / "vision"
+    shutil.copytree(zoo / "instructblip", folder)
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in shards.items() if name.startswith(("vision_model.", "qformer.", "query_tokens"))}
+    others = set(shards.values()) - needed
+    for file in others:
+        (folder / file).unlink()
+    vdg_align.VisionProjector(str(folder), 64)
+    assert others
+    (folder / max(needed)).write_bytes(b"\x08")
+    with pytest.raises(common.UserError, match="damaged"):
+        vdg_align.VisionProjector(str(folder), 64)
+    (folder / max(needed)).unlink()
+    with pytest.raises(common.UserError, match="is missing"):
+        vdg_align.VisionProjector(str(folder), 64)
+
+
+def test_vision_weights_are_strict(zoo, tmp_path):
+    folder = tmp_path / "vision"
+    shutil.copytree(zoo / "instructblip", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["qformer_config"]["num_hidden_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(common.UserError, match="not in the files, first qformer.encoder.layer.2"):
+        vdg_align.VisionProjector(str(folder), 64)
+    with pytest.raises(common.UserError, match="a llama model; wanted instructblip"):
+        vdg_align.VisionProjector(str(zoo / "llama"), 64)
+
+
+def test_llm_equals_from_pretrained(zoo, tmp_path):
+    ids = torch.arange(10)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), dtype, "cpu")
+        theirs = transformers.LlamaForCausalLM.from_pretrained(zoo / "llama", dtype=dtype).eval()
+        with torch.no_grad():
+            assert torch.equal(llm(ids).logits, theirs(ids).logits)
+        assert not any(p.requires_grad for p in llm.parameters()) and tokenizer.eos_token_id == 2
+    config = transformers.LlamaConfig.from_pretrained(zoo / "llama", tie_word_embeddings=True)
+    tied = transformers.LlamaForCausalLM(config).eval()
+    tied.save_pretrained(tmp_path / "tied", max_shard_size="40KB")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(zoo / "llama" / file, tmp_path / "tied")
+    llm, _ = vdg_align.load_llm(str(tmp_path / "tied"), torch.float32, "cpu")
+    with torch.no_grad():
+        assert torch.equal(llm(ids).logits, tied(ids).logits)
+    (tmp_path / "tied" / "tokenizer.json").rename(tmp_path / "tied" / "tokenizer.model")
+    with pytest.raises(common.UserError, match="no tokenizer.json"):
+        vdg_align.load_llm(str(tmp_path / "tied"), torch.float32, "cpu")
+    with pytest.raises(common.UserError, match="no such folder"):
+        vdg_align.load_llm(str(tmp_path / "absent"), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_quantised_llm_is_close_and_passes_gradients(zoo, quantize):
+    pytest.importorskip("bitsandbytes")
+    plain, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
+    llm, _ = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu", quantize)
+    assert type(llm.model.layers[0].self_attn.q_proj) is not torch.nn.Linear
+    results = []
+    for model in (plain, llm):
+        image = torch.full((4, 64), 0.01, requires_grad=True)
+        row, answer = [[1], image], vdg_align.answer_ids(tokenizer, "a red hat")
+        batch = vdg_align.splice(model.get_input_embeddings(), [row], [answer])
+        loss = vdg_align.caption_loss(model, batch, len(answer))
+        loss.backward()
+        results.append((loss.item(), image.grad))
+    assert abs(results[0][0] - results[1][0]) < 0.05 * results[0][0]
+    assert torch.nn.functional.cosine_similarity(results[0][1].flatten(), results[1][1].flatten(), dim=0) > 0.9
+
+
+def pair(zoo):
+    """LLM, tokenizer, projector, captions and pixels of a small batch with rows of different length."""
+    llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
+    torch.manual_seed(3)
+    vision = vdg_align.VisionProjector(str(zoo / "instructblip"), 64)
+    captions = [
+        data.Caption("a", "Describe it.", "a red hat", True, "0"),
+        data.Caption("b", "Provide a brief description.", "two cats on the table in a room", False, "1"),
+        data.Caption("c", "Describe it.", "x", False, "2"),
+    ]
+    return llm, tokenizer, vision, captions, torch.randn(3, 3, 28, 28)
+
+
+def ours(llm, tokenizer, vision, captions, pixels, tokens=None):
+    answers = [vdg_align.answer_ids(tokenizer, c.text) for c in captions]
+    images = vision(vision.queries(pixels))
+    rows = [vdg_align.caption_row(tokenizer, c, image) for c, image in zip(captions, images, strict=True)]
+    batch = vdg_align.splice(llm.get_input_embeddings(), rows, answers)
+    return vdg_align.caption_loss(llm, batch, tokens or sum(map(len, answers))), batch
+
+
+def test_loss_and_gradients_equal_hugging_face(zoo):
+    llm, tokenizer, vision, captions, pixels = pair(zoo)
+    loss, _ = ours(llm, tokenizer, vision, captions, pixels)
+    loss.backward()
+    got = [p.grad.clone() for p in vision.projection.parameters()]
+
+    hf = transformers.InstructBlipForConditionalGeneration.from_pretrained(zoo / "instructblip").eval()
+    lm = transformers.LlamaForCausalLM.from_pretrained(zoo / "llama", dtype=torch.float32).eval()
+    linear = torch.nn.Linear(24, 64)
+    linear.load_state_dict(vision.projection.state_dict())
+    with torch.no_grad():
+        patches = hf.vision_model(pixel_values=pixels).last_hidden_state
+        queries = hf.qformer(None, query_embeds=hf.query_tokens.expand(3, -1, -1), encoder_hidden_states=patches)
+    images, embed = linear(queries.last_hidden_state), lm.get_input_embeddings()
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    embeddings, labels = [], []
+    for c, image in zip(captions, images, strict=True):
+        answer = [*ids(c.text), 2]
+        before = [1] if c.image_first else [1, *ids(c.prompt + "\n")]
+        after = ids(f"\n{c.prompt}\n") if c.image_first else ids("\n")
+        embeddings.append(torch.cat([embed(torch.tensor(before)), image, embed(torch.tensor([*after, *answer]))]))
+        labels.append(torch.tensor([-100] * (len(before) + 32 + len(after)) + answer))
+    x = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(e)) for e in embeddings], batch_first=True)
+    theirs = lm(inputs_embeds=x, attention_mask=mask, labels=labels).loss
+    theirs.backward()
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
+    for a, b in zip(got, linear.parameters(), strict=True):
+        torch.testing.assert_close(a, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_caption_and_its_end_are_supervised(zoo):
+    llm, tokenizer, vision, captions, pixels = pair(zoo)
+    loss, batch = ours(llm, tokenizer, vision, captions, pixels)
+    for row, caption in zip(batch.labels, captions, strict=True):
+        supervised = row[row >= 0].tolist()
+        assert supervised[-1] == tokenizer.eos_token_id and tokenizer.decode(supervised[:-1]) == caption.text
+    assert torch.equal(batch.mask.sum(1), (batch.embeddings.abs().sum(-1) * batch.mask > 0).sum(1))
+    changed = batch.embeddings.clone()
+    changed[batch.mask == 0] = 1e3  # what stands in the padding reaches nothing
+    again = vdg_align.caption_loss(llm, batch._replace(embeddings=changed), 20)
+    torch.testing.assert_close(again * 20, vdg_align.caption_loss(llm, batch, 1), rtol=1e-6, atol=0)
+
+
+def test_a_longer_row_in_the_batch_changes_nothing(zoo):
+    llm, tokenizer, vision, captions, pixels = pair(zoo)
+    alone = [ours(llm, tokenizer, vision, [c], p[None], 1)[0] for c, p in zip(captions, pixels, strict=True)]
+    together, _ = ours(llm, tokenizer, vision, captions, pixels, 1)
+    torch.testing.assert_close(sum(alone), together, rtol=1e-6, atol=0)
+
+
+def test_left_padding_aligns_the_ends(zoo):
+    llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
+    rows = [[[1, 5, 6]], [[1], torch.ones(2, 64), [7, 8, 9]]]
+    batch = vdg_align.splice(llm.get_input_embeddings(), rows, left=True)
+    assert batch.mask.tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    embed = llm.get_input_embeddings().weight
+    assert torch.equal(batch.embeddings[0, 3:], embed[[1, 5, 6]])
+    assert torch.equal(batch.embeddings[1], torch.cat([embed[[1]], torch.ones(2, 64), embed[[7, 8, 9]]]))
+
+
+def test_an_end_token_written_in_a_caption_is_text(zoo):
+    tokenizer = vdg_align.load_tokenizer(str(zoo / "llama"))
+    ids = vdg_align.answer_ids(tokenizer, "a </s> b <s>")
+    assert ids.count(2) == 1 and ids[-1] == 2 and 1 not in ids and tokenizer.decode(ids[:-1]) == "a </s> b <s>"
+    with pytest.raises(common.UserError, match="at least one supervised token"):
+        vdg_align.answer_ids(tokenizer, "  ")
+
+
+def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, capsys):
+    argv = [*flags, "--batch", "4", "--out", str(tmp_path / "out")]
+    asked = iter([False, False, True])
+    monkeypatch.setattr(common, "stop_requested", lambda: next(asked))  # a SIGTERM in the third step
+    with pytest.raises(SystemExit) as stopped:
+        stage("vdg_align", *argv)
+    assert stopped.value.code == 143 and not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr(common, "stop_requested", lambda: False)
+    stage("vdg_align", *argv)
+    a, b = (load_file(folder / "projection.safetensors") for folder in (whole, tmp_path / "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [r["loss"] for r in records(whole)] == [r["loss"] for r in records(tmp_path / "out")]
+    assert [r["step"] for r in records(whole)] == [1, 2, 3, 4, 5, 6]
+    capsys.readouterr()
+    stage("vdg_align", *argv)
+    assert "is finished (6 steps)" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="LR: 0.001 there, 0.5 now"):
+        stage("vdg_align", *argv, "--lr", "0.5")
+
+
+def test_two_ranks_and_accumulation_equal_one_rank(whole, flags, tmp_path):
+    run_ranks(2, stage, "vdg_align", *flags, "--batch", "2", "--out", str(tmp_path / "ranks"))
+    stage("vdg_align", *flags, "--batch", "1", "--accumulate", "4", "--out", str(tmp_path / "parts"))
+    one = load_file(whole / "projection.safetensors")
+    for folder in (tmp_path / "ranks", tmp_path / "parts"):
+        other = load_file(folder / "projection.safetensors")
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
+        for a, b in zip(records(whole), records(folder), strict=True):
+            assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, monkeypatch):
+    load, calls = data.load_pixels, []
+
+    def poisoned(images, names, *rest):
+        calls.append(names)
+        pixels = load(images, names, *rest)
+        return pixels * float("nan") if len(calls) == 3 else pixels
+
+    monkeypatch.setattr(data, "load_pixels", poisoned)
+    argv = [*flags, "--batch", "4", "--out", str(tmp_path / "out")]
+    with pytest.raises(common.UserError, match=r"step 2: loss nan.*item-\d, item-\d"):
+        stage("vdg_align", *argv, "--save_every", "1")
+    assert [r["step"] for r in records(tmp_path / "out")] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "out" / "last").iterdir()) == ["step-1", "step-2"]
+
+
+def test_data_is_checked_at_the_start(flags, tmp_path, capsys):
+    stage("vdg_align", *flags, "--check")
+    assert "10 expected, 10 present" in capsys.readouterr().out
+    chat(tmp_path, 4)
+    argv = [*flags, "--chat", str(tmp_path / "chat.json"), "--images", str(tmp_path / "images")]
+    entries = json.loads((tmp_path / "chat.json").read_text())
+    (tmp_path / "images" / entries[2]["image"]).unlink()
+    with pytest.raises(common.UserError, match="1 of 4 items lack an image, first 0-002.png"):
+        stage("vdg_align", *argv, "--out", str(tmp_path / "out"))
+    with pytest.raises(common.UserError, match="1 missing"):
+        stage("vdg_align", *argv, "--check")
+    chat(tmp_path, 4)
+    entries[1]["conversations"][1]["value"] = " "
+    (tmp_path / "chat.json").write_text(json.dumps(entries))
+    with pytest.raises(common.UserError, match="record item-1: a text of 0 characters"):
+        stage("vdg_align", *argv, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,483 @@
+"""Stage 1, alignment [S3.1, Algorithm 1]: a projection learns to turn Q-Former outputs into tokens of a frozen LLM.
+
+    python vdg_align.py --chat cc3m/chat.json --images cc3m/images --llm meta-llama/Llama-2-7b-hf
+    torchrun --nproc_per_node 8 vdg_align.py --chat cc3m/chat.json --images cc3m/images
+
+Reads a vision side (InstructBLIP or BLIP-2; the language model inside is never read), a LLaMA, LLaVA-like captions.
+Writes OUT/projection.safetensors, OUT/config.json, OUT/log.jsonl, OUT/last/ (training state: the same command resumes).
+"""
+
+import common
+
+common.early_help(__name__, __file__)  # answers --help before torch is imported
+
+import hashlib
+import math
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+import data
+
+# ---- models ----
+VISION = "Salesforce/instructblip-vicuna-13b"  # ViT + Q-Former: folder or hub id, InstructBLIP or BLIP-2 [S4.1]
+LLM = "meta-llama/Llama-2-13b-hf"  # LLaMA: folder or hub id [S4.1]; 7B and 13B-chat in [Table 7]
+QUANTIZE = ""  # "" keeps the LLM in DTYPE; "int8" or "nf4" by bitsandbytes where memory is short [ours]
+
+# ---- data ----
+CHAT = "chat.json"  # captions in LLaVA's format; LLaVA-CC3M-Pretrain-595K in the paper [S4.1]
+IMAGES = "images"  # folder of the images that CHAT names
+MAX_CHARACTERS = 2000  # a longer caption stops the run at start-up rather than exhaust memory at step 4,000 [ours]
+
+# ---- training ----
+EPOCHS = 1  # passes over CHAT [S4.1]
+BATCH = 64  # captions per GPU and forward pass [S4.1]
+ACCUMULATE = 1  # forward passes per optimiser step; 512 captions a step in the paper: 8 GPUs x 64 x 1 [ours]
+LR = 1e-3  # peak learning rate [S4.1]
+WARMUP = 0.03  # share of the steps over which the rate rises linearly [ours: the paper is silent; LLaVA's value]
+FLOOR = 0.0  # the rate falls along a cosine to this share of LR [ours: the paper is silent; LLaVA decays to zero]
+BETAS = (0.9, 0.99)  # AdamW [S4.1]
+WEIGHT_DECAY = 0.05  # AdamW [S4.1]
+CLIP = 1.0  # largest gradient norm, 0 = no clipping [ours: the paper is silent]
+START = 0.1  # size of an image token at the start, in word embeddings; PyTorch's default start drowns the words [ours]
+
+# ---- run ----
+OUT = "out/align"  # folder of the checkpoint and the log
+SEED = 0  # fixes the projection's start and the order of the captions
+DEVICE = "auto"  # "auto", "cpu" or "cuda"
+DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; the projection itself stays fp32 [ours]
+SAVE_EVERY = 100  # steps between training states in OUT/last
+WORKERS = 8  # threads that decode images
+CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
+
+
+# ---- reading checkpoints ----
+def checkpoint_file(source: str, name: str) -> str | None:
+    """Path of a file of a checkpoint folder or hub id (downloaded once), None when the checkpoint has no such file."""
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise common.UserError(f"{source}: no such folder, and no hub id (owner/name) either")
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+
+def read_tensors(source: str, prefixes: tuple[str, ...] = ("",)):
+    """Yield (name, tensor) under the prefixes; shards that hold none of them are neither opened nor downloaded."""
+    index = checkpoint_file(source, "model.safetensors.index.json")
+    if index:
+        weight_map = common.read_json(index)["weight_map"]
+        shards = sorted({file for name, file in weight_map.items() if name.startswith(prefixes)})
+    else:
+        shards = ["model.safetensors"]
+    for shard in shards:
+        if os.path.basename(shard) != shard:
+            raise common.UserError(f"{index}: names a file outside its folder: {shard!r}")
+        path = checkpoint_file(source, shard)
+        if path is None:
+            raise common.UserError(f"{source}: {shard} is missing; download the checkpoint again (safetensors only)")
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    if name.startswith(prefixes):
+                        yield name, file.get_tensor(name)
+        except SafetensorError as fault:
+            raise common.UserError(f"{path}: damaged ({fault}); download or copy it again") from fault
+
+
+def read_config(source: str, kinds: tuple[str, ...]):
+    """config.json of a folder or hub id as a transformers config; its model_type must be one of kinds."""
+    if checkpoint_file(source, "config.json") is None:
+        raise common.UserError(f"{source}: no config.json; a folder written by save_pretrained, or a hub id, is wanted")
+    config = AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
+    if config.model_type not in kinds:
+        raise common.UserError(f"{source}: a {config.model_type} model; wanted {' or '.join(kinds)}")
+    return config
+
+
+# ---- vision: ViT + Q-Former (frozen) + projection (trained) [S3.1] ----
+class VisionProjector(nn.Module):
+    """Pixels (B, 3, S, S) -> Q-Former outputs (B, Q, q_width), frozen -> projection (B, Q, D), D the LLM's width."""
+
+    def __init__(self, source: str, d_llm: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        super().__init__()
+        config = read_config(source, ("instructblip", "blip-2"))
+        self.takes_text = config.model_type == "instructblip"  # its Q-Former insists on an input_ids argument
+        if self.takes_text:
+            vit, qformer = transformers.InstructBlipVisionModel, transformers.InstructBlipQFormerModel
+        else:
+            vit, qformer = transformers.Blip2VisionModel, transformers.Blip2QFormerModel
+        q_width = config.qformer_config.hidden_size
+        self.projection = nn.Linear(q_width, d_llm)  # first, so that its start depends on the seed alone
+        with torch.device(device):
+            self.vision_model = vit(config.vision_config)
+            self.qformer = qformer(config.qformer_config)
+            self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, q_width))
+        self._load(source)
+        self.requires_grad_(False).to(device=device, dtype=dtype)
+        self.projection.requires_grad_(True).float()  # AdamW's steps at lr 1e-3 would be lost in bf16's 8 bits
+        self.eval()  # the Q-Former has dropout 0.1
+        self.preprocess = data.Preprocess.from_folder(source, "instructblip")
+
+    def _load(self, source: str) -> None:
+        """Strict, by prefix: from_pretrained of one part of a whole checkpoint gives random weights and only warns."""
+        wanted = {n: t for n, t in self.state_dict().items() if not n.startswith("projection.")}
+        for name, tensor in read_tensors(source, ("vision_model.", "qformer.", "query_tokens")):
+            if name.endswith("position_ids"):  # older checkpoints store this arange
+                continue
+            if name not in wanted or wanted[name].shape != tensor.shape:
+                here = tuple(wanted[name].shape) if name in wanted else "no such weight"
+                raise common.UserError(f"{source}: {name} is {tuple(tensor.shape)} in the file, {here} by config.json")
+            wanted.pop(name).copy_(tensor)
+        if wanted:
+            raise common.UserError(f"{source}: {len(wanted)} weights are not in the files, first {min(wanted)}")
+
+    @torch.no_grad()
+    def queries(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, 3, S, S) -> (B, Q, q_width): the learned queries once they attended to the image, no text."""
+        patches = self.vision_model(pixels.to(self.query_tokens)).last_hidden_state  # (B, P, D), already layer-normed
+        prompt = {"input_ids": None} if self.takes_text else {}
+        start = self.query_tokens.expand(len(pixels), -1, -1)
+        return self.qformer(query_embeds=start, encoder_hidden_states=patches, **prompt).last_hidden_state
+
+    def forward(self, queries: torch.Tensor) -> torch.Tensor:
+        """queries (B, Q, q_width) -> tokens in the LLM's embedding space (B, Q, D), fp32 as the projection."""
+        return self.projection(queries.to(self.projection.weight))
+
+
+# ---- language model (frozen) ----
+@torch.no_grad()
+def start_quietly(projection: nn.Linear, size: float) -> None:
+    """Gaussian weights, no bias: for Q-Former outputs, which are layer-normed, each coordinate starts with std `size`.
+
+    An image token far larger than a word hardly changes from layer to layer (what the layers add is of a word's size),
+    so nothing the LLM knows to do with words is done with it: on the embedded world captions came out well and
+    comparisons did not."""
+    projection.weight.normal_(std=size / projection.in_features**0.5)
+    projection.bias.zero_()
+
+
+def load_llm(name: str, dtype: torch.dtype, device: torch.device | str, quantize: str = ""):
+    """LLaMA from a folder or hub id -> (model in eval mode, frozen; tokenizer). quantize: "" | "int8" | "nf4".
+
+    Weights stream from the files to the device, one tensor at a time: no accelerate, and no copy in host memory."""
+    if quantize not in ("", "int8", "nf4"):
+        raise common.UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
+    tokenizer = load_tokenizer(name)
+    config = read_config(name, ("llama",))
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    convert = quantizer(llm, quantize, dtype, device) if quantize else None
+    missing = {n for n, _ in llm.named_parameters()}  # a tied lm_head.weight is not listed
+    for key, tensor in read_tensors(name):
+        if key not in missing:
+            if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings):
+                continue  # older checkpoints store them
+            raise common.UserError(f"{name}: {key} is not a weight of the LLaMA that config.json describes")
+        path, leaf = key.rsplit(".", 1)
+        module = llm.get_submodule(path)
+        shape = (
+            (module.out_features, module.in_features) if isinstance(module, nn.Linear) else getattr(module, leaf).shape
+        )
+        if tensor.shape != tuple(shape):
+            raise common.UserError(f"{name}: {key} is {tuple(tensor.shape)} in the file, {tuple(shape)} by config.json")
+        tensor = tensor.to(dtype)
+        weight = convert(module, leaf, tensor) if convert else None
+        module._parameters[leaf] = nn.Parameter(tensor.to(device)) if weight is None else weight
+        missing.discard(key)
+    llm.tie_weights()
+    if missing:
+        raise common.UserError(f"{name}: {len(missing)} weights are not in the files, first {min(missing)}")
+    llm.model.rotary_emb = type(llm.model.rotary_emb)(config).to(device)  # its buffers are in no file, fp32
+    return llm.requires_grad_(False).eval(), tokenizer
+
+
+def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.device | str):
+    """Swap the linears (all but lm_head) for bitsandbytes' -> function (module, leaf, tensor) -> weight or None."""
+    import bitsandbytes as bnb  # lazily: optional, and its CPU backend logs at import
+
+    for name, linear in list(llm.named_modules()):
+        if type(linear) is nn.Linear and name != "lm_head":
+            size = (linear.in_features, linear.out_features, linear.bias is not None)
+            with torch.device("meta"):
+                if quantize == "nf4":
+                    swap = bnb.nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
+                else:
+                    swap = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+            llm.set_submodule(name, swap)
+
+    def convert(module: nn.Module, leaf: str, tensor: torch.Tensor) -> nn.Parameter | None:
+        if leaf == "weight" and isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.nn.Params4bit(tensor, False, quant_type="nf4", compress_statistics=True, module=module)
+            return weight.to(device)
+        if leaf == "weight" and isinstance(module, bnb.nn.Linear8bitLt):
+            return bnb.nn.Int8Params(tensor, requires_grad=False, has_fp16_weights=False).to(device)
+        return None
+
+    return convert
+
+
+def load_tokenizer(name: str):
+    """Tokenizer of a LLaMA folder or hub id; it must have the fast form, a start and an end token."""
+    if checkpoint_file(name, "tokenizer.json") is None:
+        raise common.UserError(
+            f"{name}: no tokenizer.json (tokenizer.model alone cannot be read); "
+            "where sentencepiece is installed, AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise common.UserError(f"{name}: its tokenizer_config.json sets no bos_token or no eos_token")
+    return tokenizer
+
+
+# ---- text pieces and image tokens -> one batch of embeddings ----
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Ids of one piece of text, without special tokens: a "</s>" written in a caption is text, not an end."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def answer_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a supervised text and the end token after it."""
+    ids = tokenize(tokenizer, text.strip())
+    if not ids:
+        raise common.UserError(f"a caption without text: {text!r}; a row needs at least one supervised token")
+    return [*ids, tokenizer.eos_token_id]
+
+
+class Batch(NamedTuple):
+    embeddings: torch.Tensor  # (B, T, D)
+    mask: torch.Tensor  # (B, T) int64, 0 at padding
+    labels: torch.Tensor  # (B, T) ids where there is a loss, -1 elsewhere
+
+
+def splice(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None = None, left: bool = False) -> Batch:
+    """Rows of pieces (each a list of ids, or image tokens (Q, D)) with their answers (ids with a loss) -> padded batch.
+
+    Ids come from separately tokenised pieces, in training as in generation. Pads right to train, left to generate."""
+    answers = answers or [[] for _ in rows]
+    images = [piece for row in rows for piece in row if torch.is_tensor(piece)]
+    lengths = [sum(map(len, row)) + len(answer) for row, answer in zip(rows, answers, strict=True)]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    is_image = torch.zeros_like(ids, dtype=torch.bool)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -1)
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        start = at = ids.shape[1] - lengths[i] if left else 0
+        for piece in (*row, answer):
+            if torch.is_tensor(piece):
+                is_image[i, at : at + len(piece)] = True
+            else:
+                ids[i, at : at + len(piece)] = torch.tensor(piece, dtype=torch.long)
+            at += len(piece)
+        mask[i, start:at] = 1
+        labels[i, at - len(answer) : at] = torch.tensor(answer, dtype=torch.long)
+    device = embed.weight.device
+    x = embed(ids.to(device))  # (B, T, D)
+    if images:
+        x = x.masked_scatter(is_image.to(device)[..., None], torch.cat(images).to(x))  # image slots in reading order
+    return Batch(x, mask.to(device), labels.to(device))
+
+
+def caption_loss(llm: nn.Module, batch: Batch, tokens: float) -> torch.Tensor:
+    """Eq. 1: next-token cross-entropy summed over supervised positions / tokens (those of the whole step, all ranks).
+
+    HF's own loss is a mean per rank and batch: averaged over ranks, it weighs short captions more."""
+    hidden = llm.model(inputs_embeds=batch.embeddings, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    target = batch.labels[:, 1:]  # position t predicts t + 1
+    keep = target >= 0
+    logits = llm.lm_head(hidden[:, :-1][keep]).float()  # (supervised, V): a fifth of the positions
+    return F.cross_entropy(logits, target[keep], reduction="sum") / tokens
+
+
+def caption_row(tokenizer, caption: data.Caption, image: torch.Tensor) -> list:
+    """Pieces of one caption's prompt: the instruction and the image tokens (Q, D) in the order of the data."""
+    start, prompt = [tokenizer.bos_token_id], caption.prompt.strip()
+    if caption.image_first:
+        return [start, image, tokenize(tokenizer, f"\n{prompt}\n")]
+    return [start + tokenize(tokenizer, f"{prompt}\n"), image, tokenize(tokenizer, "\n")]
+
+
+# ---- one run: order, start, faults ----
+def plan(n: int, epochs: int, items: int, seed: int, world: common.World, done: int):
+    """Yield (step, epoch, this rank's items) from step `done` on; a step has `items` on all ranks."""
+    per_epoch = math.ceil(n / items)
+    for epoch in range(done // per_epoch, epochs):
+        batches = data.rank_batches(data.epoch_order(n, seed, epoch), items, world.rank, world.size)
+        for i, mine in enumerate(batches):
+            if epoch * per_epoch + i >= done:
+                yield epoch * per_epoch + i, epoch, mine
+
+
+def ahead(load, jobs):
+    """Yield (job, load(job)) while a thread loads the next; a user's mistake in load is yielded as its result."""
+
+    def attempt(job):
+        try:
+            return load(job)
+        except (common.UserError, OSError) as fault:
+            return fault
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for job in jobs:
+            following = job, pool.submit(attempt, job)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def stop_together(result) -> None:
+    """All ranks stop when one loaded a fault: one that stops alone leaves the others waiting in a collective."""
+    found = isinstance(result, Exception)
+    if common.any_rank(found):
+        raise common.UserError(next(text for text in common.gather_objects(str(result) if found else "") if text))
+
+
+def stop_not_finite(step: int, loss: float, norm: float, mine: float, names: list[str]) -> None:
+    """All ranks, before the optimiser steps; loss and norm are of all ranks, mine and names of this one."""
+    guilty = [name for part in common.gather_objects([] if math.isfinite(mine) else names) for name in part]
+    raise common.UserError(
+        f"step {step}: loss {loss}, gradient norm {norm}; the last state saved is good; items: "
+        f"{', '.join(guilty[:16]) or 'any of this step'}; try a lower --lr, or look at these items"
+    )
+
+
+def drop_missing(items: list, names_of, images: data.ImageStore) -> list:
+    """The items whose images are all there; says how many are not, and stops above one in a thousand."""
+    missing = set(images.missing(sorted({name for item in items for name in names_of(item)})))
+    kept = [item for item in items if not missing.intersection(names_of(item))]
+    if missing:
+        lost = len(items) - len(kept)
+        found = (
+            f"{lost} of {len(items)} items lack an image, first {min(missing)} (looked in {', '.join(images.roots)})"
+        )
+        if lost > len(items) / 1000:
+            raise common.UserError(f"{found}, more than 0.1 %; complete the folder or correct --images")
+        common.say(f"{found}; going on without them")
+    return kept
+
+
+def check_texts(texts, where: str, most: int) -> None:
+    """Stop at start-up over (id, text) that is blank (nothing to learn) or longer than `most` characters (memory)."""
+    for name, text in texts:
+        if not 0 < len(text.strip()) <= most:
+            raise common.UserError(
+                f"{where}: record {name}: a text of {len(text.strip())} characters, 1 to {most} wanted; correct it, "
+                "or raise --max_characters"
+            )
+
+
+def fingerprint(items: list) -> str:
+    """A hash of records: a resumed run must find the data that it began with."""
+    return hashlib.sha256("\n".join(map(repr, items)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    world = common.init_world(DEVICE)
+    dtype = common.pick_dtype(DTYPE, world.device)
+    captions, images = data.read_chat(CHAT), data.ImageStore(IMAGES)
+    if CHECK:
+        report, ok = data.check_report((caption.image for caption in captions), images)
+        if not ok:
+            raise common.UserError(report)
+        common.say(report)
+        return
+    captions = drop_missing(captions, lambda caption: [caption.image], images)
+    check_texts(((caption.id, caption.text) for caption in captions), CHAT, MAX_CHARACTERS)
+    items = BATCH * ACCUMULATE * world.size
+    total = EPOCHS * math.ceil(len(captions) / items)
+
+    common.lock_folder(OUT)
+    constants = {**common.constants_of(globals()), "items a step": items, "data": fingerprint(captions)}
+    saved = common.load_state(OUT, constants, common.MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES"})
+    done, state = saved or (0, None)
+    if done >= total and os.path.exists(f"{OUT}/config.json"):
+        common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
+        return
+
+    torch.manual_seed(SEED)
+    llm, tokenizer = load_llm(LLM, dtype, world.device, QUANTIZE)
+    vision = VisionProjector(VISION, llm.config.hidden_size, world.device, dtype)
+    weights = list(vision.projection.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    start_quietly(vision.projection, START * llm.get_input_embeddings().weight.float().std().item())
+    if state:
+        vision.projection.load_state_dict(state["projection"])
+        optimizer.load_state_dict(state["optimizer"])
+        common.say(f"resuming after step {done} of {total}")
+
+    def load(job) -> torch.Tensor | None:
+        names = [captions[i].image for i in job[2]]
+        return data.load_pixels(images, names, vision.preprocess, WORKERS) if names else None
+
+    log, began = common.Log(OUT, done), time.time()
+    jobs = ahead(load, plan(len(captions), EPOCHS, items, SEED, world, done))
+    for (step, epoch, mine), pixels in common.progress(jobs, "align", total - done):  # Algorithm 1
+        stop_together(pixels)
+        warm = (step + 1) / max(1, WARMUP * total)
+        fall = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * step / total)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(warm, fall)
+
+        answers = [answer_ids(tokenizer, captions[i].text) for i in mine]
+        tokens = common.all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
+        share = 0.0  # of the loss, this rank's
+        for at in range(0, len(mine), BATCH):
+            image_tokens = vision(vision.queries(pixels[at : at + BATCH]))  # (B, Q, D)
+            part = zip(mine[at : at + BATCH], image_tokens, strict=True)
+            rows = [caption_row(tokenizer, captions[i], image) for i, image in part]
+            loss = caption_loss(llm, splice(llm.get_input_embeddings(), rows, answers[at : at + BATCH]), tokens)
+            loss.backward()
+            share += loss.item()
+        common.all_reduce_gradients(weights)
+        norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
+        loss = common.all_sum(share)
+        if not math.isfinite(loss + norm):
+            stop_not_finite(step, loss, norm, share, [captions[i].id for i in mine])
+        optimizer.step()
+        optimizer.zero_grad()
+
+        pace = (time.time() - began) / (step + 1 - done)  # seconds a step
+        log.write(
+            step=step + 1,
+            epoch=epoch,
+            loss=loss,
+            lr=group["lr"],
+            grad_norm=norm,
+            items_per_s=round(items / pace, 2),
+            seconds_left=round(pace * (total - step - 1)),
+        )
+        stop = common.any_rank(common.stop_requested())
+        if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
+            state = {"projection": vision.projection.state_dict(), "optimizer": optimizer.state_dict()}
+            common.save_state(OUT, step + 1, state, constants)
+        if stop:
+            common.say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            raise SystemExit(143)
+
+    config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
+    config |= {"dim": llm.config.hidden_size, "steps": total, "captions": len(captions), "seed": SEED}
+    common.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
+    common.say(f"wrote {OUT}/projection.safetensors")
+
+
+def located(source: str) -> str:
+    """A checkpoint's name for config.json: the next stage may run from another folder."""
+    return os.path.abspath(source) if os.path.isdir(source) else source
+
+
+if __name__ == "__main__":
+    common.override(globals())
+    common.run(main)

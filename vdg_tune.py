@@ -1,0 +1,424 @@
+"""Stage 2, instruction tuning [S3.1, Algorithm 2]: projection and LoRA learn to say what turns reference into target.
+
+    python vdg_tune.py --aligned out/align --root data/cirr --images data/img_raw --out out/vdg
+    torchrun --nproc_per_node 8 vdg_tune.py --aligned out/align --dataset fashioniq --root data/fashioniq --out out/vdg
+
+Reads OUT of vdg_align.py (it names the vision side and the LLM) and triplets: CIRR, FashionIQ, or a jsonl file.
+Writes OUT/adapter_model.safetensors and adapter_config.json (they load with peft), OUT/projection.safetensors,
+OUT/config.json, OUT/log.jsonl and OUT/last/ (training state: the same command resumes).
+"""
+
+import common
+
+common.early_help(__name__, __file__)  # answers --help before torch is imported
+
+import math
+import os
+import re
+import time
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import data
+from vdg_align import (
+    VisionProjector,
+    ahead,
+    answer_ids,
+    caption_loss,
+    check_texts,
+    drop_missing,
+    fingerprint,
+    load_llm,
+    plan,
+    splice,
+    stop_not_finite,
+    stop_together,
+    tokenize,
+)
+
+# ---- data ----
+ALIGNED = "out/align"  # checkpoint of vdg_align.py; its config.json names the vision side and the LLM
+DATASET = "cirr"  # "cirr", "fashioniq" or "jsonl" (ROOT is then a file of triplets)
+ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of triplets
+SPLIT = "train"  # split to learn from [S4.1]
+CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
+IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
+HELD_OUT = 0.02  # share of the triplets kept out, for a loss after each epoch [ours: the paper uses all; 0 does]
+MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
+
+# ---- model ----
+PROMPT = (
+    "Request: Analyze given reference and target images and provide a description that transforms the reference to "
+    "match the target.\nReference: <reference>\nTarget: <target>\nResponse:"
+)  # [Fig. 3]; <reference> and <target> stand for 32 image tokens each
+LORA_RANK = 64  # r [S4.1]; 32 and 128 in [Table 7]
+LORA_ALPHA = 16.0  # the update is scaled by alpha / r [S4.1]
+LORA_DROPOUT = 0.05  # on the input of A [S4.1]
+LORA_TARGETS = ("q_proj", "v_proj")  # linears that carry LoRA [ours: the paper does not say; the release's choice]
+
+# ---- training ----
+EPOCHS = 10  # passes over the triplets [S4.1]
+BATCH = 8  # triplets per GPU and forward pass [S4.1]
+ACCUMULATE = 1  # forward passes per optimiser step [ours]
+LR = 2e-4  # learning rate of projection and LoRA [S4.1]
+WARMUP = 100  # steps over which the rate rises linearly [S4.1]
+DECAY_AT = 0.5  # share of the epochs after which the rate falls [S4.1]
+DECAY = 0.1  # factor by which it falls [S4.1]
+BETAS = (0.9, 0.99)  # AdamW [S4.1]
+WEIGHT_DECAY = 0.05  # AdamW [S4.1]
+CLIP = 1.0  # largest gradient norm, 0 = no clipping [ours: the paper is silent]
+SCALE = (0.8, 1.0)  # random resized crop, share of the area [S4.1]
+RATIO = (0.9, 1.1)  # random resized crop, width / height [S4.1]
+VIEWS = 0  # 0 = a fresh crop each time [S4.1]; K = K crops per image, encoded once, used in turn [ours: speed]
+ENCODE_BATCH = 64  # images per forward pass when views or held-out images are encoded [ours]
+
+# ---- run ----
+OUT = "out/vdg"  # folder of the checkpoint and the log
+SEED = 0  # fixes LoRA's start, order, augmentation, dropout and the held-out triplets
+DEVICE = "auto"  # "auto", "cpu" or "cuda"
+DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; trained weights stay fp32 [ours]
+SAVE_EVERY = 100  # steps between training states in OUT/last
+WORKERS = 8  # threads that decode images
+CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
+
+
+# ---- LoRA ----
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A drop(x): W frozen (it may be quantised), A (r, in) and B (out, r) trained, in fp32."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.scale, self.dropout = base, alpha / rank, dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))  # B = 0: training starts from the LLM as it is
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # on the CPU: the same start on every device
+        self.to(base.weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (B, T, r)
+        return self.base(x) + F.linear(down, self.lora_B.to(x.dtype)) * self.scale
+
+
+def add_lora(llm: nn.Module, rank: int, alpha: float, dropout: float, targets: tuple) -> dict[str, LoRALinear]:
+    """Wrap every linear of the LLM whose last name is in targets -> the new modules by name."""
+    names = [name for name, module in llm.named_modules() if name.split(".")[-1] in targets]
+    absent = set(targets) - {name.split(".")[-1] for name in names}
+    if absent or not names or rank < 1:
+        what = f"LoRA of rank {rank} on {', '.join(targets)}"
+        raise common.UserError(f"{what}: the LLM has no {', '.join(absent) or 'such'} module; look at --lora_targets")
+    for name in names:
+        llm.set_submodule(name, LoRALinear(llm.get_submodule(name), rank, alpha, dropout))
+    return lora_modules(llm)
+
+
+def lora_modules(llm: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in llm.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge_lora(llm: nn.Module) -> None:
+    """W <- W + (alpha / r) B A and the plain linear back in place: generation then pays nothing for LoRA."""
+    for name, module in lora_modules(llm).items():
+        assert type(module.base) is nn.Linear, "a quantised weight cannot take the update"
+        weight = module.base.weight
+        weight.data = (weight.float() + module.scale * module.lora_B.float() @ module.lora_A.float()).to(weight.dtype)
+        llm.set_submodule(name, module.base)
+
+
+def adapter_tensors(llm: nn.Module) -> dict[str, torch.Tensor]:
+    """LoRA's weights under PEFT's names."""
+    tensors = {}
+    for name, module in lora_modules(llm).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_A.detach()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_B.detach()
+    return tensors
+
+
+def adapter_config(lora: dict, llm: str) -> dict:
+    """adapter_config.json as PEFT reads it; lora = {"rank", "alpha", "dropout", "targets"}."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": llm,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "target_modules": list(lora["targets"]),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+
+
+def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinear]:
+    """Add the LoRA saved in a folder to the LLM; lora are the settings that it was trained with, from config.json.
+
+    Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
+    path = f"{folder}/adapter_config.json"
+    found = common.read_json(path)
+    wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
+    for key, value in wanted.items():
+        here, there = (sorted(v) if isinstance(v, list) else v or None for v in (found.get(key), value))
+        if here != there:
+            raise common.UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
+    modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
+    fill_lora(llm, common.load_tensors(folder, "adapter_model.safetensors"), folder)
+    return modules
+
+
+def fill_lora(llm: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copy PEFT-named tensors into the LLM's LoRA: every name and every shape must agree."""
+    wanted = adapter_tensors(llm)
+    if wanted.keys() != tensors.keys():
+        name = min(wanted.keys() ^ tensors.keys())
+        raise common.UserError(
+            f"{where}: LoRA weight {name} is {'missing' if name in wanted else 'one too many'}; wrong LLM or file"
+        )
+    for name, weight in wanted.items():
+        found = tensors[name].shape
+        if weight.shape != found:
+            raise common.UserError(f"{where}: {name} is {tuple(found)}, {tuple(weight.shape)} wanted; wrong LLM")
+        weight.copy_(tensors[name])
+
+
+def check_saved(llm: nn.Module, folder: str) -> None:
+    """What was saved, read back as a later stage reads it, must give the outputs of the modules that were trained."""
+    tensors = common.load_tensors(folder, "adapter_model.safetensors")
+    config = common.read_json(f"{folder}/adapter_config.json")
+    for name, module in lora_modules(llm.eval()).items():
+        again = LoRALinear(module.base, config["r"], config["lora_alpha"], 0.0).eval()
+        again.lora_A.data.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
+        again.lora_B.data.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+        x = torch.linspace(-1, 1, module.lora_A.shape[1], device=module.lora_A.device).to(llm.dtype)
+        with torch.no_grad():
+            assert torch.equal(module(x[None]), again(x[None])), f"{folder}: LoRA of {name} does not survive saving"
+
+
+# ---- prompt [Fig. 3] ----
+def prompt_pieces(tokenizer, prompt: str) -> list:
+    """The start token and the prompt as ids, "<reference>" and "<target>" left standing where the image tokens go."""
+    parts = re.split("(<reference>|<target>)", prompt)
+    if sorted(parts[1::2]) != ["<reference>", "<target>"]:
+        raise common.UserError(f"the prompt wants <reference> and <target> once each; found {parts[1::2]}")
+    ids = [part if at % 2 else tokenize(tokenizer, part.strip(" ")) for at, part in enumerate(parts)]
+    return [[tokenizer.bos_token_id], *ids]
+
+
+def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> list:
+    """Row for splice: prompt_pieces with the image tokens (Q, D) of one pair in their places."""
+    images = {"<reference>": reference, "<target>": target}
+    return [images[piece] if isinstance(piece, str) else piece for piece in pieces]
+
+
+# ---- the trained model ----
+def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype):
+    """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict)."""
+    config = read_stage(folder, "tune")
+    llm, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
+    load_adapter(llm, folder, config["lora"])
+    vision = VisionProjector(config["vision"], llm.config.hidden_size, device, dtype)
+    load_projection(vision, folder)
+    return vision, llm.requires_grad_(False).eval(), tokenizer, config
+
+
+def read_stage(folder: str, stage: str) -> dict:
+    """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune")."""
+    path = f"{folder}/config.json"
+    if not os.path.exists(path):
+        raise common.UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
+    config = common.read_json(path)
+    if not isinstance(config, dict) or config.get("stage") != stage:
+        raise common.UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
+    return config
+
+
+def load_projection(vision: VisionProjector, folder: str) -> None:
+    tensors = common.load_tensors(folder, "projection.safetensors")
+    wanted, found = ({n: tuple(t.shape) for n, t in d.items()} for d in (vision.projection.state_dict(), tensors))
+    if wanted != found:
+        raise common.UserError(f"{folder}/projection.safetensors holds {found}; Q-Former and LLM want {wanted}")
+    vision.projection.load_state_dict(tensors)
+
+
+# ---- images ----
+def encode(vision: VisionProjector, images, names: list[str], views, batch: int, workers: int, world) -> dict:
+    """Q-Former outputs {name: (K, Q, q_width) on the CPU}, the same on all ranks; views: name -> list of K transforms.
+
+    Ranks share the work, in chunks that do not depend on their number: a chunk's size can change the last bit."""
+    chunks = [names[at : at + batch] for at in range(0, len(names), batch)]
+    groups = [chunks[at : at + world.size] for at in range(0, len(chunks), world.size)]
+
+    def load(group):
+        mine = group[world.rank] if world.rank < len(group) else []
+        transforms = [transform for name in mine for transform in views(name)]
+        repeated = [name for name in mine for _ in views(name)]
+        return data.load_pixels(images, repeated, transforms, workers) if mine else None
+
+    found = {}
+    for group, pixels in common.progress(ahead(load, groups), "encode", len(groups)):
+        stop_together(pixels)
+        queries = vision.query_tokens[:0] if pixels is None else vision.queries(pixels)
+        k = len(views(group[0][0]))
+        queries = common.gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
+        found |= zip([name for chunk in group for name in chunk], queries.cpu(), strict=True)
+    return found
+
+
+def names_of(triplets: list[data.Triplet]) -> list[str]:
+    return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})
+
+
+# ---- loss ----
+def delta_loss(llm, vision, pieces: list, queries: torch.Tensor, answers: list, tokens: float) -> torch.Tensor:
+    """Eq. 1 on deltas: queries (B, 2, Q, q_width) of reference and target, ids of the deltas -> sum / tokens."""
+    rows = [delta_row(pieces, reference, target) for reference, target in vision(queries)]  # 2 x (Q, D) each
+    return caption_loss(llm, splice(llm.get_input_embeddings(), rows, answers), tokens)
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    world = common.init_world(DEVICE)
+    dtype = common.pick_dtype(DTYPE, world.device)
+    triplets, images = data.training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES)
+    if CHECK:
+        report, ok = data.check_report(names_of(triplets), images)
+        report = f"{len(triplets):,} triplets; {report}"
+        if not ok:
+            raise common.UserError(report)
+        common.say(report)
+        return
+    triplets = drop_missing(triplets, lambda t: (t.reference, t.target), images)
+    check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
+    shuffled = common.rng("held out", SEED).permutation(len(triplets)).tolist()
+    held = [triplets[i] for i in sorted(shuffled[: int(HELD_OUT * len(triplets))])]
+    triplets = [triplets[i] for i in sorted(shuffled[int(HELD_OUT * len(triplets)) :])]
+    items = BATCH * ACCUMULATE * world.size
+    per_epoch = math.ceil(len(triplets) / items)
+    total = EPOCHS * per_epoch
+
+    common.lock_folder(OUT)
+    aligned = read_stage(ALIGNED, "align")
+    constants = {**common.constants_of(globals()), "items a step": items, "data": fingerprint([*triplets, *held])}
+    saved = common.load_state(OUT, constants, common.MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES"})
+    done, state = saved or (0, None)
+    if done >= total and os.path.exists(f"{OUT}/config.json"):
+        common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
+        return
+
+    torch.manual_seed(SEED)
+    llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, aligned["quantize"])
+    vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)
+    load_projection(vision, ALIGNED)  # Algorithm 2 starts from Algorithm 1's projection
+    lora = {"rank": LORA_RANK, "alpha": LORA_ALPHA, "dropout": LORA_DROPOUT, "targets": list(LORA_TARGETS)}
+    modules = add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
+    weights = [*vision.projection.parameters(), *(w for m in modules.values() for w in (m.lora_A, m.lora_B))]
+    optimizer = torch.optim.AdamW(weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    if state:
+        vision.projection.load_state_dict(state["projection"])
+        fill_lora(llm, state["lora"], OUT)
+        optimizer.load_state_dict(state["optimizer"])
+        common.say(f"resuming after step {done} of {total}")
+
+    pieces = prompt_pieces(tokenizer, PROMPT)
+
+    def crop(*keys):
+        """A transform whose random crop is a function of the keys."""
+        return lambda image: vision.preprocess(data.random_resized_crop(image, common.rng(SEED, *keys), SCALE, RATIO))
+
+    plain = encode(vision, images, names_of(held), lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
+    cached = names_of(triplets) if VIEWS else []
+    views = encode(
+        vision, images, cached, lambda name: [crop(name, k) for k in range(VIEWS)], ENCODE_BATCH, WORKERS, world
+    )
+
+    def load(job) -> torch.Tensor | None:
+        """(n, 2, ...) of this rank's triplets: reference and target, pixels or (of cached views) Q-Former outputs."""
+        _, epoch, mine = job
+        names = [name for i in mine for name in (triplets[i].reference, triplets[i].target)]
+        if not mine:
+            return None
+        if VIEWS:
+            return torch.stack([views[name][epoch % VIEWS] for name in names]).unflatten(0, (-1, 2))
+        transforms = [crop(epoch, i, side) for i in mine for side in ("reference", "target")]
+        return data.load_pixels(images, names, transforms, WORKERS).unflatten(0, (-1, 2))
+
+    def held_out_loss() -> float:
+        """Mean loss per token on the held-out triplets, whole images, no dropout; the same number on every rank."""
+        llm.eval()
+        mine, answers = held[world.rank :: world.size], []
+        loss = 0.0
+        for at in range(0, len(mine), BATCH):
+            part = mine[at : at + BATCH]
+            queries = torch.stack([torch.cat([plain[t.reference], plain[t.target]]) for t in part]).to(world.device)
+            batch = [answer_ids(tokenizer, t.delta) for t in part]
+            with torch.no_grad():
+                loss += delta_loss(llm, vision, pieces, queries, batch, 1).item()
+            answers += batch
+        return common.all_sum(loss) / common.all_sum(sum(map(len, answers)))
+
+    log, began = common.Log(OUT, done), time.time()
+    jobs = ahead(load, plan(len(triplets), EPOCHS, items, SEED, world, done))
+    for (step, epoch, mine), inputs in common.progress(jobs, "tune", total - done):  # Algorithm 2
+        stop_together(inputs)
+        rate = min(1, (step + 1) / max(1, WARMUP)) * (DECAY if epoch >= DECAY_AT * EPOCHS else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = LR * rate
+
+        llm.train()
+        common.seed_step(SEED, step, world.rank)  # LoRA's dropout
+        answers = [answer_ids(tokenizer, triplets[i].delta) for i in mine]
+        tokens = common.all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
+        share = 0.0  # of the loss, this rank's
+        for at in range(0, len(mine), BATCH):
+            part = inputs[at : at + BATCH].to(world.device)
+            queries = part if VIEWS else vision.queries(part.flatten(0, 1)).unflatten(0, (-1, 2))  # (B, 2, Q, q_width)
+            loss = delta_loss(llm, vision, pieces, queries, answers[at : at + BATCH], tokens)
+            loss.backward()
+            share += loss.item()
+        common.all_reduce_gradients(weights)
+        norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
+        loss = common.all_sum(share)
+        if not math.isfinite(loss + norm):
+            stop_not_finite(step, loss, norm, share, [f"{triplets[i].reference} -> {triplets[i].target}" for i in mine])
+        optimizer.step()
+        optimizer.zero_grad()
+
+        pace = (time.time() - began) / (step + 1 - done)  # seconds a step
+        log.write(
+            step=step + 1,
+            epoch=epoch,
+            loss=loss,
+            lr=group["lr"],
+            grad_norm=norm,
+            items_per_s=round(items / pace, 2),
+            seconds_left=round(pace * (total - step - 1)),
+        )
+        if held and (step + 1) % per_epoch == 0:
+            log.write(step=step + 1, epoch=epoch, held_out_loss=held_out_loss())
+        stop = common.any_rank(common.stop_requested())
+        if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
+            state = {"projection": vision.projection.state_dict(), "lora": adapter_tensors(llm)}
+            common.save_state(OUT, step + 1, {**state, "optimizer": optimizer.state_dict()}, constants)
+        if stop:
+            common.say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            raise SystemExit(143)
+
+    upstream = {key: aligned[key] for key in ("vision", "llm", "quantize", "dim")}
+    config = {"stage": "tune", **upstream, "lora": lora, "prompt": PROMPT}
+    config |= {"steps": total, "triplets": len(triplets), "seed": SEED}
+    tensors = {"adapter_model.safetensors": adapter_tensors(llm)}
+    tensors |= {"projection.safetensors": vision.projection.state_dict()}
+    texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}
+    common.save_folder(OUT, tensors, texts)
+    if world.rank == 0:
+        check_saved(llm, OUT)
+    common.say(f"wrote {OUT}/adapter_model.safetensors")
+
+
+if __name__ == "__main__":
+    common.override(globals())
+    common.run(main)
