@@ -30,45 +30,48 @@ step "draw the world"
 python demo/world.py --out $W --seed $SEED
 
 step "1 align: the projection learns to describe pictures"
-python vdg_align.py --vision $M/instructblip --llm $M/llama --chat $W/chat/chat.json --images $W/chat/images --out $OUT/align \
-  --epochs 6 --batch 64 --lr 5e-3 --seed $SEED
+python vdg_align.py --vision $M/instructblip --llm $M/llama --chat $W/chat/chat.json --images $W/chat/images \
+  --epochs 7 --batch 24 --lr 5e-3 --out $OUT/align --seed $SEED
 
-step "2 tune: $M/llama learns visual deltas from the human triplets"
-python vdg_tune.py --aligned $OUT/align --dataset cirr --root $W/cirr --split train --out $OUT/vdg \
-  --epochs 10 --batch 16 --lr 1e-3 --lora_rank 16 --warmup 20 --views 4 --seed $SEED
+step "2 tune: the language model learns visual deltas from the human triplets"
+LINEARS=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+python vdg_tune.py --aligned $OUT/align --dataset cirr --root $W/cirr --split train --held_out 0 --out $OUT/vdg \
+  --epochs 12 --decay_at 0.7 --batch 16 --lr 3e-3 --warmup 20 --lora_rank 16 --lora_targets $LINEARS --views 2 --seed $SEED
 
 step "3 mine pairs from the unlabelled pictures"
-python mine_pairs.py --images $W/aux --encoder $M/resnet --out $OUT/mined --exclude $W/cirr/img_raw --max_shared 3 --seed $SEED
+python mine_pairs.py --images $W/aux --encoder $M/resnet --exclude $W/cirr/img_raw --max_shared 3 --out $OUT/mined --seed $SEED
 
-step "4 generate deltas: auxiliary pairs, the human pairs again, and held-out pairs to judge"
-python gen_deltas.py --vdg $OUT/vdg --pairs $OUT/mined/pairs.jsonl --images $W/aux --out $OUT/pseudo --subgroups 400 --seed $SEED
+step "4 generate deltas: for mined pairs, for the human pairs again, and for held-out pairs to judge"
+python gen_deltas.py --vdg $OUT/vdg --pairs $OUT/mined/pairs.jsonl --images $W/aux --subgroups 350 --out $OUT/pseudo --seed $SEED &
+AUX_JOB=$!
 python gen_deltas.py --vdg $OUT/vdg --triplets cirr/train --root $W/cirr --out $OUT/same --seed $SEED
-python gen_deltas.py --vdg $OUT/vdg --triplets cirr/val --root $W/cirr --out $OUT/heldout --seed $SEED
+python gen_deltas.py --vdg $OUT/vdg --triplets cirr/val --root $W/cirr --max_pairs 500 --out $OUT/heldout --seed $SEED
+wait $AUX_JOB
 
-step "5 train and 6 evaluate, four ways, two models"
-COMMON="--dataset cirr --root $W/cirr --split train --val_split dev --val_every 25 --steps 200 --lr 1e-3 --tau 0.05 --views 4 --seed $SEED"
-AUX="--pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux"
-SAME="--same_pairs $OUT/same/pseudo.jsonl"
-one_model() { # model, backbone: the four rows of the table
-  local model=$1 backbone=$2 row
-  for row in supervised same auxiliary only; do
-    case $row in
-      supervised) extra="" ;;
-      same) extra="$SAME" ;;
-      auxiliary) extra="$SAME $AUX" ;;
-      only) extra="--triplets false $AUX" ;;
-    esac
-    python train_cir.py --model $model --backbone $backbone $COMMON $extra --out $OUT/cir/$model-$row
-    python eval_cir.py --checkpoint $OUT/cir/$model-$row --dataset cirr --root $W/cirr --split val --official false \
-      --out $OUT/eval/$model-$row
-  done
+step "5 train and 6 evaluate: two models, four training sets, two jobs at a time"
+export SEED OUT M W OMP_NUM_THREADS=1
+one_row() { # model and row of the table
+  local model=${1%-*} row=${1#*-} data how
+  case $model in
+    combiner) how="--backbone $M/clip --steps 80 --lr 5e-4" ;;
+    blip_tdm) how="--backbone $M/blip --steps 140 --lr 1e-3" ;;
+  esac
+  case $row in
+    supervised) data="" ;;
+    same) data="--same_pairs $OUT/same/pseudo.jsonl" ;;
+    auxiliary) data="--same_pairs $OUT/same/pseudo.jsonl --pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux" ;;
+    only) data="--triplets false --pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux" ;;
+  esac
+  python train_cir.py --model $model $how $data --dataset cirr --root $W/cirr --split train --batch 48 --tau 0.05 --views 2 \
+    --val_split dev --val_every 20 --out $OUT/cir/$1 --seed $SEED &&
+  python eval_cir.py --checkpoint $OUT/cir/$1 --dataset cirr --root $W/cirr --split val --official false --out $OUT/eval/$1
 }
-# The two models share the machine: one CPU thread each is faster than two threads one after the other.
-export OMP_NUM_THREADS=1
-one_model combiner $M/clip > $OUT/combiner.log 2>&1 &
-CLIP_JOB=$!
-one_model blip_tdm $M/blip || { kill $CLIP_JOB; exit 1; }
-wait $CLIP_JOB || { tail -5 $OUT/combiner.log; exit 1; }
+export -f one_row
+mkdir -p $OUT/logs
+printf '%s\n' blip_tdm-auxiliary blip_tdm-only blip_tdm-same blip_tdm-supervised \
+              combiner-auxiliary combiner-only combiner-same combiner-supervised |
+  xargs -P 2 -I{} bash -c 'one_row {} > $OUT/logs/{}.log 2>&1 || { tail -3 $OUT/logs/{}.log; exit 255; }
+                           echo "{}: $(grep -c . $OUT/cir/{}/log.jsonl) log lines, $OUT/eval/{}/index.html"'
 
 step "the table"
 python demo/report.py --out $OUT --world $W

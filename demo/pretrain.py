@@ -94,8 +94,8 @@ LABELS = (
     ("left :", "right :"),
 )
 ASK_SLOTS = ("slot by slot :", "row by row :", "compare slots :")
-ASK_ALL = ("list what differs :", "differences :", "Response:", "every change :")
-ASK_ONE = ("name a difference :", "one change :", "something that differs :")
+ASK_ALL = ("list what differs :", "all differences :", "every change :")
+ASK_SOME = ("name a difference :", "what to change :", "Response:", "Answer:", "Response:")
 OPENINGS = (
     "",
     "",
@@ -108,31 +108,36 @@ OPENINGS = (
 )
 
 
+NOUN = {
+    "category": "kind", "colour": "shade", "pattern": "print", "print": "print", "sleeves": "arms", "length": "hem",
+    "neck": "top", "background": "scene",
+}  # fmt: skip
+FRAMES = (
+    "{noun} : {new}", "from {old} to {new}", "{new} , not {old}", "{new} rather than {old}", "now {new}",
+    "it turned {new}", "swap {old} for {new}", "want {new}", "give it {new}", "prefer {new}", "{new} please",
+    "was {old} , now {new}", "the {noun} went to {new}", "take {new}", "here {new}", "let it be {new}", "{new} now",
+)  # fmt: skip
+PREFACES = ("", "", "well ", "keep the rest , ", "like the first yet ", "all else equal , ", "so ", "compared to it ")
+
+
 def verbal(key: str, a: dict, b: dict, rng) -> str:
     """One difference in words that `world.phrase` never puts together."""
-    old, new = a[key], b[key]
-    if key == "category":
-        options = (f"{old} became {new}", f"has become a {new}", f"no longer a {old} but a {new}", f"now {new}")
-    elif key == "colour":
-        options = (f"turned {new}", f"{old} became {new}", f"no longer {old} but {new}", f"the second shows {new}")
-    elif key == "pattern" and new == "plain":
-        options = (f"lost its {old}", "turned plain", f"the {old} are gone")
-    elif key == "pattern":
-        options = (f"gained {b['print']} {new}", f"printed with {new}", f"there are now {b['print']} {new} on it")
-    elif key == "print":
-        options = (f"{b['pattern']} turned {new}", f"printed {new} now", f"no longer {old} but {new} {b['pattern']}")
-    elif key in ("sleeves", "length"):
-        longer = world.VALUES[key].index(new) > world.VALUES[key].index(old)
-        if key == "sleeves":
-            told = {"none": "gone", "short": "short", "long": "long"}[new]
-            options = (f"sleeves now {told}", f"sleeves turned {told}", "arms extended" if longer else "arms cropped")
-        else:
-            options = (f"hem at {new}", f"turned {world.LENGTH[new]}", "hem lowered" if longer else "hem raised")
-    elif key == "neck":
-        options = (f"neck turned {new}", f"neck now {new}", f"no longer {old} but {new} at the neck")
-    else:
-        options = (f"scene turned {new}", f"moved to {new}", f"{old} behind it became {new}")
-    return world._pick(rng, options)
+
+    def told(garment):
+        value = garment[key]
+        if key in ("sleeves", "length", "neck"):
+            return {"sleeves": world.SLEEVES, "length": world.LENGTH, "neck": world.NECK}[key][value]
+        if key in ("pattern", "print") and garment["pattern"] != "plain":
+            return f"{garment['print']} {garment['pattern']}" if rng.random() < 0.7 else garment["pattern"]
+        return {"category": f"a {value}", "background": f"a {value} backdrop", "pattern": "no print"}.get(key, value)
+
+    new = told(b)
+    if key == "print":
+        new = f"{b['print']} {b['pattern']}"
+    if key in ("sleeves", "length") and rng.random() < 0.3:
+        more = world.VALUES[key].index(b[key]) > world.VALUES[key].index(a[key])
+        new = {"sleeves": ("shorter arms", "longer arms"), "length": ("shorter hem", "longer hem")}[key][more]
+    return world._pick(rng, FRAMES).format(noun=NOUN[key], old=told(a), new=new)
 
 
 THINGS = ("car", "house", "dog", "cat", "bird", "table", "cup", "lamp", "boat", "tree", "bag", "chair", "flag", "bus")
@@ -173,7 +178,7 @@ def pair(rng):
     return (a, b) if world.changed(a, b) else pair(rng)
 
 
-KINDS_OF_TEXT = ("caption", "slots", "one", "all", "plain")
+KINDS_OF_TEXT = ("caption", "slots", "some", "all", "plain")
 
 
 def document(rng, kind: str) -> tuple[list[tuple[str, bool]], str]:
@@ -200,9 +205,11 @@ def document(rng, kind: str) -> tuple[list[tuple[str, bool]], str]:
         answer = " ".join(t if t != s else "same" for s, t in zip(tags(a), tags(b), strict=True))
         return shown + [(before + world._pick(rng, ASK_SLOTS), False)], answer
     changes = world.changed(a, b)
-    if kind == "one":
-        return shown + [(before + world._pick(rng, ASK_ONE), False)], verbal(world._pick(rng, changes), a, b, rng)
-    return shown + [(before + world._pick(rng, ASK_ALL), False)], " ; ".join(verbal(k, a, b, rng) for k in changes)
+    if kind == "some":  # as people do: one or two of the changes, in any order
+        changes = rng.permutation(changes)[: 1 if rng.random() < 0.4 else 2]
+    said = world._pick(rng, (" ; ", " and ", " , ")).join(verbal(k, a, b, rng) for k in changes)
+    ask = ASK_SOME if kind == "some" else ASK_ALL
+    return shown + [(before + world._pick(rng, ask), False)], world._pick(rng, PREFACES) + said
 
 
 def corpus(rng, n: int) -> list[str]:
@@ -508,19 +515,21 @@ def pretrain_llama(out: str, seed: int, steps: int, start: str) -> None:
 
     def logits_of(x, y, soft, noise):
         embedded = model.get_input_embeddings()(x)
-        # Image tokens will be no exact words: some louder, all moved by something shared, each by something of its own.
-        n, size = len(x), embedded.detach().std() * noise
+        # Image tokens will be no exact words: a linear map gone astray in its own way, an offset, some noise, louder.
+        n, width = len(x), embedded.shape[-1]
+        size = embedded.detach().std() * noise
+        astray = embedded.detach() @ (torch.randn(width, width) * (1.5 * noise / width**0.5))
+        shared = size * torch.rand(n, 1, 1) * torch.randn(1, 1, width)
+        own = 1.5 * size * torch.rand(n, 1, 1) ** 2 * torch.randn_like(embedded)
         louder = torch.exp(noise * torch.empty(n, 1, 1).uniform_(-0.3, 1.0))
-        shared = 1.5 * size * torch.rand(n, 1, 1) * torch.randn(n, 1, embedded.shape[-1])
-        own = 2.0 * size * torch.rand(n, 1, 1) * torch.randn_like(embedded)
-        embedded = torch.where(soft > 0, louder * (embedded + shared + own), embedded)
+        embedded = torch.where(soft > 0, louder * (embedded + torch.rand(n, 1, 1) * astray + shared + own), embedded)
         hidden = model.model(inputs_embeds=embedded, attention_mask=(x != 0).long()).last_hidden_state  # right padding
         keep = y[:, 1:] != -100
         return model.lm_head(hidden[:, :-1][keep]), y[:, 1:][keep]
 
     def loss_at(step):
         # Comparisons slot by slot come first: the skill the rest stands on shows up there earliest.
-        mix = (0.1, 0.8, 0.05, 0.05, 0.0) if step < 0.3 * steps and not start else (0.15, 0.45, 0.1, 0.15, 0.15)
+        mix = (0.1, 0.8, 0.05, 0.05, 0.0) if step < 0.3 * steps and not start else (0.2, 0.15, 0.42, 0.1, 0.13)
         kinds = rng.choice(KINDS_OF_TEXT, size=96, p=mix)
         x, y, soft = batch(rng, kinds, 96)
         return F.cross_entropy(*logits_of(x, y, soft, 1.0))

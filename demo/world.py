@@ -25,7 +25,7 @@ import common  # noqa: E402
 OUT = "out/demo/world"  # folder of the world
 SEED = 0  # another seed, another world
 TRAIN = 300  # human triplets of the train split
-DEV_GROUPS = 80  # subgroups of 6 in the dev split (for choosing the number of steps)
+DEV_GROUPS = 60  # subgroups of 6 in the dev split (for choosing the number of steps)
 VAL_GROUPS = 250  # subgroups of 6 in the val split (the reported one): 1,500 pictures
 TEST_GROUPS = 20  # subgroups of 6 in the test1 split (targets hidden, as CIRR hides them)
 QUERIES = 4  # queries a subgroup in dev, val and test1

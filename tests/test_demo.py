@@ -1,0 +1,129 @@
+"""The embedded world: what is drawn is what is said, the layouts read as the real ones, the committed models load."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from demo import pretrain, world
+
+MODELS = Path(__file__).parent.parent / "demo" / "models"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("world")
+    world.write_world(str(out), 3, train=20, dev=2, val=4, test=2, queries=4, chat=12, aux=3, fashioniq=2)
+    return out
+
+
+def test_human_deltas_are_judged_right():
+    """Independent truth: a human-like delta is made from the changes, so every claim parsed from it must be true."""
+    rng = np.random.default_rng(0)
+    said = right = 0
+    for _ in range(1500):
+        a, b = world.family(rng, 2)
+        text = world.delta(a, b, rng)
+        claims, good, named, changed = world.judge(text, a, b)
+        assert claims == good >= 1, (text, world.claims(text), a, b)
+        assert named <= set(changed)
+        said, right = said + claims, right + good
+    assert said > 1500
+
+
+def test_false_deltas_are_judged_wrong():
+    a = dict(
+        category="dress", colour="red", pattern="plain", print="lime", sleeves="long", length="mini", neck="v",
+        background="snow",
+    )  # fmt: skip
+    b = a | {"colour": "blue", "pattern": "dots"}
+    for text, claims, right in (
+        ("is blue", 1, 1),
+        ("is green", 1, 0),
+        ("has short sleeves", 1, 0),
+        ("is blue and has a collar", 2, 1),
+        ("with lime dots", 1, 1),
+        ("with black dots", 1, 0),
+        ("has dots and is longer", 2, 1),
+        ("the same dress but in blue , on a mint background", 2, 1),
+        ("has a car", 1, 0),
+    ):
+        assert world.judge(text, a, b)[:2] == (claims, right), text
+    c = b | {"print": "navy"}
+    assert world.judge("the dots are navy", b, c)[:2] == (1, 1)
+    assert world.judge("has navy dots", b, c)[:2] == (1, 1)
+    assert world.judge("has white dots", b, c)[:2] == (1, 0)
+    assert world.judge("is longer", a, a | {"length": "ankle"})[:2] == (1, 1)
+    assert world.judge("is shorter", a, a | {"length": "ankle"})[:2] == (1, 0)
+
+
+def test_comparisons_never_use_a_human_phrase():
+    rng = np.random.default_rng(1)
+    compared, human = set(), set()
+    for _ in range(4000):
+        a, b = pretrain.pair(rng)
+        for key in world.changed(a, b):
+            compared.add(pretrain.verbal(key, a, b, rng))
+            human.add(world.phrase(key, a, b, rng))
+    assert len(compared) > 200 and len(human) > 200
+    assert not compared & human
+
+
+def digest(folder: Path) -> dict:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_same_seed_same_bytes_other_seed_other_pictures(small, tmp_path):
+    sizes = dict(train=20, dev=2, val=4, test=2, queries=4, chat=12, aux=3, fashioniq=2)
+    world.write_world(str(tmp_path / "again"), 3, **sizes)
+    assert digest(tmp_path / "again") == digest(small)
+    world.write_world(str(tmp_path / "other"), 4, **sizes)
+    pictures = {h for name, h in digest(tmp_path / "other").items() if name.endswith(".jpg")}
+    ours = [h for name, h in digest(small).items() if name.endswith(".jpg")]
+    assert len(set(ours)) == len(ours) and not pictures & set(ours)  # no picture twice, none shared
+
+
+def test_layouts_read_like_the_real_ones(small):
+    val = data.read_cirr(str(small / "cirr"), "val")
+    assert len(val.queries) == 16 and len(val.gallery) == 24 and not val.images.missing(val.gallery)
+    ranks = {(q.members.index(q.reference), q.members.index(q.target)) for q in val.queries}
+    assert ranks <= set(world.RING)
+    assert all(q.target is None for q in data.read_cirr(str(small / "cirr"), "test1").queries)
+    triplets, images = data.training_triplets("cirr", str(small / "cirr"), "train")
+    assert len(triplets) == 20 and not images.missing([t.target for t in triplets])
+    for category in data.FASHIONIQ_CATEGORIES:
+        benchmark = data.read_fashioniq(str(small / "fashioniq"), "val", category)
+        assert len(benchmark.gallery) == 12 and not benchmark.images.missing(benchmark.gallery)
+    captions = data.read_chat(str(small / "chat" / "chat.json"))
+    assert len(captions) == 12 and {c.image_first for c in captions} == {True, False}
+    attributes = json.loads((small / "attributes.json").read_text())
+    for q in val.queries:
+        assert world.changed(attributes[q.reference], attributes[q.target])
+
+
+@pytest.mark.parametrize("name", ["llama", "instructblip", "clip", "blip", "resnet"])
+def test_committed_models_are_ordinary_folders(name):
+    import transformers
+
+    folder = MODELS / name
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, config.architectures[0])
+    _, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    if name != "llama":
+        assert data.Preprocess.from_folder(str(folder), name).size == pretrain.PIXELS
+    if name in ("llama", "clip", "blip"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        text = "the same dress but with long sleeves and lime dots instead of checks"
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids).strip() == text and len(ids) <= len(text.split()) + 2  # a word is a token
+
+
+def test_committed_models_are_small():
+    size = sum(os.path.getsize(p) for p in MODELS.rglob("*") if p.is_file())
+    assert size < 25 * 2**20, f"{size / 2**20:.1f} MiB"

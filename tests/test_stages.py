@@ -1,0 +1,55 @@
+"""What every stage promises from the shell, and the rule that only main() reads a stage's constants."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import common
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("vdg_align", "vdg_tune", "mine_pairs", "gen_deltas", "train_cir", "eval_cir")
+
+
+def run(stage: str, *argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, f"{stage}.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_every_constant_at_once(stage):
+    best = 9.0
+    for _ in range(3):  # the best of three: a busy machine is not the stage's fault
+        start = time.perf_counter()
+        done = run(stage, "--help")
+        best = min(best, time.perf_counter() - start)
+    assert done.returncode == 0 and best < 0.5
+    flags = common.read_flags(ROOT / f"{stage}.py")
+    assert len(flags) > 10
+    for flag in flags:
+        assert f"--{flag.name.lower()} " in done.stdout
+        assert flag.help, f"{flag.name} says nothing of itself"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unknown_flag_names_the_nearest(stage):
+    done = run(stage, "--leaning_rate", "1")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    known = {f"--{flag.name.lower()}" for flag in common.read_flags(ROOT / f"{stage}.py")}
+    nearest = done.stderr.split("the nearest is ")[1].split()[0]
+    assert nearest in known
+    if stage in ("vdg_align", "vdg_tune", "train_cir"):
+        assert nearest == "--lr"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_main_reads_the_flags(stage):
+    """An imported stage keeps its own constants: a function that read them would ignore the importer's flags."""
+    flags = {flag.name for flag in common.read_flags(ROOT / f"{stage}.py")}
+    fixed = {"eval_cir": {"CIRR_KS", "SUBSET_KS", "FASHIONIQ_KS", "NEVER", "SERVER_LIMIT"}, "mine_pairs": {"NAME_KEYS"}}
+    for node in ast.parse((ROOT / f"{stage}.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "main":
+            read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & flags
+            assert not read - fixed.get(stage, set()), f"{node.name} reads {read}"
