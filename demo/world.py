@@ -299,7 +299,7 @@ def caption(garment: dict, rng, drop: float = 0.12) -> str:
         words.append(LENGTH[garment["length"]])
     if rng.random() > drop / 2:
         words.append(garment["colour"])
-    if garment["pattern"] == "plain" and rng.random() > 0.3:
+    if garment["pattern"] == "plain" and rng.random() > 2 * drop:
         words.append("plain")
     words.append(garment["category"])
     details = []
@@ -532,7 +532,10 @@ def write_world(
             {
                 "id": name[:-4],
                 "image": name,
-                "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": caption(garment, rng)}],
+                "conversations": [
+                    {"from": "human", "value": human},
+                    {"from": "gpt", "value": caption(garment, rng, drop=0)},
+                ],
             }
         )
     common.write_json(os.path.join(out, "chat/chat.json"), records)
