@@ -362,8 +362,9 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
     return Benchmark("cirr", split, None, tuple(queries), tuple(table), _store(images, places, table))
 
 
-def write_cirr_captions(path: str | os.PathLike, records: Iterable[dict]) -> None:
-    """Writes pseudo triplets as CIRR's own cap.rc2.*.json, so that other CIR code trains on them unchanged.
+def write_cirr_captions(folder: str | os.PathLike, split: str, records: Iterable[dict]) -> None:
+    """Writes pseudo triplets in CIRR's layout, so that other CIR code trains on them unchanged:
+    captions/cap.rc2.{split}.json and image_splits/split.rc2.{split}.json, whose paths are the names themselves.
 
     A record: reference, target, delta; and id (-> pairid), subgroup, members where known. Without members, those of a
     subgroup are its images in the order in which they occur. Ranks are positions in members: 0 is the anchor.
@@ -381,7 +382,9 @@ def write_cirr_captions(path: str | os.PathLike, records: Iterable[dict]) -> Non
         image_set = {"id": record.get("subgroup", i), "members": members, **ranks}
         soft = {record["target"]: 1.0}
         written.append({**triplet, "target_soft": soft, "caption": record["delta"], "img_set": image_set})
-    write_json(path, written)
+    names = dict.fromkeys(name for triplet in written for name in triplet["img_set"]["members"])
+    write_json(os.path.join(folder, "captions", f"cap.rc2.{split}.json"), written)
+    write_json(os.path.join(folder, "image_splits", f"split.rc2.{split}.json"), {name: f"./{name}" for name in names})
 
 
 # ---- FashionIQ ----

@@ -18,7 +18,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || python3 -m venv .venv
   source .venv/bin/activate
 fi
-python -c "import torch, transformers, PIL, tqdm" 2>/dev/null || python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 M=demo/models W=$OUT/world
 rm -rf "$OUT"
@@ -44,17 +44,19 @@ python mine_pairs.py --images $W/aux --encoder $M/resnet --exclude $W/cirr/img_r
 step "4 generate deltas: for mined pairs, for the human pairs again, and for held-out pairs to judge"
 python gen_deltas.py --vdg $OUT/vdg --pairs $OUT/mined/pairs.jsonl --images $W/aux --subgroups 350 --out $OUT/pseudo --seed $SEED &
 AUX_JOB=$!
+trap 'kill $AUX_JOB 2>/dev/null' EXIT
 python gen_deltas.py --vdg $OUT/vdg --triplets cirr/train --root $W/cirr --out $OUT/same --seed $SEED
 python gen_deltas.py --vdg $OUT/vdg --triplets cirr/val --root $W/cirr --max_pairs 500 --out $OUT/heldout --seed $SEED
 wait $AUX_JOB
+trap - EXIT
 
 step "5 train and 6 evaluate: two models, four training sets, two jobs at a time"
 export SEED OUT M W OMP_NUM_THREADS=1
 one_row() { # model and row of the table
   local model=${1%-*} row=${1#*-} data how
   case $model in
-    combiner) how="--backbone $M/clip --steps 80 --lr 5e-4" ;;
-    blip_tdm) how="--backbone $M/blip --steps 140 --lr 1e-3" ;;
+    combiner) how="--backbone $M/clip --steps 80 --lr 5e-4 --val_every 5" ;;
+    blip_tdm) how="--backbone $M/blip --steps 140 --lr 1e-3 --val_every 20" ;;
   esac
   case $row in
     supervised) data="" ;;
@@ -63,7 +65,7 @@ one_row() { # model and row of the table
     only) data="--triplets false --pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux" ;;
   esac
   python train_cir.py --model $model $how $data --dataset cirr --root $W/cirr --split train --batch 48 --tau 0.05 --views 2 \
-    --val_split dev --val_every 20 --out $OUT/cir/$1 --seed $SEED &&
+    --val_split dev --out $OUT/cir/$1 --seed $SEED &&
   python eval_cir.py --checkpoint $OUT/cir/$1 --dataset cirr --root $W/cirr --split val --official false --out $OUT/eval/$1
 }
 export -f one_row

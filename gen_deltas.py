@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 gen_deltas.py --vdg out/vdg --triplets cirr/train --root cirr --out out/same_pairs
 
 Reads a VDG (vdg_tune.py), the pairs of mine_pairs.py (with subgroups.jsonl beside) or of human triplets, and images.
-Writes OUT/parts/part-R-of-N.jsonl as it goes, then OUT/pseudo.jsonl, cap.rc2.train.json, report.json and deltas.html.
+Writes OUT/parts/part-R-of-N.jsonl as it goes, then OUT/pseudo.jsonl, cirr/ (the same in CIRR's layout), report.json
+and deltas.html.
 
 A delta is a function of the VDG, the two images, the pair's id and the sampling constants, never of batch, order or
 number of ranks: the same command goes on after a kill, also with another batch size or on another number of ranks.
@@ -83,7 +84,10 @@ def read_pairs(path: str, root: str) -> tuple[list[dict], dict, data.ImageStore]
 
 def triplet_pairs(name: str, root: str, images: str) -> tuple[list[dict], dict, data.ImageStore]:
     """The pairs of human triplets; the human text is not among them, so that it cannot be taken for a generated one."""
-    dataset, split, category, *_ = *name.split("/"), "train", "all"
+    parts = name.split("/")
+    if not 1 <= len(parts) <= 3:
+        raise common.UserError(f"--triplets {name}: wanted dataset/split or dataset/split/category, as in cirr/train")
+    dataset, split, category = parts + ["train", "all"][len(parts) - 1 :]
     triplets, store = data.training_triplets(dataset, root, split, category, images or None)
     pairs = [{"id": t.id, "reference": t.reference, "target": t.target} for t in triplets]
     return pairs, {t.id: t.members for t in triplets if t.members}, store
@@ -344,7 +348,7 @@ def write_results(out: Path, pairs: list[dict], members: dict, images: data.Imag
         records.append(pair | {key: said[key] for key in ("delta", "reverse_delta", "flags") if key in said})
     common.write_text(out / "pseudo.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     known = ((record, members.get(record.get("subgroup", record["id"]))) for record in records)
-    data.write_cirr_captions(out / "cap.rc2.train.json", [r | {"members": m} if m else r for r, m in known])
+    data.write_cirr_captions(out / "cirr", "train", [r | {"members": m} if m else r for r, m in known])
     flags = Counter(flag for record in records for flag in record.get("flags", ()))
     report = {
         "pairs": len(records),

@@ -34,9 +34,9 @@ from kernels.similarity_topk import exact_dot, similarity_topk
 
 # ---- gallery ----
 IMAGES = "images"  # folder of the unlabelled pictures, searched recursively; names in every output are relative to it
-EXCLUDE = ()  # comma-separated folders of pictures, annotation files (.json, .jsonl) and name lists (.txt): a picture
-# is left out if its file name without extension is named there, or its bytes are those of a picture in such a
-# folder; a re-encoded copy under another name is not caught [S4.1: the benchmark splits]
+# A picture is left out if its file name without extension is named there, or if its bytes are those of a picture in
+# such a folder; a re-encoded copy under another name is not caught.
+EXCLUDE = ()  # benchmark splits [S4.1]: folders of pictures, annotation files (.json, .jsonl), name lists (.txt)
 ENCODER = "microsoft/resnet-152"  # folder or hub id: ResNet, pooled 2048-d [S3.2], or CLIP
 BATCH = 64  # pictures per forward pass; may change the last bit of an embedding (the number of ranks does not)
 DTYPE = "fp32"  # of the encoder; embeddings are stored in fp32 [ours: with bf16 they differ between devices]
@@ -46,8 +46,8 @@ TOP_K = 20  # most similar pictures of an anchor that are looked at [S3.2]
 MAX_SCORE = 0.94  # cosine above which a picture is a near duplicate of the anchor and dropped [S3.2]
 MIN_GAP = 0.002  # a picture whose score is less than this below the last added one's is passed over [S3.2]
 GROUP = 6  # members of a subgroup, the anchor among them [S3.2]; nine pairs each
-MAX_SHARED = 3  # members a subgroup may share with any accepted one [ours: S3.2 leaves "heavy overlap" open; more than
-# half shared is heavy; to compare, the paper ends with subgroups for 66 to 82 % of its pictures]
+# More than half shared is heavy; to compare, the paper ends with subgroups for 66 to 82 % of its pictures.
+MAX_SHARED = 3  # members a subgroup may share with any accepted one [ours: S3.2 leaves "heavy overlap" open]
 
 # ---- run ----
 OUT = "out/mine"  # folder of all outputs

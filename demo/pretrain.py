@@ -141,13 +141,15 @@ def verbal(key: str, a: dict, b: dict, rng) -> str:
 
 
 THINGS = ("car", "house", "dog", "cat", "bird", "table", "cup", "lamp", "boat", "tree", "bag", "chair", "flag", "bus")
-PARTS = ("doors", "windows", "wheels", "ears", "legs", "leaves", "handles", "wings", "stripes", "dots", "lines")
-KINDS = (*world.COLOURS, *world.PRINT_COLOURS, "big", "small", "old", "new", "round", "wooden", "open", "plain", "long")
+PARTS = ("doors", "windows", "wheels", "ears", "legs", "leaves", "handles", "wings", "lamps", "lines", "pages")
+KINDS = ("big", "small", "old", "new", "wooden", "open", "bright", "dark", "tall", "wet", "clean", "golden", "silver")
 PLACES = ("garden", "street", "beach", "kitchen", "forest", "river", "field")
 
 
 def plain(rng) -> str:
-    """A web sentence about other things than garments: how people ask for changes, in words any model has read."""
+    """A web sentence about other things than garments: how people ask for changes, in words any model has read.
+
+    None says anything of a garment's attributes, so none can be a human-like delta."""
 
     def clause():
         thing, other, part, kind, place = (world._pick(rng, w) for w in (THINGS, THINGS, PARTS, KINDS, PLACES))
@@ -165,10 +167,10 @@ def plain(rng) -> str:
             ),
         )  # fmt: skip
 
-    opening = world._pick(
-        rng, ("", "", "", "the same but ", "similar but ", f"the same {world._pick(rng, THINGS)} but ")
-    )
-    return opening + world._pick(rng, (" and ", " , ")).join(clause() for _ in range(rng.integers(1, 4)))
+    openings = ("", "", "", "the same but ", "similar but ", f"the same {world._pick(rng, THINGS)} but ")
+    said = world._pick(rng, (" and ", " , ")).join(clause() for _ in range(rng.integers(1, 4)))
+    text = world._pick(rng, openings) + said
+    return text if all(key == "?" for key, _ in world.claims(text)) else plain(rng)
 
 
 def pair(rng):

@@ -2,7 +2,7 @@
 
     python demo/report.py --out out/demo --world out/demo/world
 
-Reads the folders that demo.sh wrote; writes OUT/metrics.json and OUT/index.html.
+Reads the folders that demo.sh wrote; writes OUT/metrics.json, OUT/index.html and OUT/deltas.png.
 """
 
 import json
@@ -139,6 +139,13 @@ def main() -> None:
             *sample(auxiliary[:: max(1, len(auxiliary) // 8)], lambda name: os.path.join(WORLD, "aux", name)),
         ),
     ]
+    picked = auxiliary[:: max(1, len(auxiliary) // 8)][:8]
+    cells = []
+    for record in picked:
+        for key in ("reference", "target"):
+            text = record["delta"] if key == "target" else "turn this into"
+            cells.append((os.path.join(WORLD, "aux", record[key]), text))
+    pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200)
     losses = {}
     for stage in ("align", "vdg"):
         losses[stage] = [(r["step"], r["loss"]) for r in common.read_jsonl(f"{OUT}/{stage}/log.jsonl") if "loss" in r]

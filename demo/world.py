@@ -430,16 +430,12 @@ def judge(text: str, a: dict, b: dict) -> tuple[int, int, set[str], list[str]]:
     the attributes that changed). A pattern and the colour of its print named together are one claim."""
     truth, named, said, right = changed(a, b), set(), 0, 0
     found = claims(text)
-    patterns = [v for k, v in found if k == "pattern"]
+    spoken = dict(reversed([(k, v) for k, v in found if k in ("pattern", "print")]))  # the first of each
     for key, value in found:
-        if key == "pattern" and value != "plain" and "pattern" not in truth and any(k == "print" for k, _ in found):
-            continue  # "has white dots" where only the print colour changed: judged by its print claim
+        if key == "pattern" and "pattern" not in truth and "print" in spoken and value == b["pattern"]:
+            continue  # "has white dots" where dots stay dots: judged by its print claim
         if key == "print" and "pattern" in truth:
-            # the colour of a new pattern: the claim counts once, and only if pattern and colour are both right
-            if patterns and patterns[0] == b["pattern"] and value != b["print"]:
-                right -= 1
-                named.discard("pattern")
-            continue
+            continue  # the colour of a new pattern is judged with the pattern
         said += 1
         if key == "?" or key not in truth:
             continue
@@ -448,6 +444,8 @@ def judge(text: str, a: dict, b: dict) -> tuple[int, int, set[str], list[str]]:
             good = (rise > 0) == (value == "longer")
         else:
             good = value == b[key]
+        if key == "pattern" and value != "plain":
+            good = good and spoken.get("print", b["print"]) == b["print"]
         if good:
             right += 1
             named.add(key)

@@ -464,9 +464,8 @@ def test_pseudo_triplets_in_cirr_format_are_read_back(tmp_path):
             names = {"reference": f"g{subgroup}/{a}", "target": f"g{subgroup}/{b}", "delta": f"from {a} to {b} ü"}
             records.append({"id": len(records) + 100, "subgroup": subgroup, **names, "score": 0.5})
     path = tmp_path / "captions/cap.rc2.train.json"
-    data.write_cirr_captions(path, records)
-    names = sorted({record["reference"] for record in records})
-    put(tmp_path / "image_splits/split.rc2.train.json", {name: f"./{name}.jpg" for name in names})
+    data.write_cirr_captions(tmp_path, "train", records)
+    assert set(data.read_cirr(str(tmp_path), "train").gallery) == {record["reference"] for record in records}
     queries = data.read_cirr(str(tmp_path), "train").queries
     assert [(q.id, q.reference, q.target, q.delta) for q in queries] == [
         (r["id"], r["reference"], r["target"], r["delta"]) for r in records
@@ -476,9 +475,9 @@ def test_pseudo_triplets_in_cirr_format_are_read_back(tmp_path):
         assert (written["img_set"]["reference_rank"], written["img_set"]["target_rank"]) == pair
         assert written["target_soft"] == {query.target: 1.0}
     given = [{**record, "members": [f"g{record['subgroup']}/{i}" for i in range(6)]} for record in records[7:8]]
-    data.write_cirr_captions(path, given)  # one pair of a subgroup: the members given are kept
+    data.write_cirr_captions(tmp_path, "train", given)  # one pair of a subgroup: the members given are kept
     assert json.loads(path.read_text())[0]["img_set"]["members"] == [f"g0/{i}" for i in range(6)]
-    data.write_cirr_captions(path, [{"reference": "a", "target": "b", "delta": "x"}] * 2)
+    data.write_cirr_captions(tmp_path, "train", [{"reference": "a", "target": "b", "delta": "x"}] * 2)
     assert [record["pairid"] for record in json.loads(path.read_text())] == [0, 1]
 
 

@@ -57,6 +57,9 @@ def test_false_deltas_are_judged_wrong():
     assert world.judge("the dots are navy", b, c)[:2] == (1, 1)
     assert world.judge("has navy dots", b, c)[:2] == (1, 1)
     assert world.judge("has white dots", b, c)[:2] == (1, 0)
+    stripes = b | {"pattern": "stripes", "print": "navy"}
+    assert world.judge("has white dots", stripes, stripes | {"print": "white"})[:2] == (2, 1)  # no dots are there
+    assert world.judge("with black dots and black dots", a, b)[:2] == (2, 0)
     assert world.judge("is longer", a, a | {"length": "ankle"})[:2] == (1, 1)
     assert world.judge("is shorter", a, a | {"length": "ankle"})[:2] == (1, 0)
 
@@ -71,6 +74,8 @@ def test_comparisons_never_use_a_human_phrase():
             human.add(world.phrase(key, a, b, rng))
     assert len(compared) > 200 and len(human) > 200
     assert not compared & human
+    for _ in range(4000):  # a sentence about other things says nothing of a garment
+        assert all(key == "?" for key, _ in world.claims(pretrain.plain(rng)))
 
 
 def digest(folder: Path) -> dict:

@@ -225,7 +225,7 @@ def test_files(truth, mined):
         assert report[flag] == sum(flag in r.get("flags", ()) for r in records)
     assert 0 < report["runaway"] < 36
     groups = common.read_jsonl(mined / "subgroups.jsonl")
-    cirr = common.read_json(out / "cap.rc2.train.json")
+    cirr = common.read_json(out / "cirr" / "captions" / "cap.rc2.train.json")
     assert [c["caption"] for c in cirr] == [r["delta"] for r in records]
     assert [c["img_set"]["members"] for c in cirr] == [groups[p["subgroup"]]["members"] for p in pairs]
     assert [(c["img_set"]["reference_rank"], c["img_set"]["target_rank"]) for c in cirr[:3]] == [(0, 1), (1, 2), (2, 3)]
@@ -252,7 +252,7 @@ def test_two_ranks_write_the_same(vdg, mined, truth, tmp_path):
     parts = sorted((tmp_path / "out" / "parts").glob("*.jsonl"))
     assert [p.name for p in parts] == ["part-0-of-2.jsonl", "part-1-of-2.jsonl"]
     assert [len(common.read_jsonl(p)) for p in parts] == [18, 18]
-    for name in ("cap.rc2.train.json", "report.json", "deltas.html"):
+    for name in ("cirr/captions/cap.rc2.train.json", "report.json", "deltas.html"):
         assert (tmp_path / "out" / name).read_bytes() == (truth[0] / name).read_bytes()
 
 
@@ -402,10 +402,27 @@ def test_pairs_of_human_triplets(vdg, mined, tmp_path):
     wanted = [{"id": r["pairid"], "reference": r["reference"], "target": r["target_hard"]} for r in records]
     assert [{k: r[k] for k in ("id", "reference", "target")} for r in said] == wanted
     assert not any("human" in r["delta"] for r in said)
-    shutil.copy(tmp_path / "out" / "cap.rc2.train.json", root / "captions")
-    triplets, _ = data.training_triplets("cirr", root, "train", images=mined / "images")
+    triplets, images = data.training_triplets("cirr", tmp_path / "out" / "cirr", "train", images=mined / "images")
+    assert not images.missing([t.target for t in triplets])
     assert [t.delta for t in triplets] == [r["delta"] for r in said]
     assert [list(t.members) for t in triplets] == [r["img_set"]["members"] for r in records]
+
+
+@pytest.mark.parametrize("name", ["fashioniq", "fashioniq/train", "fashioniq/train/dress"])
+def test_triplets_name_a_dataset_split_and_category(name, tmp_path):
+    for category in data.FASHIONIQ_CATEGORIES:
+        for part, value in (
+            ("captions/cap", [{"target": category, "candidate": "r", "captions": ["a", "b"]}]),
+            ("image_splits/split", [category, "r"]),
+        ):
+            file = tmp_path / f"{part}.{category}.train.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(value))
+    pairs, _, _ = gen_deltas.triplet_pairs(name, str(tmp_path), str(tmp_path))
+    wanted = ["dress"] if name.endswith("dress") else sorted(data.FASHIONIQ_CATEGORIES)
+    assert sorted(pair["target"] for pair in pairs) == wanted
+    with pytest.raises(common.UserError, match="wanted dataset/split"):
+        gen_deltas.triplet_pairs("a/b/c/d", str(tmp_path), "")
 
 
 def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
