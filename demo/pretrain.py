@@ -1,6 +1,6 @@
 """Trains the stand-in models of the embedded world from scratch and saves them as ordinary Hugging Face folders.
 
-    python demo/pretrain.py --out demo/models            # everything, about an hour on 2 CPU cores
+    python demo/pretrain.py --out demo/models            # everything, about two hours on 2 CPU cores
     python demo/pretrain.py --only llama                 # one of llama, vision, clip, blip, resnet
 
 What each stand-in is shown (never an image pair, a triplet, a human-like delta as training text, or a picture of the

@@ -463,8 +463,9 @@ def test_kill_9_while_saving(tmp_path):
     out = tmp_path / "out"
     draw = random.Random(1)
     reached = 0
-    kills = 15
-    for _ in range(kills):
+    kills = 0
+    while kills < 15 or (reached <= 3 and kills < 90):  # a busy machine saves little between two kills
+        kills += 1
         wait, ready = os.pipe()
         child = os.fork()
         if child == 0:
