@@ -488,6 +488,21 @@ def training_triplets(
     return triplets, benchmarks[0].images
 
 
+def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
+    """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
+
+    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs."""
+    missing = set(images.missing(sorted({name for item in items for name in names_of(item)})))
+    kept = [item for item in items if not missing.intersection(names_of(item))]
+    if missing:
+        lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(missing)}"
+        lost += f" (looked in {', '.join(images.roots)})"
+        if len(items) - len(kept) > len(items) / 1000:
+            raise UserError(f"{lost}, more than 0.1 %; complete the folder or correct the flag that names it")
+        common.say(f"{lost}: left out")
+    return kept
+
+
 def check_report(what: Benchmark | Iterable[str], images: ImageStore | None = None) -> tuple[str, bool]:
     """One line for --check: images expected, present, unreadable, missing, with first names; and whether all is well.
 

@@ -331,19 +331,6 @@ def human_items(triplets: list[data.Triplet], dataset: str, generated: list[data
     return items
 
 
-def drop_missing(items: list[Item], store: data.ImageStore, what: str) -> list[Item]:
-    """Items whose images are all there; says how many are not, stops above 0.1 %."""
-    missing = set(store.missing({name for item in items for _, name in (item.reference, item.target)}))
-    kept = [item for item in items if not {item.reference[1], item.target[1]} & missing]
-    if missing:
-        lost = len(items) - len(kept)
-        text = f"{what}: {len(missing):,} images missing, first {min(missing)!r}; {lost:,} triplets need them"
-        if lost > 0.001 * len(items):
-            raise common.UserError(f"{text}, more than 0.1 %; fix --images / --pseudo_images or fetch them")
-        common.say(f"{text}: left out")
-    return kept
-
-
 order_of = functools.lru_cache(maxsize=4)(data.epoch_order)  # asked for at every step
 
 
@@ -470,7 +457,10 @@ def main() -> None:
         if missing := benchmark.images.missing(benchmark.gallery):
             raise common.UserError(f"--val_split {VAL_SPLIT}: {len(missing):,} images missing, first {missing[0]!r}")
     common.lock_folder(OUT)
-    streams = [drop_missing(items, stores[s], ("human", "auxiliary")[s]) for s, items in enumerate(streams)]
+    streams = [
+        data.drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, f"{what} triplets")
+        for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True)
+    ]
     sources = [(s, items) for s, items in enumerate(streams) if items]
     if (fewest := min(len(items) for _, items in sources)) < BATCH * world.size:
         raise common.UserError(f"{fewest} triplets are fewer than {BATCH} on each of {world.size} ranks: lower --batch")

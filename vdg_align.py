@@ -353,21 +353,6 @@ def stop_not_finite(step: int, loss: float, norm: float, mine: float, names: lis
     )
 
 
-def drop_missing(items: list, names_of, images: data.ImageStore) -> list:
-    """The items whose images are all there; says how many are not, and stops above one in a thousand."""
-    missing = set(images.missing(sorted({name for item in items for name in names_of(item)})))
-    kept = [item for item in items if not missing.intersection(names_of(item))]
-    if missing:
-        lost = len(items) - len(kept)
-        found = (
-            f"{lost} of {len(items)} items lack an image, first {min(missing)} (looked in {', '.join(images.roots)})"
-        )
-        if lost > len(items) / 1000:
-            raise common.UserError(f"{found}, more than 0.1 %; complete the folder or correct --images")
-        common.say(f"{found}; going on without them")
-    return kept
-
-
 def check_texts(texts, where: str, most: int) -> None:
     """Stop at start-up over (id, text) that is blank (nothing to learn) or longer than `most` characters (memory)."""
     for name, text in texts:
@@ -394,7 +379,7 @@ def main() -> None:
             raise common.UserError(report)
         common.say(report)
         return
-    captions = drop_missing(captions, lambda caption: [caption.image], images)
+    captions = data.drop_missing(captions, lambda caption: [caption.image], images, "captions")
     check_texts(((caption.id, caption.text) for caption in captions), CHAT, MAX_CHARACTERS)
     items = BATCH * ACCUMULATE * world.size
     total = EPOCHS * math.ceil(len(captions) / items)

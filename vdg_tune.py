@@ -29,7 +29,6 @@ from vdg_align import (
     answer_ids,
     caption_loss,
     check_texts,
-    drop_missing,
     fingerprint,
     load_llm,
     plan,
@@ -291,7 +290,7 @@ def main() -> None:
             raise common.UserError(report)
         common.say(report)
         return
-    triplets = drop_missing(triplets, lambda t: (t.reference, t.target), images)
+    triplets = data.drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets")
     check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
     shuffled = common.rng("held out", SEED).permutation(len(triplets)).tolist()
     held = [triplets[i] for i in sorted(shuffled[: int(HELD_OUT * len(triplets))])]

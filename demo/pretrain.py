@@ -793,7 +793,7 @@ def pretrain_blip(out: str, seed: int, steps: int, pictures, garments, held) -> 
         )
     )
     state = vit_of(f"{out}/instructblip")
-    model.vision_model.load_state_dict({k: v for k, v in state.items()})
+    model.vision_model.load_state_dict(state)
     model.vision_model.requires_grad_(False).eval()
     guide = nn.Linear(128, len(SLOTS) * len(CLASSES))
     label_of = torch.tensor([label(g) for g in garments])

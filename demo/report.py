@@ -5,7 +5,6 @@
 Reads the folders that demo.sh wrote; writes OUT/metrics.json, OUT/index.html and OUT/deltas.png.
 """
 
-import json
 import os
 import sys
 
@@ -170,7 +169,6 @@ def main() -> None:
     )
     common.write_text(f"{OUT}/index.html", pages.page("VDG on the embedded world", sections))
     print(f"\n{OUT}/index.html is the page to look at; {OUT}/metrics.json holds the table")
-    assert json.loads(open(f"{OUT}/metrics.json").read())["rows"]
 
 
 if __name__ == "__main__":

@@ -394,7 +394,8 @@ def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
     assert "human: 24 triplets" in capsys.readouterr().out and not (tmp_path / "none").exists()
     items = [train_cir.Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
     items += [train_cir.Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
-    assert len(train_cir.drop_missing(items, data.ImageStore(str(world / "aux")), "auxiliary")) == 1999
+    store = data.ImageStore(str(world / "aux"))
+    assert len(data.drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, "auxiliary")) == 1999
     assert "left out" in capsys.readouterr().out
 
 
