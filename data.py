@@ -362,6 +362,18 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
     return Benchmark("cirr", split, None, tuple(queries), tuple(table), _store(images, places, table))
 
 
+def with_text(triplets: list[Triplet], file: str) -> list[Triplet]:
+    """Generated triplets that say something; empty deltas are counted and left out, flagged ones counted and kept."""
+    kept = [t for t in triplets if t.delta.strip()]
+    flagged = sum(bool((t.extra or {}).get("flags")) for t in kept)
+    if flagged or len(kept) < len(triplets):
+        empty = len(triplets) - len(kept)
+        common.say(
+            f"{file}: {empty:,} of {len(triplets):,} deltas are empty and left out; {flagged:,} kept are flagged"
+        )
+    return kept
+
+
 def write_cirr_captions(folder: str | os.PathLike, split: str, records: Iterable[dict]) -> None:
     """Writes pseudo triplets in CIRR's layout, so that other CIR code trains on them unchanged:
     captions/cap.rc2.{split}.json and image_splits/split.rc2.{split}.json, whose paths are the names themselves.

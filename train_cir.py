@@ -298,18 +298,6 @@ def human_deltas(triplet: data.Triplet, dataset: str) -> tuple[str, ...]:
     return data.join_captions(one, two), data.join_captions(two, one), *alone
 
 
-def usable(triplets: list[data.Triplet], file: str) -> list[data.Triplet]:
-    """Generated triplets that say something; empty deltas are counted and left out, flagged ones counted and kept."""
-    kept = [t for t in triplets if t.delta.strip()]
-    flagged = sum(bool((t.extra or {}).get("flags")) for t in kept)
-    if flagged or len(kept) < len(triplets):
-        empty = len(triplets) - len(kept)
-        common.say(
-            f"{file}: {empty:,} of {len(triplets):,} deltas are empty and left out; {flagged:,} kept are flagged"
-        )
-    return kept
-
-
 def human_items(triplets: list[data.Triplet], dataset: str, generated: list[data.Triplet]) -> list[Item]:
     """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn)."""
     also: dict[tuple[str, str], list[str]] = {}
@@ -400,11 +388,11 @@ def read_items(
             raise common.UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
         triplets, stores[0] = data.training_triplets(dataset, root, split, "all", images or None)
         streams[0] = human_items(
-            triplets, dataset, usable(data.read_triplets(same_pairs), same_pairs) if same_pairs else []
+            triplets, dataset, data.with_text(data.read_triplets(same_pairs), same_pairs) if same_pairs else []
         )
     if pseudo:
         triplets, stores[1] = data.training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
-        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),)) for t in usable(triplets, pseudo)]
+        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),)) for t in data.with_text(triplets, pseudo)]
     for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
         if wanted and not items:
             raise common.UserError(f"{file} holds no triplet to train on")
