@@ -248,7 +248,7 @@ def _exact_scores(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tenso
     scores = torch.empty(len(rows), dtype=torch.float64, device=queries.device)
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
-        scores[part] = exact_dot(queries[rows[part]], gallery[columns[part]])
+        scores[part] = exact_dot(queries.index_select(0, rows[part]), gallery.index_select(0, columns[part]))
     return scores
 
 
