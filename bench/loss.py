@@ -60,9 +60,10 @@ def products(x, c):
     import torch
 
     with torch.no_grad():
-        s, dx, dc = torch.empty(256, len(c)), torch.empty_like(x), torch.zeros_like(c)
+        held, dx, dc = torch.empty(256, len(c)), torch.empty_like(x), torch.zeros_like(c)
         for start in range(0, len(x), 256):
             part = x[start : start + 256]
+            s = held[: len(part)]
             for _ in range(2):
                 torch.mm(part, c.T, out=s)
             torch.mm(s, c, out=dx[start : start + 256])

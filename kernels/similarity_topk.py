@@ -144,8 +144,9 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
     unit = torch.exp2(x.abs().amax().clamp_(min=1e-30).log2().ceil()).to(x.dtype)
     half = torch.empty(x.shape, dtype=torch.float16, device=x.device)
     lost = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    for part in torch.arange(len(x), device="cpu").split(max(1, (1 << 26) // x.size(1))):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
+    step = max(1, (1 << 26) // x.size(1))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
         half[rows] = x[rows] / unit
         lost[rows] = torch.linalg.vector_norm(x[rows] - half[rows].to(x.dtype) * unit, dim=1, dtype=torch.float64)
     return half, lost, unit
