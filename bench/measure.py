@@ -57,7 +57,8 @@ def clock(fn, device: str = "cpu", calls: int = 1) -> float:
 def interleave(contestants: dict, repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
     """contestants: name -> function that runs once and returns its seconds -> the seconds of each, round by round.
 
-    One unmeasured round first, unless all are warm. The order turns by one each round, so that no one always follows the same neighbour."""
+    One unmeasured round first, unless all are warm. The order turns by one each round, so that no one always follows
+    the same neighbour."""
     names, seconds = list(contestants), {name: [] for name in contestants}
     for turn in range(0 if warm_up else 1, repeats + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
