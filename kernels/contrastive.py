@@ -53,7 +53,7 @@ STRIP = 1 << 27  # logits held at a time by the Triton path above D = 256 (512 M
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
 # Tiles by compute capability: rows, columns, (depth,) warps, stages. Fixed, so that all ranks sum alike. [ours] Not
-# measured yet: chosen so that they compile for that GPU within its shared memory and without spilling registers.
+# measured yet: chosen so that they compile for that GPU within its shared memory and spill (next to) no registers.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
@@ -499,7 +499,7 @@ def _path(rows: Tensor, columns: Tensor) -> tuple:
     work = _work(rows, columns)
     if (rows.is_cuda or INTERPRET) and work == torch.float32:
         work = rows.dtype if rows.dtype == columns.dtype else work
-        return _statistics_triton, _gradient_triton, rows.to(work), columns.to(work)
+        return _statistics_triton, _gradient_triton, rows.to(work).contiguous(), columns.to(work).contiguous()
     return _statistics, _gradient, rows.to(work), columns.to(work)
 
 

@@ -157,7 +157,7 @@ def _propose_triton(queries: Tensor, gallery: Tensor, width: int, exclude: Tenso
     n, d, m = len(queries), queries.size(1), len(gallery)
     q, q_lost, q_unit = _rounded(queries)
     g, g_lost, g_unit = (q, q_lost, q_unit) if symmetric else _rounded(gallery)
-    own = torch.full((n,), -1, device=q.device) if exclude is None else exclude
+    own = torch.full((n,), -1, device=q.device) if exclude is None else exclude.contiguous()
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     rows, columns, depth, warps, stages = TILES.get(capability, OTHER_TILES)
     programs = triton.cdiv(n, rows)

@@ -113,7 +113,7 @@ def test_l_tcc_with_bank(n_human, k, detach, d, monkeypatch):
     monkeypatch.setattr(contrastive, "STRIP_TILES", 2)
     results = []
     for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
-        x, c = (unit(50, d, seed).to(device, dtype).requires_grad_() for seed in (20, 21))
+        x, c = (unit(50, d, seed).to(device, dtype).T.contiguous().T.requires_grad_() for seed in (20, 21))  # strided
         tau = torch.tensor(0.05, device=device, dtype=dtype, requires_grad=True)
         bank = unit(k, d, 22).to(device, dtype) if k else None
         results.append(value_and_gradients(l_tcc(x, c, n_human, tau, 1.0, 0.5, detach, bank), x, c, tau))
