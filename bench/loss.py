@@ -103,7 +103,7 @@ def on_cpu(b: int, d: int, repeats: int) -> list[dict]:
     processes = {n: measure.Contestant(__file__, "--serve", n, str(b), str(d), env=threads) for n in labels}
     for mine, theirs in zip(processes["ours"].ready["check"], processes["eager"].ready["check"], strict=True):
         assert abs(mine - theirs) <= 1e-4 * abs(theirs), f"ours and eager differ: {mine}, {theirs}"
-    seconds = measure.interleave(dict(processes), repeats)
+    seconds = measure.interleave(dict(processes), repeats, warm_up=False)  # each has run twice
     for process in processes.values():
         process.close()
     sizes, rows, floor = f"B={b} D={d} beta={BETA}", [], sorted(seconds["products"])[repeats // 2]
@@ -163,6 +163,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
-        found = measure.arguments(__doc__, b=0, d=0, repeats=5)
+        found = measure.arguments(__doc__, b=0, d=0, repeats=3)
         run, b, d = (on_gpu, 65_536, 768) if found.device == "cuda" else (on_cpu, 8192, 256)
         measure.publish(run(found.b or b, found.d or d, found.repeats))
