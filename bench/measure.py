@@ -5,7 +5,8 @@
     rows = [measure.row("mining: ours", "N=20000 D=2048 k=20", device, seconds, "s", floor=floor_seconds)]
     measure.publish(rows)                           # prints the table, appends to bench/results.csv
 
-Nothing here imports torch at the top: a peer's venv has none.
+On a machine that others use as well, OMP_NUM_THREADS=1 BENCH_CLOCK=cpu counts the CPU seconds of one thread instead of
+wall time; the rows say so. Nothing here imports torch at the top: a peer's venv has none.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "bench/results.csv"
+CPU_SECONDS = os.environ.get("BENCH_CLOCK") == "cpu"
 COLUMNS = "what sizes device torch triton commit date value unit floor percent_of_floor note".split()
 
 
@@ -45,13 +47,14 @@ def arguments(doc: str, **flags) -> argparse.Namespace:
 
 def clock(fn, device: str = "cpu", calls: int = 1) -> float:
     """Seconds per call of fn, the GPU's queue empty before and after."""
+    now = time.process_time if CPU_SECONDS and device == "cpu" else time.perf_counter
     wait = (lambda: None) if device == "cpu" else __import__("torch").cuda.synchronize
     wait()
-    start = time.perf_counter()
+    start = now()
     for _ in range(calls):
         fn()
     wait()
-    return (time.perf_counter() - start) / calls
+    return (now() - start) / calls
 
 
 def interleave(contestants: dict, repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
@@ -180,9 +183,10 @@ def row(
         triton = version("triton")
     except ImportError:
         triton = ""
+    note += "; CPU seconds" * (CPU_SECONDS and device == "cpu" and unit in ("s", "x"))
     percent = "" if not floor else round(100 * (value / floor if unit.endswith("/s") else floor / value), 1)
     cells = [what, sizes, _device_name(device), torch.__version__, triton, _commit(), date.today().isoformat()]
-    cells += [f"{value:.4g}", unit, f"{floor:.4g}" if floor else "", percent, note]
+    cells += [f"{value:.4g}", unit, f"{floor:.4g}" if floor else "", percent, note.removeprefix("; ")]
     return dict(zip(COLUMNS, cells, strict=True))
 
 
