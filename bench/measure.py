@@ -75,7 +75,9 @@ def interleave(contestants: dict, repeats: int, warm_up: bool = True) -> dict[st
 def ratio(of: list[float], to: list[float]) -> tuple[float, str]:
     """Median of the ratios of two contestants, round by round, and a note with their spread."""
     ratios = [a / b for a, b in zip(of, to, strict=True)]
-    return statistics.median(ratios), f"{min(ratios):.2f}-{max(ratios):.2f} in {len(ratios)} rounds"
+    return statistics.median(
+        ratios
+    ), f"{min(ratios):.2f}-{max(ratios):.2f} in {len(ratios)} rounds" + ", CPU seconds" * CPU_SECONDS
 
 
 def peak_bytes(fn, device: str = "cpu") -> int:
@@ -183,7 +185,7 @@ def row(
         triton = version("triton")
     except ImportError:
         triton = ""
-    note += "; CPU seconds" * (CPU_SECONDS and device == "cpu" and unit in ("s", "x"))
+    note += "; CPU seconds" * (CPU_SECONDS and device == "cpu" and unit == "s")
     percent = "" if not floor else round(100 * (value / floor if unit.endswith("/s") else floor / value), 1)
     cells = [what, sizes, _device_name(device), torch.__version__, triton, _commit(), date.today().isoformat()]
     cells += [f"{value:.4g}", unit, f"{floor:.4g}" if floor else "", percent, note.removeprefix("; ")]
