@@ -212,7 +212,7 @@ def table(seconds: dict, notes: dict, n: int, d: int, device: str, floor: float)
     return rows
 
 
-def check(device: str) -> None:
+def check(device: str, d: int) -> None:
     """Indices equal similarity_topk_reference (float64, every pair) on sampled rows."""
     import torch
 
@@ -220,14 +220,16 @@ def check(device: str) -> None:
 
     for kind in ("random", "clustered", "duplicates", "resnet-like"):
         for n in (1, 2, 3, 20, 33, 500, 5_000, 20_000):
-            x = gallery(n, 256, kind).to(device)
+            x = gallery(n, d, kind).to(device)
             itself = torch.arange(n, device=device)
-            sample = itself if n <= 500 else itself[:: n // 100]
+            sample = itself if n <= 500 else itself[:: n // 50]
             scores, indices = similarity_topk(x, x, K, itself)
             wanted = similarity_topk_reference(x[sample], x, K, sample)
             assert torch.equal(indices[sample], wanted[1]), (kind, n)
             assert torch.equal(scores[sample], wanted[0].float()), (kind, n)
-        print(f"{kind}: indices and scores equal the float64 reference, N = 1 to 20,000 ({device})", flush=True)
+        print(
+            f"{kind}: indices and scores equal the float64 reference, N = 1 to 20,000, D = {d} ({device})", flush=True
+        )
 
 
 if __name__ == "__main__":
@@ -236,7 +238,7 @@ if __name__ == "__main__":
     else:
         found = measure.arguments(__doc__, n=0, d=2048, slice=1000, repeats=3, check=0)
         if found.check:
-            check(found.device)
+            check(found.device, min(found.d, 256))
         elif found.device == "cuda":
             measure.publish(on_gpu(found.n or 102_436, found.d, found.repeats))
         else:
