@@ -31,11 +31,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
-from transformers import DynamicCache
+from torch import nn
 
 import data
 import pages
@@ -56,6 +57,7 @@ REVERSE = False  # also say what turns the target into the reference: the same m
 TEMPERATURE = 0.2  # 0 = always the likeliest token [S4.1]
 TOP_K = 50  # tokens to draw from, 0 = all [S4.1]
 MAX_NEW = 32  # tokens of a delta at most [ours: the paper is silent; the release's value]
+GRAPH = True  # on a GPU replay each decoding step as one CUDA graph; not with a quantised LLM [ours: speed]
 MERGE = True  # fold LoRA into the LLM's weights, which saves its products; a quantised LLM keeps them apart [ours]
 
 # ---- run ----
@@ -68,6 +70,8 @@ SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
 CHECK = False  # only look at pairs and images: counts of expected, present and unreadable images, then stop
+
+FEWEST = 2**3  # rows decoded together: MKL's products of fewer than four add up in another order on AMD; no flag
 
 REPEATED = re.compile(r"(?:^|\s)(\S+(?:\s\S+){0,7})(?:\s\1){2,}(?=\s|$)")  # up to eight words, three times in a row
 
@@ -213,7 +217,7 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def fill(items: list, size: int) -> list:
-    """The last item again and again until there are `size`."""
+    """The last item again and again until there are at least `size`."""
     return items + [items[-1]] * (size - len(items))
 
 
@@ -240,16 +244,18 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def gumbel(keys: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:
+def gumbel(keys: torch.Tensor, position: int | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """keys (B,), tokens (B, K) -> (B, K) float64: a Gumbel number for each (key, position, token), stateless."""
-    bits = mix(mix(keys + signed(GOLDEN * (position + 1)))[:, None] + GOLDEN * (tokens + 1))
+    step = GOLDEN * (position + 1)  # a tensor wraps by itself
+    bits = mix(mix(keys + (step if torch.is_tensor(step) else signed(step)))[:, None] + GOLDEN * (tokens + 1))
     uniform = ((bits >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52  # inside (0, 1): 52 bits and a half are exact
     return -torch.log(-torch.log(uniform))
 
 
-def choose(logits: torch.Tensor, keys: torch.Tensor, position: int, temperature: float, top_k: int) -> torch.Tensor:
+def choose(logits: torch.Tensor, keys: torch.Tensor, position, temperature: float, top_k: int) -> torch.Tensor:
     """logits (B, V), keys (B,) -> (B,) tokens: the likeliest at temperature 0, else a draw from the top k's softmax.
 
+    position: of the token in its delta, a number or a tensor () of one.
     Gumbel-max: argmax(logits / temperature + Gumbel noise) is such a draw, its noise a function of (key, position)."""
     if temperature == 0:
         return logits.float().argmax(-1)
@@ -258,20 +264,39 @@ def choose(logits: torch.Tensor, keys: torch.Tensor, position: int, temperature:
     return tokens.gather(1, best)[:, 0]
 
 
-# ---- decoding with a KV cache in three levels: instruction once, each reference once, each pair ----
-def advance(llm, embeddings: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """Feeds (B, T, D) after what is in the cache -> logits of the next token (B, V)."""
-    hidden = llm.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
-    return llm.lm_head(hidden[:, -1])
+# ---- decoding: instruction once, each reference once, each pair; keys and values in buffers allocated once ----
+class Cache(NamedTuple):
+    """Keys and values (L, B, S, H_kv, d), S the longest sequence; rows and places beyond those in use hold anything."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
-def branch(llm, caches: list[DynamicCache], rows: list[int]) -> DynamicCache:
-    """A new cache whose rows are copies of rows of the given ones laid end to end."""
-    new = DynamicCache(config=llm.config)
-    for i in range(len(caches[0].layers)):
-        keys, values = (torch.cat([getattr(c.layers[i], part) for c in caches])[rows] for part in ("keys", "values"))
-        new.update(keys, values, i)
-    return new
+def make_cache(llm, rows: int, length: int) -> Cache:
+    config, like = llm.config, llm.get_input_embeddings().weight
+    head = llm.model.layers[0].self_attn.head_dim
+    shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, head)
+    return Cache(*(torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv"))
+
+
+def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch.Tensor:
+    """x (n, T, D) after the first `start` places of the cache's first n rows -> logits of the next token (n, V).
+
+    A tensor `start` keeps every shape independent of its value, as a CUDA graph wants: attention reads all S places,
+    those not yet written behind a mask. A number reads only what is there."""
+    n, t = x.shape[:2]
+    places = start + torch.arange(t, device=x.device)  # (T,)
+    stop = cache.keys.shape[2] if torch.is_tensor(start) else start + t
+    one = t == 1 and not torch.is_tensor(start)  # sees all that is read
+    mask = None if one else torch.arange(stop, device=x.device) <= places[:, None]  # (T, stop)
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = cache.keys[layer, :n], cache.values[layer, :n]
+        keys.index_copy_(1, places, k)
+        values.index_copy_(1, places, v)
+        return vdg_align.attention(q, keys[:, :stop], values[:, :stop], mask)
+
+    return llm.lm_head(vdg_align.run_layers(llm, x, places, attend, (slice(None), -1)))
 
 
 def prompt_parts(pieces: list) -> tuple[list[list[int]], list[str]]:
@@ -281,36 +306,109 @@ def prompt_parts(pieces: list) -> tuple[list[list[int]], list[str]]:
     return [sum(pieces[start:stop], []) for start, stop in spans], [pieces[i].strip("<>") for i in at]
 
 
-@torch.inference_mode()
-def instruction(llm, ids: list[int]) -> DynamicCache:
-    """The cache of the ids before the first image, one row, computed once a run."""
-    cache = DynamicCache(config=llm.config)
-    advance(llm, vdg_align.splice(llm.get_input_embeddings(), [[ids]]).embeddings, cache)
-    return cache
+class Engine(NamedTuple):
+    """What generate() keeps from batch to batch."""
+
+    llm: nn.Module
+    parts: list[torch.Tensor]  # embeddings of the prompt before, between and after the images, (T, D) each
+    shared: Cache  # instruction + reference, some references at a time
+    pairs: Cache  # whole sequences
+    token: torch.Tensor  # (B,) the last of each row
+    ended: torch.Tensor  # (B,) bool
+    keys: torch.Tensor  # (B,) noise
+    count: torch.Tensor  # () tokens said so far
+    graphs: dict  # captured steps by their number of rows; None: steps are launched kernel by kernel
 
 
 @torch.inference_mode()
-def generate(llm, prompt, prefix, references, targets, row, keys, eos, max_new, temperature, top_k) -> torch.Tensor:
-    """Tokens (B, <= max_new) of B pairs, `eos` after the end. All prompts have the same length, so nothing is padded.
-
-    prompt: ids before, between and after the two images; prefix: cache of the first of these (1 row). references
-    (R, Q, D), of which pair i has number row[i]; targets (B, Q, D); keys (B,): the pairs' noise."""
+def start_engine(llm, prompt: list[list[int]], image_tokens: int, batch: int, max_new: int, graph: bool) -> Engine:
+    """Buffers for `batch` pairs of two images of so many tokens each; graph: capture the decoding step (CUDA)."""
     embed = llm.get_input_embeddings()
-    size = max(1, len(targets) // 4)  # references in one pass, always full: a fixed shape rounds in a fixed way
-    caches = []
-    for chunk in chunks(range(len(references)), size):
-        caches.append(branch(llm, [prefix], [0] * size))
-        advance(llm, vdg_align.splice(embed, [[references[i]] for i in fill(chunk, size)]).embeddings, caches[-1])
-    cache = branch(llm, caches, row)
-    logits = advance(llm, vdg_align.splice(embed, [[prompt[1], t, prompt[2]] for t in targets]).embeddings, cache)
-    tokens, ended = [], torch.zeros(len(targets), dtype=torch.bool, device=logits.device)
-    while True:
-        token = choose(logits, keys, len(tokens), temperature, top_k).masked_fill(ended, eos)
-        tokens.append(token)
-        ended |= token == eos
-        if len(tokens) == max_new or ended.all():
-            return torch.stack(tokens, 1)
-        logits = advance(llm, embed(token)[:, None], cache)
+    parts = [embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device)) for ids in prompt]
+    first = len(prompt[0]) + image_tokens
+    shared = make_cache(llm, max(1, batch // 4), first)
+    pairs = make_cache(llm, batch, first + len(prompt[1]) + image_tokens + len(prompt[2]) + max_new - 1)
+    feed(llm, parts[0][None], shared, 0)
+    for part in shared:
+        part[:, 1:, : len(prompt[0])] = part[:, :1, : len(prompt[0])]
+    token = torch.zeros(batch, dtype=torch.long, device=embed.weight.device)
+    return Engine(llm, parts, shared, pairs, token, token.bool(), token.clone(), token[0].clone(), {} if graph else None)
+
+
+@torch.inference_mode()
+def generate(engine: Engine, references, targets, row, keys, live, eos, max_new, temperature, top_k) -> torch.Tensor:
+    """Tokens (B, max_new) of B pairs, `eos` from the end on. All prompts have the same length: nothing is padded.
+
+    references (R, Q, D), of which pair i has number row[i]; targets (B, Q, D); keys (B,): the pairs' noise. Pairs from
+    number `live` on only fill the batch. A batch half of whose rows ended goes on with the other half."""
+    llm, parts, shared, pairs, device = engine.llm, engine.parts, engine.shared, engine.pairs, targets.device
+    size, first = shared.keys.shape[1:3]
+    for at in range(0, len(references), size):
+        chosen = range(at, min(at + size, len(references)))
+        # on a GPU always full: a fixed shape rounds in a fixed way
+        x = references[fill(list(chosen), size) if targets.is_cuda else list(chosen)]
+        feed(llm, x.to(parts[0]), shared, len(parts[0]))
+        to = torch.tensor([i for i, r in enumerate(row) if r in chosen], device=device)
+        of = torch.tensor([r - at for r in row if r in chosen], device=device)
+        for layer in range(len(pairs.keys)):  # one at a time: the copy between is small
+            pairs.keys[layer, to, :first] = shared.keys[layer, of]
+            pairs.values[layer, to, :first] = shared.values[layer, of]
+    n = len(targets)
+    x = torch.cat([part.to(parts[0]).expand(n, -1, -1) for part in (parts[1], targets, parts[2])], 1)
+    logits = feed(llm, x, pairs, first)
+    start = first + x.shape[1]
+    engine.keys[:n] = keys
+    engine.token[:n] = choose(logits, keys, 0, temperature, top_k)
+    engine.ended[:n] = (engine.token[:n] == eos) | (torch.arange(n, device=device) >= live)
+    engine.count.fill_(1)
+
+    def step(n: int, fixed: bool) -> None:
+        """One more token for the first n rows."""
+        count = engine.count if fixed else int(engine.count)
+        x = llm.get_input_embeddings()(engine.token[:n, None])
+        token = choose(feed(llm, x, pairs, start + count - 1), engine.keys[:n], count, temperature, top_k)
+        engine.token[:n] = token.masked_fill(engine.ended[:n], eos)
+        engine.ended[:n] |= engine.token[:n] == eos
+        engine.count.add_(1)
+
+    tokens = torch.full((n, max_new), eos, device=device)
+    where = torch.arange(n, device=device)  # pair of each row still in the batch
+    for number in range(max_new):
+        if number and engine.graphs is None:
+            step(n, fixed=False)
+        elif number:
+            if n not in engine.graphs:
+                engine.graphs[n] = capture(lambda rows=n: step(rows, fixed=True), engine)
+            engine.graphs[n].replay()
+        tokens[where, number] = engine.token[:n].masked_fill(engine.ended[:n], eos)
+        left = n - int(engine.ended[:n].sum())
+        if not left:
+            break
+        if left <= n // 2 >= FEWEST:
+            n //= 2
+            rows = engine.ended[: len(where)].int().argsort(stable=True)[:n]  # those that go on, then others
+            for part in (*pairs, engine.token, engine.ended, engine.keys):
+                for held in part if part.dim() > 1 else [part]:
+                    held[:n] = held[rows]
+            where = where[rows]
+    return tokens
+
+
+def capture(step, engine: Engine):
+    """A CUDA graph of one decoding step; the state that the warm-up changes is put back."""
+    state = (engine.token, engine.ended, engine.count)
+    before = [x.clone() for x in state]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # cuBLAS and the allocator settle before the capture
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for x, old in zip(state, before, strict=True):
+        x.copy_(old)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def text_of(ids: list[int], tokenizer) -> tuple[str, list[str]]:
@@ -421,7 +519,9 @@ def main() -> None:
         prompt, order = prompt_parts(vdg_tune.prompt_pieces(tokenizer, config["prompt"]))
         names = sorted({name for pair in todo for name in (pair["reference"], pair["target"])})
         queries, row = encode_images(vision, images, names, out / "queries", ENCODE_BATCH, WORKERS, world)
-        prefix = instruction(llm, prompt[0])
+        batch = max(BATCH, FEWEST)
+        graph = GRAPH and world.device.type == "cuda" and not config["quantize"]
+        engine = start_engine(llm, prompt, queries.shape[1], batch, MAX_NEW, graph)
 
         def image_tokens(names: list[str]) -> torch.Tensor:
             return vision(torch.from_numpy(queries[[row[name] for name in names]]).to(world.device))  # (n, Q, D)
@@ -429,22 +529,23 @@ def main() -> None:
         @torch.inference_mode()
         def describe(batch: list[dict], order: list[str], direction: str) -> list[tuple[str, list[str]]]:
             """(delta, flags) of each pair; order: which of its images come first and second in the prompt."""
-            first, second = ([pair[side] for pair in batch] for side in order)
+            # on a GPU the last, short batch has the same shape as the others too: the same rounding
+            full = fill(batch, max(BATCH, FEWEST) if world.device.type == "cuda" else FEWEST)
+            first, second = ([pair[side] for pair in full] for side in order)
             shared = {name: i for i, name in enumerate(dict.fromkeys(first))}
-            keys = torch.tensor([row_key(SEED, pair["id"], direction) for pair in batch], device=world.device)
-            images = image_tokens(fill(list(shared), len(batch)))[: len(shared)], image_tokens(second)
+            keys = torch.tensor([row_key(SEED, pair["id"], direction) for pair in full], device=world.device)
+            images = image_tokens(fill(list(shared), len(full)))[: len(shared)], image_tokens(second)
             sampling = tokenizer.eos_token_id, MAX_NEW, TEMPERATURE, TOP_K
-            ids = generate(llm, prompt, prefix, *images, [shared[name] for name in first], keys, *sampling)
-            return [text_of(line, tokenizer) for line in ids.tolist()]
+            ids = generate(engine, *images, [shared[name] for name in first], keys, len(batch), *sampling)
+            return [text_of(line, tokenizer) for line in ids[: len(batch)].tolist()]
 
     mine = todo[len(todo) * world.rank // world.size : len(todo) * (world.rank + 1) // world.size]
     began, count = time.time(), 0
     for batch in chunks(common.progress(mine, "deltas"), BATCH):
         if common.stop_requested():
             break
-        full = fill(batch, BATCH)  # the same shape for the last, short batch: the same rounding on a GPU
-        forward = describe(full, order, "forward")
-        backward = describe(full, order[::-1], "reverse") if REVERSE else None
+        forward = describe(batch, order, "forward")
+        backward = describe(batch, order[::-1], "reverse") if REVERSE else None
         for i, pair in enumerate(batch):
             record = {key: pair[key] for key in ("id", "reference", "target")} | {"delta": forward[i][0]}
             flags = forward[i][1]

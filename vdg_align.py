@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -254,48 +255,107 @@ def answer_ids(tokenizer, text: str) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-class Batch(NamedTuple):
-    embeddings: torch.Tensor  # (B, T, D)
-    mask: torch.Tensor  # (B, T) int64, 0 at padding
-    labels: torch.Tensor  # (B, T) ids where there is a loss, -1 elsewhere
+class Packed(NamedTuple):
+    """Rows of different length as one line of tokens without padding; only attention sees the rows again."""
+
+    embeddings: torch.Tensor  # (N, D)
+    positions: torch.Tensor  # (N,) place of each token in its row
+    slots: torch.Tensor  # (B, T) token at each place of each row; after a row's end its last token, which nobody reads
+    home: torch.Tensor  # (N,) one place b * T + t of each token: where its attention output is taken from
+    predict: torch.Tensor  # (M,) tokens that predict a supervised one
+    labels: torch.Tensor  # (M,) the ids that they predict
 
 
-def splice(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None = None, left: bool = False) -> Batch:
-    """Rows of pieces (each a list of ids, or image tokens (Q, D)) with their answers (ids with a loss) -> padded batch.
+def pack(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None = None, share: bool = False) -> Packed:
+    """Rows of pieces (each a list of ids, or image tokens (Q, D)), each followed by its answer (ids with a loss).
 
-    Ids come from separately tokenised pieces, in training as in generation. Pads right to train, left to generate."""
-    answers = answers or [[] for _ in rows]
-    images = [piece for row in rows for piece in row if torch.is_tensor(piece)]
-    lengths = [sum(map(len, row)) + len(answer) for row, answer in zip(rows, answers, strict=True)]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    is_image = torch.zeros_like(ids, dtype=torch.bool)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -1)
-    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        start = at = ids.shape[1] - lengths[i] if left else 0
+    Ids come from separately tokenised pieces, in training as in generation. share: rows that begin with the same pieces
+    (equal ids, the very same image tensor) hold these once, as a tree does; attention is causal, so nothing changes."""
+    ids, images, is_image, positions, slots, home, predict, labels = [], [], [], [], [], [], [], []
+    known: dict[tuple, range] = {}  # pieces from the start of a row -> the tokens of the last of them
+    for row, answer in zip(rows, answers or [[] for _ in rows], strict=True):
+        path, slot = (), []
         for piece in (*row, answer):
-            if torch.is_tensor(piece):
-                is_image[i, at : at + len(piece)] = True
-            else:
-                ids[i, at : at + len(piece)] = torch.tensor(piece, dtype=torch.long)
-            at += len(piece)
-        mask[i, start:at] = 1
-        labels[i, at - len(answer) : at] = torch.tensor(answer, dtype=torch.long)
+            path += (id(piece) if torch.is_tensor(piece) else tuple(piece),)
+            if not share or path not in known:
+                known[path] = range(len(ids), len(ids) + len(piece))
+                positions += range(len(slot), len(slot) + len(piece))
+                home += [(len(slots), len(slot) + i) for i in range(len(piece))]
+                is_image += [torch.is_tensor(piece)] * len(piece)
+                ids += [0] * len(piece) if torch.is_tensor(piece) else piece
+                images += [piece] if torch.is_tensor(piece) else []
+            slot += known[path]
+        predict += slot[len(slot) - len(answer) - 1 : -1]
+        labels += answer
+        slots.append(slot)
+    longest = max(map(len, slots))
+    slots = [slot + slot[-1:] * (longest - len(slot)) for slot in slots]
+    home = [b * longest + t for b, t in home]
     device = embed.weight.device
-    x = embed(ids.to(device))  # (B, T, D)
+    numbers = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, positions, slots, home, predict, labels))
+    ids, *numbers = numbers
+    x = embed(ids)  # (N, D)
     if images:
-        x = x.masked_scatter(is_image.to(device)[..., None], torch.cat(images).to(x))  # image slots in reading order
-    return Batch(x, mask.to(device), labels.to(device))
+        x = x.masked_scatter(torch.tensor(is_image, device=device)[:, None], torch.cat(images).to(x))
+    return Packed(x, *numbers)
 
 
-def caption_loss(llm: nn.Module, batch: Batch, tokens: float) -> torch.Tensor:
+# ---- the LLaMA's layers spelled out: training packs its rows, generation keeps keys and values in its own place ----
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False):
+    """q (B, T, H, d), k and v (B, S, H_kv, d), mask (T, S), True where seen -> (B, T, H, d)."""
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **grouped).transpose(1, 2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: x (..., T, H, d), cos and sin (T, 1, d)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def run_layers(llm: nn.Module, x: torch.Tensor, positions: torch.Tensor, attend, keep=..., checkpoint: bool = False):
+    """x (..., T, D) at positions (T,) -> normalised outputs of the last layer, where `keep` (an index) says.
+
+    attend(layer, q (..., T, H, d), k (..., T, H_kv, d), v) -> (..., T, H, d). The numbers of LlamaModel.forward, less
+    what only other tokens of the last layer need. checkpoint: keep each layer's input alone, compute the rest again."""
+    cos, sin = (table[0, :, None] for table in llm.model.rotary_emb(x, positions[None]))  # (T, 1, d)
+    last = len(llm.model.layers) - 1
+
+    def layer(i: int, x: torch.Tensor) -> torch.Tensor:
+        block = llm.model.layers[i]
+        h, attn = block.input_layernorm(x), block.self_attn
+        q, k, v = (linear(h).unflatten(-1, (-1, attn.head_dim)) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+        h = attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2)
+        if i == last:
+            x, h = x[keep], h[keep]
+        x = x + attn.o_proj(h)
+        return x + block.mlp(block.post_attention_layernorm(x))
+
+    for i in range(last + 1):
+        # non-reentrant: the input of the first layer may need no gradient
+        x = checkpointed(layer, i, x, use_reentrant=False) if checkpoint else layer(i, x)
+    return llm.model.norm(x)
+
+
+def caption_loss(llm: nn.Module, batch: Packed, tokens: float, checkpoint: bool = False) -> torch.Tensor:
     """Eq. 1: next-token cross-entropy summed over supervised positions / tokens (those of the whole step, all ranks).
 
-    HF's own loss is a mean per rank and batch: averaged over ranks, it weighs short captions more."""
-    hidden = llm.model(inputs_embeds=batch.embeddings, attention_mask=batch.mask, use_cache=False).last_hidden_state
-    target = batch.labels[:, 1:]  # position t predicts t + 1
-    keep = target >= 0
-    logits = llm.lm_head(hidden[:, :-1][keep]).float()  # (supervised, V): a fifth of the positions
-    return F.cross_entropy(logits, target[keep], reduction="sum") / tokens
+    HF's own loss is a mean per rank and batch: averaged over ranks, it weighs short captions more. Linears see no
+    padding; attention, a few percent of the work, sees right-padded rows, where causal order is all the mask it needs.
+    """
+
+    def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows of x (n, H, d) -> (*index.shape, H, d); embedding's backward adds up repeated rows in a fixed order."""
+        return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+    def attend(_, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = attention(*(take(x, batch.slots) for x in (q, k, v)), causal=True)  # (B, T, H, d)
+        return take(out.flatten(0, 1), batch.home)
+
+    hidden = run_layers(llm, batch.embeddings, batch.positions, attend, batch.predict, checkpoint)
+    logits = llm.lm_head(hidden).float()  # (M, V): a fifth of the positions
+    return F.cross_entropy(logits, batch.labels, reduction="sum") / tokens
 
 
 def caption_row(tokenizer, caption: data.Caption, image: torch.Tensor) -> list:
@@ -423,7 +483,7 @@ def main() -> None:
             image_tokens = vision(vision.queries(pixels[at : at + BATCH]))  # (B, Q, D)
             part = zip(mine[at : at + BATCH], image_tokens, strict=True)
             rows = [caption_row(tokenizer, captions[i], image) for i, image in part]
-            loss = caption_loss(llm, splice(llm.get_input_embeddings(), rows, answers[at : at + BATCH]), tokens)
+            loss = caption_loss(llm, pack(llm.get_input_embeddings(), rows, answers[at : at + BATCH]), tokens)
             loss.backward()
             share += loss.item()
         common.all_reduce_gradients(weights)

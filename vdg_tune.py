@@ -31,8 +31,8 @@ from vdg_align import (
     check_texts,
     fingerprint,
     load_llm,
+    pack,
     plan,
-    splice,
     stop_not_finite,
     stop_together,
     tokenize,
@@ -275,7 +275,7 @@ def names_of(triplets: list[data.Triplet]) -> list[str]:
 def delta_loss(llm, vision, pieces: list, queries: torch.Tensor, answers: list, tokens: float) -> torch.Tensor:
     """Eq. 1 on deltas: queries (B, 2, Q, q_width) of reference and target, ids of the deltas -> sum / tokens."""
     rows = [delta_row(pieces, reference, target) for reference, target in vision(queries)]  # 2 x (Q, D) each
-    return caption_loss(llm, splice(llm.get_input_embeddings(), rows, answers), tokens)
+    return caption_loss(llm, pack(llm.get_input_embeddings(), rows, answers), tokens)
 
 
 def main() -> None:
