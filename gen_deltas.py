@@ -39,6 +39,7 @@ import transformers
 from torch import nn
 
 import data
+import memory
 import pages
 import vdg_align
 import vdg_tune
@@ -49,6 +50,8 @@ PAIRS = "out/mine/pairs.jsonl"  # pairs of mine_pairs.py
 IMAGES = ""  # folder of the images; with TRIPLETS empty means the usual places in and beside ROOT
 TRIPLETS = ""  # instead of PAIRS those of human triplets: "cirr/train", "fashioniq/train" (or ".../dress"), "jsonl"
 ROOT = ""  # folder of the annotations of TRIPLETS; for "jsonl" the file
+FILTER = ""  # checkpoint of train_cir.py: keep a triplet only if it finds the target; empty keeps all [ours]
+FILTER_TOP = 1  # ... among the so many best of its subgroup [ours]
 SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CIRR and 3,600 for FashionIQ [S4.1]
 MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
 REVERSE = False  # also say what turns the target into the reference: the same model, images swapped [ours]
@@ -69,6 +72,7 @@ WORKERS = 8  # threads that decode images
 SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
+PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
 CHECK = False  # only look at pairs and images: counts of expected, present and unreadable images, then stop
 
 FEWEST = 2**3  # rows decoded together: MKL's products of fewer than four add up in another order on AMD; no flag
@@ -92,9 +96,14 @@ def triplet_pairs(name: str, root: str, images: str) -> tuple[list[dict], dict, 
     if not 1 <= len(parts) <= 3:
         raise common.UserError(f"--triplets {name}: wanted dataset/split or dataset/split/category, as in cirr/train")
     dataset, split, category = parts + ["train", "all"][len(parts) - 1 :]
-    triplets, store = data.training_triplets(dataset, root, split, category, images or None)
-    pairs = [{"id": t.id, "reference": t.reference, "target": t.target} for t in triplets]
-    return pairs, {t.id: t.members for t in triplets if t.members}, store
+    categories = data.FASHIONIQ_CATEGORIES if dataset == "fashioniq" and category == "all" else (category,)
+    pairs, members = [], {}
+    for name in categories:
+        triplets, store = data.training_triplets(dataset, root, split, name, images or None)
+        kind = {"category": name} if dataset == "fashioniq" else {}
+        pairs += [{"id": t.id, "reference": t.reference, "target": t.target} | kind for t in triplets]
+        members |= {t.id: t.members for t in triplets if t.members}
+    return pairs, members, store
 
 
 def check_pairs(pairs: list[dict], where: str) -> None:
@@ -323,7 +332,7 @@ class Engine(NamedTuple):
 @torch.inference_mode()
 def start_engine(llm, prompt: list[list[int]], image_tokens: int, batch: int, max_new: int, graph: bool) -> Engine:
     """Buffers for `batch` pairs of two images of so many tokens each; graph: capture the decoding step (CUDA)."""
-    embed = llm.get_input_embeddings()
+    embed, batch = llm.get_input_embeddings(), max(batch, FEWEST)
     parts = [embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device)) for ids in prompt]
     first = len(prompt[0]) + image_tokens
     shared = make_cache(llm, max(1, batch // 4), first)
@@ -332,7 +341,8 @@ def start_engine(llm, prompt: list[list[int]], image_tokens: int, batch: int, ma
     for part in shared:
         part[:, 1:, : len(prompt[0])] = part[:, :1, : len(prompt[0])]
     token = torch.zeros(batch, dtype=torch.long, device=embed.weight.device)
-    return Engine(llm, parts, shared, pairs, token, token.bool(), token.clone(), token[0].clone(), {} if graph else None)
+    state = token, token.bool(), token.clone(), token[0].clone()
+    return Engine(llm, parts, shared, pairs, *state, {} if graph else None)
 
 
 @torch.inference_mode()
@@ -411,6 +421,21 @@ def capture(step, engine: Engine):
     return graph
 
 
+@torch.inference_mode()
+def describe(engine: Engine, image_tokens, tokenizer, pairs: list, keys: list[int], max_new, temperature, top_k):
+    """(delta, flags) of each pair (name, name) of images in the order of the prompt; image_tokens(names): (n, Q, D)."""
+    device = engine.token.device
+    # a short batch on a GPU has the shape of the others: the same rounding
+    size = len(engine.token) if device.type == "cuda" else FEWEST
+    full, noise = fill(pairs, size), torch.tensor(fill(keys, size), device=device)
+    shared = {name: i for i, name in enumerate(dict.fromkeys(first for first, _ in full))}
+    references = image_tokens(fill(list(shared), len(full)))[: len(shared)]
+    targets, row = image_tokens([second for _, second in full]), [shared[first] for first, _ in full]
+    sampling = tokenizer.eos_token_id, max_new, temperature, top_k
+    ids = generate(engine, references, targets, row, noise, len(pairs), *sampling)
+    return [text_of(line, tokenizer) for line in ids[: len(pairs)].tolist()]
+
+
 def text_of(ids: list[int], tokenizer) -> tuple[str, list[str]]:
     """Generated ids -> (delta, flags). What the model said is kept whole, less control characters and white space."""
     ended = tokenizer.eos_token_id in ids
@@ -437,16 +462,43 @@ def read_parts(folder: Path) -> dict[tuple, dict]:
     return {identity(record): record for path in paths for record in common.read_jsonl(path)}
 
 
-def write_results(out: Path, pairs: list[dict], members: dict, images: data.ImageStore, show: int, seed: int) -> dict:
-    """Merges the parts in the order of the pairs and writes the four files -> what report.json holds."""
-    done = read_parts(out / "parts")
-    records = []
-    for pair in pairs:
-        said = done[identity(pair)]
-        records.append(pair | {key: said[key] for key in ("delta", "reverse_delta", "flags") if key in said})
+@torch.inference_mode()
+def subgroup_ranks(model, images: data.ImageStore, records: list[dict], members: dict, batch: int, workers: int):
+    """Place of each record's target, 1 the best, among its subgroup less the reference, by a CIR model; ties count
+    against it. An image outside any subgroup cannot be judged: UserError."""
+    device = next(model.parameters()).device
+
+    def encode(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.image(data.load_pixels(images, names, model.preprocess, workers).to(device))
+
+    ranked = []
+    features: dict[str, torch.Tensor] = {}
+    for record in records:
+        group = members.get(record.get("subgroup", record["id"]))
+        if not group:
+            raise common.UserError(f"--filter: pair {record['id']} has no subgroup; is subgroups.jsonl beside it?")
+        features |= dict.fromkeys(group)
+    for names in chunks(list(features), batch):
+        features |= zip(names, encode(names)[1].float(), strict=True)
+    for part in chunks(common.progress(records, "filter"), batch):
+        first = list(dict.fromkeys(record["reference"] for record in part))
+        tokens = encode(first)[0][[first.index(record["reference"]) for record in part]]
+        for record, c in zip(part, model.compose(tokens, [record["delta"] for record in part]).float(), strict=True):
+            group = members[record.get("subgroup", record["id"])]
+            others = [name for name in group if name not in (record["reference"], record["target"])]
+            scores = torch.stack([features[name] for name in (record["target"], *others)]) @ c
+            ranked.append(int((scores >= scores[0]).sum()))
+    return ranked
+
+
+def write_results(out: Path, records: list[dict], members: dict, images: data.ImageStore, show: int, seed: int, layout):
+    """Writes the four files -> what report.json holds. layout: ("cirr" or "fashioniq", split)."""
     common.write_text(out / "pseudo.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     known = ((record, members.get(record.get("subgroup", record["id"]))) for record in records)
-    data.write_cirr_captions(out / "cirr", "train", [r | {"members": m} if m else r for r, m in known])
+    if layout[0] == "fashioniq":
+        data.write_fashioniq_captions(out / "fashioniq", layout[1], records)
+    else:
+        data.write_cirr_captions(out / "cirr", layout[1], [r | {"members": m} if m else r for r, m in known])
     flags = Counter(flag for record in records for flag in record.get("flags", ()))
     report = {
         "pairs": len(records),
@@ -455,7 +507,6 @@ def write_results(out: Path, pairs: list[dict], members: dict, images: data.Imag
         "mean_words": round(sum(len(record["delta"].split()) for record in records) / max(1, len(records)), 2),
         **{"empty": 0, "runaway": 0, "repeated": 0, **dict(sorted(flags.items()))},
     }
-    common.write_json(out / "report.json", report, indent=2)
     shown = sorted(common.rng("show", seed).permutation(len(records))[:show].tolist())
     common.write_text(out / "deltas.html", sample_page([records[i] for i in shown], report, images))
     return report
@@ -489,6 +540,15 @@ def main() -> None:
     world = common.init_world(DEVICE)
     if TEMPERATURE < 0 or TOP_K < 0 or min(MAX_NEW, BATCH, ENCODE_BATCH) < 1:
         raise common.UserError("--temperature and --top_k start at 0, --max_new, --batch and --encode_batch at 1")
+    dtype = common.pick_dtype(DTYPE, world.device)
+    tuned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": "", "prompt": vdg_tune.PROMPT}
+    if not PLAN or os.path.exists(f"{VDG}/config.json"):
+        tuned = vdg_tune.read_stage(VDG, "tune")
+    size = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+    options = memory.generation(tuned, size, BATCH, MAX_NEW)
+    if PLAN:
+        memory.say(options, [80, 40, 24])
+        return
     pairs, members, images = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
     check_pairs(pairs, TRIPLETS or PAIRS)
     pairs = choose_subgroups(pairs, SUBGROUPS, MAX_PAIRS, SEED)
@@ -504,7 +564,7 @@ def main() -> None:
         found = f"{len(missing):,} of {len(names):,} images are not in {', '.join(images.roots)}"
         raise common.UserError(f"{found}, first {data.shown(missing[0])}; complete the folder or correct --images")
     common.lock_folder(OUT)
-    out, dtype = Path(OUT), common.pick_dtype(DTYPE, world.device)
+    out = Path(OUT)
     settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
     settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
     part, done = open_parts(out / "parts", settings, world)
@@ -513,39 +573,32 @@ def main() -> None:
     common.say(f"{len(pairs):,} pairs of {len(names):,} images, {len(pairs) - len(todo):,} of them described already")
 
     if todo:
+        memory.say(options, [memory.has(world.device)])
         vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype)
         if MERGE and not config["quantize"]:
             vdg_tune.merge_lora(llm)
         prompt, order = prompt_parts(vdg_tune.prompt_pieces(tokenizer, config["prompt"]))
         names = sorted({name for pair in todo for name in (pair["reference"], pair["target"])})
         queries, row = encode_images(vision, images, names, out / "queries", ENCODE_BATCH, WORKERS, world)
-        batch = max(BATCH, FEWEST)
         graph = GRAPH and world.device.type == "cuda" and not config["quantize"]
-        engine = start_engine(llm, prompt, queries.shape[1], batch, MAX_NEW, graph)
+        engine = start_engine(llm, prompt, queries.shape[1], BATCH, MAX_NEW, graph)
 
         def image_tokens(names: list[str]) -> torch.Tensor:
             return vision(torch.from_numpy(queries[[row[name] for name in names]]).to(world.device))  # (n, Q, D)
 
-        @torch.inference_mode()
-        def describe(batch: list[dict], order: list[str], direction: str) -> list[tuple[str, list[str]]]:
+        def say(batch: list[dict], order: list[str], direction: str) -> list[tuple[str, list[str]]]:
             """(delta, flags) of each pair; order: which of its images come first and second in the prompt."""
-            # on a GPU the last, short batch has the same shape as the others too: the same rounding
-            full = fill(batch, max(BATCH, FEWEST) if world.device.type == "cuda" else FEWEST)
-            first, second = ([pair[side] for pair in full] for side in order)
-            shared = {name: i for i, name in enumerate(dict.fromkeys(first))}
-            keys = torch.tensor([row_key(SEED, pair["id"], direction) for pair in full], device=world.device)
-            images = image_tokens(fill(list(shared), len(full)))[: len(shared)], image_tokens(second)
-            sampling = tokenizer.eos_token_id, MAX_NEW, TEMPERATURE, TOP_K
-            ids = generate(engine, *images, [shared[name] for name in first], keys, len(batch), *sampling)
-            return [text_of(line, tokenizer) for line in ids[: len(batch)].tolist()]
+            names = [tuple(pair[side] for side in order) for pair in batch]
+            keys = [row_key(SEED, pair["id"], direction) for pair in batch]
+            return describe(engine, image_tokens, tokenizer, names, keys, MAX_NEW, TEMPERATURE, TOP_K)
 
     mine = todo[len(todo) * world.rank // world.size : len(todo) * (world.rank + 1) // world.size]
     began, count = time.time(), 0
     for batch in chunks(common.progress(mine, "deltas"), BATCH):
         if common.stop_requested():
             break
-        forward = describe(batch, order, "forward")
-        backward = describe(batch, order[::-1], "reverse") if REVERSE else None
+        forward = say(batch, order, "forward")
+        backward = say(batch, order[::-1], "reverse") if REVERSE else None
         for i, pair in enumerate(batch):
             record = {key: pair[key] for key in ("id", "reference", "target")} | {"delta": forward[i][0]}
             flags = forward[i][1]
@@ -560,12 +613,28 @@ def main() -> None:
     if common.any_rank(count < len(mine)):
         common.say(f"stopped with {len(todo) - int(made):,} pairs to go; the same command goes on")
         raise SystemExit(143)
+    said = read_parts(out / "parts")
+    keys = ("delta", "reverse_delta", "flags")
+    records = [pair | {key: said[identity(pair)][key] for key in keys if key in said[identity(pair)]} for pair in pairs]
+    kept = records
+    if FILTER:
+        import train_cir
+
+        model = train_cir.load_cir(FILTER, world.device)
+        mine = records[world.rank :: world.size]
+        shares = common.gather_objects(subgroup_ranks(model, images, mine, members, ENCODE_BATCH, WORKERS))
+        ranks = [shares[i % world.size][i // world.size] for i in range(len(records))]
+        kept = [record for record, rank in zip(records, ranks, strict=True) if rank <= FILTER_TOP]
     if world.rank == 0:
-        report = write_results(out, pairs, members, images, SHOW, SEED)
+        dataset, split = (TRIPLETS.split("/") + ["train"])[:2] if TRIPLETS else ("cirr", "train")
+        report = write_results(out, kept, members, images, SHOW, SEED, (dataset, split))
+        if FILTER:
+            report |= {"share_kept": round(len(kept) / max(1, len(records)), 4), "filter_top": FILTER_TOP}
+        common.write_json(out / "report.json", report, indent=2)
         common.say(f"wrote {OUT}/pseudo.jsonl: {', '.join(f'{name} {value:,}' for name, value in report.items())}")
     common.barrier()
 
 
 if __name__ == "__main__":
     common.override(globals())
-    common.run(main)
+    common.run(memory.advise(main, "a smaller --batch"))

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 import data
+import memory
 
 # ---- models ----
 VISION = "Salesforce/instructblip-vicuna-13b"  # ViT + Q-Former: folder or hub id, InstructBLIP or BLIP-2 [S4.1]
@@ -50,6 +51,7 @@ FLOOR = 0.0  # the rate falls along a cosine to this share of LR [ours: the pape
 BETAS = (0.9, 0.99)  # AdamW [S4.1]
 WEIGHT_DECAY = 0.05  # AdamW [S4.1]
 CLIP = 1.0  # largest gradient norm, 0 = no clipping [ours: the paper is silent]
+CHECKPOINT = False  # keep each layer's input alone for the backward pass: less memory, a third more work [ours]
 START = 0.1  # size of an image token at the start, in word embeddings; PyTorch's default start drowns the words [ours]
 
 # ---- run ----
@@ -59,6 +61,7 @@ DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; the projection itself stays fp32 [ours]
 SAVE_EVERY = 100  # steps between training states in OUT/last
 WORKERS = 8  # threads that decode images
+PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 
@@ -107,6 +110,12 @@ def read_config(source: str, kinds: tuple[str, ...]):
 
 
 # ---- vision: ViT + Q-Former (frozen) + projection (trained) [S3.1] ----
+def vision_classes(kind: str) -> tuple[type, type]:
+    if kind == "instructblip":
+        return transformers.InstructBlipVisionModel, transformers.InstructBlipQFormerModel
+    return transformers.Blip2VisionModel, transformers.Blip2QFormerModel
+
+
 class VisionProjector(nn.Module):
     """Pixels (B, 3, S, S) -> Q-Former outputs (B, Q, q_width), frozen -> projection (B, Q, D), D the LLM's width."""
 
@@ -114,10 +123,7 @@ class VisionProjector(nn.Module):
         super().__init__()
         config = read_config(source, ("instructblip", "blip-2"))
         self.takes_text = config.model_type == "instructblip"  # its Q-Former insists on an input_ids argument
-        if self.takes_text:
-            vit, qformer = transformers.InstructBlipVisionModel, transformers.InstructBlipQFormerModel
-        else:
-            vit, qformer = transformers.Blip2VisionModel, transformers.Blip2QFormerModel
+        vit, qformer = vision_classes(config.model_type)
         q_width = config.qformer_config.hidden_size
         self.projection = nn.Linear(q_width, d_llm)  # first, so that its start depends on the seed alone
         with torch.device(device):
@@ -301,8 +307,8 @@ def pack(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None 
 
 
 # ---- the LLaMA's layers spelled out: training packs its rows, generation keeps keys and values in its own place ----
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False):
-    """q (B, T, H, d), k and v (B, S, H_kv, d), mask (T, S), True where seen -> (B, T, H, d)."""
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, causal: bool = False) -> torch.Tensor:
+    """q (B, T, H, d), k and v (B, S, H_kv, d), mask (T, S) True where seen, or None -> (B, T, H, d)."""
     grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **grouped).transpose(1, 2)
@@ -367,11 +373,14 @@ def caption_row(tokenizer, caption: data.Caption, image: torch.Tensor) -> list:
 
 
 # ---- one run: order, start, faults ----
-def plan(n: int, epochs: int, items: int, seed: int, world: common.World, done: int):
-    """Yield (step, epoch, this rank's items) from step `done` on; a step has `items` on all ranks."""
-    per_epoch = math.ceil(n / items)
+def plan(groups: list[list[int]], epochs: int, items: int, seed: int, world: common.World, done: int):
+    """Yield (step, epoch, this rank's items) from step `done` on; a step has `items` on all ranks.
+
+    groups: items that keep together while the groups are shuffled; of one item each as a rule."""
+    per_epoch = math.ceil(sum(map(len, groups)) / items)
     for epoch in range(done // per_epoch, epochs):
-        batches = data.rank_batches(data.epoch_order(n, seed, epoch), items, world.rank, world.size)
+        order = [item for g in data.epoch_order(len(groups), seed, epoch) for item in groups[g]]
+        batches = data.rank_batches(order, items, world.rank, world.size)
         for i, mine in enumerate(batches):
             if epoch * per_epoch + i >= done:
                 yield epoch * per_epoch + i, epoch, mine
@@ -432,6 +441,17 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     world = common.init_world(DEVICE)
     dtype = common.pick_dtype(DTYPE, world.device)
+    shape, size = memory.llm_shape(LLM), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+
+    def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
+        trained, tokens = (768 + 1) * shape.width, (60, 15)  # of a caption of CC3M with its prompt; supervised ones
+        training = memory.training(shape, size, batch * tokens[0], batch * tokens[1], trained, 8, (), checkpoint)
+        return memory.frozen(shape, quantize, size, VISION) | training
+
+    options = memory.options_of(parts, QUANTIZE, CHECKPOINT, BATCH)
+    if PLAN:
+        memory.say(options, [80, 40, 24])
+        return
     captions, images = data.read_chat(CHAT), data.ImageStore(IMAGES)
     if CHECK:
         report, ok = data.check_report((caption.image for caption in captions), images)
@@ -446,12 +466,13 @@ def main() -> None:
 
     common.lock_folder(OUT)
     constants = {**common.constants_of(globals()), "items a step": items, "data": fingerprint(captions)}
-    saved = common.load_state(OUT, constants, common.MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES"})
+    saved = common.load_state(OUT, constants, common.MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT"})
     done, state = saved or (0, None)
     if done >= total and os.path.exists(f"{OUT}/config.json"):
         common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
         return
 
+    memory.say(options, [memory.has(world.device)])
     torch.manual_seed(SEED)
     llm, tokenizer = load_llm(LLM, dtype, world.device, QUANTIZE)
     vision = VisionProjector(VISION, llm.config.hidden_size, world.device, dtype)
@@ -467,8 +488,8 @@ def main() -> None:
         names = [captions[i].image for i in job[2]]
         return data.load_pixels(images, names, vision.preprocess, WORKERS) if names else None
 
-    log, began = common.Log(OUT, done), time.time()
-    jobs = ahead(load, plan(len(captions), EPOCHS, items, SEED, world, done))
+    log, began, seen = common.Log(OUT, done), time.time(), 0
+    jobs = ahead(load, plan([[i] for i in range(len(captions))], EPOCHS, items, SEED, world, done))
     for (step, epoch, mine), pixels in common.progress(jobs, "align", total - done):  # Algorithm 1
         stop_together(pixels)
         warm = (step + 1) / max(1, WARMUP * total)
@@ -483,8 +504,10 @@ def main() -> None:
             image_tokens = vision(vision.queries(pixels[at : at + BATCH]))  # (B, Q, D)
             part = zip(mine[at : at + BATCH], image_tokens, strict=True)
             rows = [caption_row(tokenizer, captions[i], image) for i, image in part]
-            loss = caption_loss(llm, pack(llm.get_input_embeddings(), rows, answers[at : at + BATCH]), tokens)
+            batch = pack(llm.get_input_embeddings(), rows, answers[at : at + BATCH])
+            loss = caption_loss(llm, batch, tokens, CHECKPOINT)
             loss.backward()
+            seen += len(batch.home)
             share += loss.item()
         common.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
@@ -502,6 +525,8 @@ def main() -> None:
             lr=group["lr"],
             grad_norm=norm,
             items_per_s=round(items / pace, 2),
+            tokens_per_s=round(common.all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
+            memory=memory.peak(world.device),  # GiB on this rank
             seconds_left=round(pace * (total - step - 1)),
         )
         stop = common.any_rank(common.stop_requested())
@@ -525,4 +550,4 @@ def located(source: str) -> str:
 
 if __name__ == "__main__":
     common.override(globals())
-    common.run(main)
+    common.run(memory.advise(main, "--batch 16 --accumulate 4, --checkpoint true or --quantize nf4"))

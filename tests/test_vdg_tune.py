@@ -88,7 +88,8 @@ def test_outputs_and_gradients_equal_peft(zoo, tmp_path):
     pieces = vdg_tune.prompt_pieces(tokenizer, vdg_tune.PROMPT)
     queries = torch.randn(3, 2, 32, 24)
     answers = [vdg_align.answer_ids(tokenizer, text) for text in ("make it red", "x", "two cats on the table")]
-    loss = vdg_tune.delta_loss(llm, vision, pieces, queries, answers, sum(map(len, answers)))
+    batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers)
+    loss = vdg_align.caption_loss(llm, batch, len(batch.labels))
     loss.backward()
 
     def ids(text):
@@ -261,7 +262,8 @@ def test_load_vdg_gives_the_held_out_loss_of_the_run(whole, flags):
     pieces = vdg_tune.prompt_pieces(tokenizer, config["prompt"])
     queries = vision.queries(pixels).unflatten(0, (2, 2))
     with torch.no_grad():
-        loss = vdg_tune.delta_loss(llm, vision, pieces, queries, answers, sum(map(len, answers)))
+        batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers)
+        loss = vdg_align.caption_loss(llm, batch, len(batch.labels))
     logged = [r["held_out_loss"] for r in records(whole) if "held_out_loss" in r]
     assert loss.item() == pytest.approx(logged[-1], rel=1e-6)
     assert config["lora"] == {**LORA, "dropout": 0.05} and not any(p.requires_grad for p in llm.parameters())
