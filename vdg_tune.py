@@ -271,7 +271,7 @@ def model_card(config: dict, held_out: dict) -> str:
             "set). held_out.html shows some."
         )
     what = f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']}, on {', '.join(lora['targets'])}"
-    trained = f"{config['steps']:,} steps on {config['triplets']:,} triplets of {config['dataset']}, seed {config['seed']}"
+    trained = f"{config['steps']:,} steps on {config['triplets']:,} triplets of {config['dataset']}"
     return f"""---
 base_model: {config["llm"]}
 library_name: peft
@@ -283,7 +283,7 @@ LoRA ({what}) for `{config["llm"]}`,
 and a projection of the Q-Former outputs of `{config["vision"]}` into its embeddings. Given a reference
 and a target picture it says what turns the one into the other (Jang et al., CVPR 2024, arXiv 2404.15516).
 
-Trained for {trained}. {measured}
+Trained for {trained}, seed {config["seed"]}. {measured}
 
 - `adapter_model.safetensors`, `adapter_config.json`: `peft.PeftModel.from_pretrained(llama, folder)` reads them
 - `projection.safetensors`: `weight` (d_llm, d_qformer) and `bias`
@@ -412,7 +412,7 @@ def main() -> None:
         return memory.frozen(shape, quantize, size, aligned["vision"]) | training
 
     if unknown := set(LORA_TARGETS) - shape.linears().keys():
-        raise common.UserError(f"the LLM has no {', '.join(unknown)}: --lora_targets are of {', '.join(shape.linears())}")
+        raise common.UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(shape.linears())}")
     options = memory.options_of(parts, quantize, CHECKPOINT, BATCH)
     if PLAN:
         memory.say(options, [80, 40, 24])

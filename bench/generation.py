@@ -6,8 +6,8 @@
 Greedy, `--new` tokens each (no end token), 30 + 32 + 4 + 32 + 5 prompt tokens, 2.8 pairs to a reference [Table 6].
 Peers: generate() at several batch sizes; on a GPU also with a static cache, whose decoding it compiles; and a loop
 without any cache, as the VDG release has it (its ViT and Q-Former, which it runs again for every token too, are left
-out: kind to it). Before time is taken, all must have said the same tokens. Floor: the products of the shared work at the speed of
-a large product on the same device.
+out: kind to it). Before time is taken, the tokens of all are compared. Floor: the products of the shared work at the
+speed of a large product on the same device.
 """
 
 import measure  # first: it puts the repository on the path

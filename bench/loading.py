@@ -2,8 +2,8 @@
 
     python bench/loading.py                         # Llama-2-7B's shape: writes 13.5 GB under --folder, then removes it
 
-Random bf16 weights in two shards as the hub has them. Floor: the plan's bytes (quantised weights, embeddings, the largest
-weight once more); the interpreter and its libraries, measured before the load, are not in it.
+Random bf16 weights in two shards as the hub has them. Floor: the plan's bytes (quantised weights, embeddings, the
+largest weight once more); the interpreter and its libraries, measured before the load, are not in it.
 """
 
 import shutil

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import common
 import data
 import gen_deltas  # sets MKL's summation order: pytest imports all tests before one computes
+import train_cir
 import vdg_align
 import vdg_tune
 
@@ -434,6 +435,72 @@ def test_triplets_name_a_dataset_split_and_category(name, tmp_path):
     assert sorted(pair["target"] for pair in pairs) == wanted
     with pytest.raises(common.UserError, match="wanted dataset/split"):
         gen_deltas.triplet_pairs("a/b/c/d", str(tmp_path), "")
+
+
+def test_fashioniq_pairs_come_out_as_fashioniq(vdg, mined, tmp_path):
+    names = sorted(path.name for path in (mined / "images").iterdir() if path.suffix == ".png")
+    root, bare = tmp_path / "fashioniq", [name.removesuffix(".png") for name in names]
+    pairs = {c: [(bare[i], bare[i + 1]) for i in range(at, at + 2)] for at, c in enumerate(data.FASHIONIQ_CATEGORIES)}
+    for category, some in pairs.items():
+        captions = [{"target": t, "candidate": r, "captions": ["human a", "human b"]} for r, t in some]
+        for part, file, value in (("captions", "cap", captions), ("image_splits", "split", bare)):
+            (root / part).mkdir(parents=True, exist_ok=True)
+            writer.write(root / part / f"{file}.{category}.val.json", value)
+    said = records_of(generate(vdg, mined, tmp_path / "out", triplets="fashioniq/val", root=root))
+    assert len(said) == 6 and not (tmp_path / "out" / "cirr").exists()
+    for category, some in pairs.items():
+        out = data.read_fashioniq(str(tmp_path / "out" / "fashioniq"), "val", category, str(mined / "images"))
+        assert [(q.reference, q.target) for q in out.queries] == some
+        wanted = [(r["delta"],) * 2 for r in said if r["category"] == category]
+        assert [q.alternatives for q in out.queries] == wanted and not any("human" in d for d, _ in wanted)
+
+
+@pytest.mark.parametrize("kind", ["combiner", "blip_tdm"])
+def test_filter_keeps_what_a_cir_model_finds(vdg, mined, truth, tmp_path, zoo, kind):
+    """Against ranks counted here, one query at a time, with the model that load_cir gives; two ranks write the same."""
+    build = {"model": kind, "backbone": str(zoo / ("clip" if kind == "combiner" else "blip"))}
+    build |= {"p": 6, "h": 9} if kind == "combiner" else {}
+    torch.manual_seed(0)
+    made = train_cir.build_cir(**build)
+    tensors, texts = {"model.safetensors": train_cir.get_trained(made)}, {"config.json": {"build": build}}
+    common.save_folder(tmp_path / "cir", tensors, texts)
+    model = train_cir.load_cir(str(tmp_path / "cir"))
+    store = data.ImageStore(mined / "images")
+    groups = {group["id"]: group["members"] for group in common.read_jsonl(mined / "subgroups.jsonl")}
+    see = lambda name: model.image(data.load_pixels(store, [name], model.preprocess))  # noqa: E731
+    kept = []
+    for record in records_of(truth[1]):
+        with torch.no_grad():
+            c = model.compose(see(record["reference"])[0], [record["delta"]])[0]
+            scores = {n: float(see(n)[1][0] @ c) for n in groups[record["subgroup"]] if n != record["reference"]}
+        if sum(score >= scores[record["target"]] for score in scores.values()) <= 2:
+            kept.append(record)
+    assert 5 < len(kept) < 31
+    text = generate(vdg, mined, tmp_path / "out", filter=tmp_path / "cir", filter_top=2)
+    assert records_of(text) == kept
+    report = common.read_json(tmp_path / "out" / "report.json")
+    assert report["pairs"] == len(kept) and report["share_kept"] == round(len(kept) / 36, 4)
+    assert len(common.read_json(tmp_path / "out" / "cirr" / "captions" / "cap.rc2.train.json")) == len(kept)
+    again = generate(vdg, mined, tmp_path / "out", filter=tmp_path / "cir", filter_top=5)  # nothing is generated again
+    assert again == truth[1]
+    if kind == "combiner":
+        how = {"filter": tmp_path / "cir", "filter_top": 2}
+        ranks.run_ranks(2, lambda: generate(vdg, mined, tmp_path / "two", **how) and None)
+        assert (tmp_path / "two" / "pseudo.jsonl").read_bytes() == text
+        (tmp_path / "pairs").mkdir()
+        write_jsonl(tmp_path / "pairs" / "pairs.jsonl", common.read_jsonl(mined / "pairs.jsonl"))
+        with pytest.raises(common.UserError, match="subgroups.jsonl"):
+            alone = tmp_path / "pairs" / "pairs.jsonl"
+            generate(vdg, mined, tmp_path / "alone", pairs=alone, filter=tmp_path / "cir")
+
+
+def test_plan_needs_no_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common.override(vars(gen_deltas), ["--plan", "--device", "cpu"])
+    gen_deltas.main()
+    said = capsys.readouterr().out
+    assert "keys and values of 64 pairs" in said and "memory of 24 GiB: too small" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
