@@ -513,11 +513,12 @@ def test_planned_bytes_of_the_activations(zoo):
         held = sum(size for size, _ in kept.values())
         shape = memory.Shape(128, 352, 4, 128, 400)
         plan = memory.training(shape, 2, len(batch.home), len(batch.labels), 0, 8, ("q_proj", "v_proj"), checkpoint)
-        planned = sum(plan.values())
+        kinds = [amount for what, amount in plan.items() if what.startswith("activations")]
+        planned = sum(kinds) + len(batch.labels) * 400 * 4  # of the logits their log-softmax stays, in fp32
         loss.backward()
         if checkpoint:  # what the plan has beyond: one layer, computed again
             planned -= len(batch.home) * (8 * 128 + 2 * (4 * 128 + 3 * 352) + 6 * 128)
-        assert 0.75 < held / planned < 1.2, (checkpoint, held, planned)
+        assert 0.8 < held / planned < 1.2, (checkpoint, held, planned)
 
 
 def test_running_out_of_memory_is_one_line_with_advice():
