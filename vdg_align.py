@@ -272,11 +272,12 @@ class Packed(NamedTuple):
     labels: torch.Tensor  # (M,) the ids that they predict
 
 
-def pack(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None = None, share: bool = False) -> Packed:
+def pack(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None = None, share: bool = True) -> Packed:
     """Rows of pieces (each a list of ids, or image tokens (Q, D)), each followed by its answer (ids with a loss).
 
     Ids come from separately tokenised pieces, in training as in generation. share: rows that begin with the same pieces
-    (equal ids, the very same image tensor) hold these once, as a tree does; attention is causal, so nothing changes."""
+    (equal ids: the instruction; the very same image tensor) hold these once, as a tree does. Attention is causal, so
+    loss and gradients are the same; LoRA's dropout draws one mask for what is shared [ours: a fifth less work]."""
     ids, images, is_image, positions, slots, home, predict, labels = [], [], [], [], [], [], [], []
     known: dict[tuple, range] = {}  # pieces from the start of a row -> the tokens of the last of them
     for row, answer in zip(rows, answers or [[] for _ in rows], strict=True):

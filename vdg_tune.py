@@ -82,7 +82,7 @@ SCALE = (0.8, 1.0)  # random resized crop, share of the area [S4.1]
 RATIO = (0.9, 1.1)  # random resized crop, width / height [S4.1]
 OPTIMIZER = "adamw"  # or "adamw8bit" (bitsandbytes), which keeps a quarter of the state [ours]
 CHECKPOINT = False  # keep each layer's input alone for the backward pass: less memory, a third more work [ours]
-TREE = False  # keep a subgroup's triplets together; hold the instruction and each reference once a batch [ours: speed]
+TREE = False  # keep a subgroup's triplets together and hold each reference, cropped once, once a batch [ours: speed]
 VIEWS = 0  # 0 = a fresh crop each time [S4.1]; K = K crops per image, encoded once, used in turn [ours: speed]
 MAX_NEW = 32  # tokens at most of the deltas that held-out pairs are given after each epoch [ours]
 SHOW = 24  # of them on the page held_out.html
@@ -345,12 +345,12 @@ def names_of(triplets: list[data.Triplet]) -> list[str]:
 def delta_batch(llm, vision, pieces: list, queries: torch.Tensor, answers: list, names: list | None = None) -> Packed:
     """Fig. 3's prompt around each pair: queries (B, 2, Q, q_width) of reference and target, ids of the deltas.
 
-    names of the references: hold the instruction once and each reference once, instead of once a row."""
+    names of the references: hold each of them once, as the instruction is anyway, instead of once a row."""
     known, rows = {}, []
     for i, (reference, target) in enumerate(vision(queries)):  # 2 x (Q, D) each
         shared = reference if names is None else known.setdefault(names[i], reference)
         rows.append(delta_row(pieces, shared, target))
-    return pack(llm.get_input_embeddings(), rows, answers, share=names is not None)
+    return pack(llm.get_input_embeddings(), rows, answers)
 
 
 # ---- held-out triplets ----

@@ -254,7 +254,8 @@ def test_layers_equal_hugging_face(zoo, heads):
     torch.manual_seed(0)
     llm = transformers.LlamaForCausalLM(config).eval()
     rows = [[1, *range(5, 5 + n)] for n in (3, 17, 9)]
-    batch = vdg_align.pack(llm.get_input_embeddings(), [[row[:2]] for row in rows], [row[2:] for row in rows])
+    pieces, answers = [[row[:2]] for row in rows], [row[2:] for row in rows]
+    batch = vdg_align.pack(llm.get_input_embeddings(), pieces, answers, share=False)
     assert len(batch.embeddings) == sum(map(len, rows))
     ids, mask = torch.zeros(3, 18, dtype=torch.long), torch.zeros(3, 18, dtype=torch.long)
     for i, row in enumerate(rows):

@@ -314,15 +314,21 @@ def test_a_tree_batch_gives_the_gradients_of_lora_and_projection(zoo):
     weights = [*vision.projection.parameters()]
     weights += [w for m in vdg_tune.lora_modules(llm).values() for w in (m.lora_A, m.lora_B)]
     results = []
-    for names in (None, ["a", "a", "b", "a", "b"]):
-        batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers, names)
+    for names in ("no tree", None, ["a", "a", "b", "a", "b"]):
+        if names == "no tree":
+            rows = [vdg_tune.delta_row(pieces, *pair) for pair in vision(queries)]
+            batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers, share=False)
+        else:
+            batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers, names)
         loss = vdg_align.caption_loss(llm, batch, len(batch.labels))
         results.append((loss.detach(), torch.autograd.grad(loss, weights), len(batch.home)))
     first, *_, between = map(len, pieces[:4])  # the text after a shared reference is shared too
-    assert results[0][2] - results[1][2] == 4 * (first + len(pieces[1])) + 3 * (32 + between)
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=0)
-    for a, b in zip(results[1][1], results[0][1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert results[0][2] - results[1][2] == 4 * (first + len(pieces[1]))
+    assert results[1][2] - results[2][2] == 3 * (32 + between)
+    for loss, gradients, _ in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        for a, b in zip(gradients, results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", [["--tree"], ["--tree", "--views", "2"], ["--checkpoint"]])
@@ -501,7 +507,8 @@ def test_planned_bytes_of_the_activations(zoo):
     image = torch.randn(32, 128, requires_grad=True)
     own = {p.untyped_storage().data_ptr() for p in llm.parameters()}
     for checkpoint in (False, True):
-        batch, kept = vdg_align.pack(llm.get_input_embeddings(), [[[1], image]] * 6, [[5] * 30] * 6), {}
+        rows, answers, kept = [[[1], image]] * 6, [[5] * 30] * 6, {}
+        batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers, share=False)
 
         def keep(x, kept=kept):
             if x.untyped_storage().data_ptr() not in own:
