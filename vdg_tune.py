@@ -224,7 +224,7 @@ def prompt_pieces(tokenizer, prompt: str) -> list:
 
 
 def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> list:
-    """Row for splice: prompt_pieces with the image tokens (Q, D) of one pair in their places."""
+    """Row for pack: prompt_pieces with the image tokens (Q, D) of one pair in their places."""
     images = {"<reference>": reference, "<target>": target}
     return [images[piece] if isinstance(piece, str) else piece for piece in pieces]
 
