@@ -542,7 +542,7 @@ def main() -> None:
         raise common.UserError("--temperature and --top_k start at 0, --max_new, --batch and --encode_batch at 1")
     dtype = common.pick_dtype(DTYPE, world.device)
     tuned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": "", "prompt": vdg_tune.PROMPT}
-    if not PLAN or os.path.exists(f"{VDG}/config.json"):
+    if not (PLAN or CHECK) or os.path.exists(f"{VDG}/config.json"):
         tuned = vdg_tune.read_stage(VDG, "tune")
     size = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
     options = memory.generation(tuned, size, BATCH, MAX_NEW)

@@ -398,8 +398,8 @@ def main() -> None:
         write_merged(OUT, MERGE, DTYPE)
         common.say(f"wrote {MERGE}, a LLaMA with the LoRA of {OUT} in its weights")
         return
-    aligned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": ""}  # a plan needs no checkpoint
-    if not PLAN or os.path.exists(f"{ALIGNED}/config.json"):
+    aligned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": ""}  # of a plan or a check without one
+    if not (PLAN or CHECK) or os.path.exists(f"{ALIGNED}/config.json"):
         aligned = read_stage(ALIGNED, "align")
     quantize = {"": aligned["quantize"], "none": ""}.get(QUANTIZE, QUANTIZE)
     shape, size = memory.llm_shape(aligned["llm"]), 2 if PLAN and DTYPE == "auto" else dtype.itemsize

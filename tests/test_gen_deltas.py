@@ -516,7 +516,7 @@ def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
     fails('record 2: no "target"', [pairs[0], {"id": 1, "reference": "a"}])
     fails(r"contains \"\.\.\"", [pairs[0] | {"target": "../x.png"}])
     fails("1 of .* images are not in .*absent.png", [pairs[0] | {"target": "absent.png"}])
-    fails("missing or unreadable", [pairs[0] | {"target": "absent.png"}], check=True)
+    fails("missing or unreadable", [pairs[0] | {"target": "absent.png"}], check=True, vdg=tmp_path / "none")
     assert "1 missing" in capsys.readouterr().out
     fails("no folder", images=tmp_path / "nowhere")
     fails("temperature", temperature=-1.0)

@@ -540,3 +540,11 @@ def test_say_names_the_first_option_that_fits(capsys):
     memory.say({"": {"a": 50 * 2**30}, "--checkpoint true": {"a": 30 * 2**30}}, [80, 40, 24])
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last[0].endswith("enough") and "take --checkpoint true: 30.0" in last[1] and "too small" in last[2]
+
+
+def test_check_looks_at_the_data_alone(flags, tmp_path, capsys):
+    stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--check")
+    assert "12 triplets; 9 expected, 9 present" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="wanted a finished checkpoint of vdg_align.py"):
+        stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
