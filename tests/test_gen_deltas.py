@@ -516,8 +516,13 @@ def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
     fails('record 2: no "target"', [pairs[0], {"id": 1, "reference": "a"}])
     fails(r"contains \"\.\.\"", [pairs[0] | {"target": "../x.png"}])
     fails("1 of .* images are not in .*absent.png", [pairs[0] | {"target": "absent.png"}])
-    fails("missing or unreadable", [pairs[0] | {"target": "absent.png"}], check=True, vdg=tmp_path / "none")
+    fails("missing or unreadable", [pairs[0] | {"target": "absent.png"}], check=True)
     assert "1 missing" in capsys.readouterr().out
+    write_jsonl(path, pairs)
+    vars(gen_deltas).update(DEFAULTS)
+    common.override(vars(gen_deltas), [*arguments(tmp_path / "no vdg", mined, tmp_path / "out", check=True)])
+    gen_deltas.main()  # the data alone
+    assert "36 pairs; " in capsys.readouterr().out
     fails("no folder", images=tmp_path / "nowhere")
     fails("temperature", temperature=-1.0)
     with pytest.raises(common.UserError, match="vdg_tune.py"):

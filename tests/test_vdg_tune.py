@@ -544,7 +544,7 @@ def test_say_names_the_first_option_that_fits(capsys):
 
 def test_check_looks_at_the_data_alone(flags, tmp_path, capsys):
     stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--check")
-    assert "12 triplets; 9 expected, 9 present" in capsys.readouterr().out
+    assert "12 triplets; images: 9 expected, 9 present" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="wanted a finished checkpoint of vdg_align.py"):
         stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
