@@ -92,9 +92,10 @@ def read_tensors(source: str, prefixes: tuple[str, ...] = ("",)):
             raise common.UserError(f"{source}: {shard} is missing; download the checkpoint again (safetensors only)")
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    if name.startswith(prefixes):
-                        yield name, file.get_tensor(name)
+                names = [name for name in file.keys() if name.startswith(prefixes)]
+            for name in names:
+                with safe_open(path, "pt") as file:  # anew: pages once read stay resident while a file is open
+                    yield name, file.get_tensor(name)
         except SafetensorError as fault:
             raise common.UserError(f"{path}: damaged ({fault}); download or copy it again") from fault
 
