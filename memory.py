@@ -50,7 +50,10 @@ def frozen(shape: Shape, quantize: str, size: int, vision: str) -> dict[str, flo
     """Bytes of the frozen weights by purpose; size: bytes of a number that is not quantised."""
     linears = shape.layers * sum(a * b for a, b in shape.linears().values())
     # nf4: 4 bits, an 8-bit scale for 64 of them and an fp32 one for 256 scales
-    packed = linears * {"": size, "int8": 1, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}[quantize]
+    each = {"": size, "int8": 1, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(quantize)
+    if each is None:
+        raise common.UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
+    packed = linears * each
     tables = 2 * shape.vocabulary * shape.width * size
     weights = 1.17e9  # ViT-g/14 0.99, Q-Former of InstructBLIP 0.18
     if os.path.isdir(vision):

@@ -462,6 +462,8 @@ def test_plan_needs_nothing_and_names_three_cards(tmp_path, capsys, monkeypatch)
         said = capsys.readouterr().out
         assert [line.split(":")[0] for line in said.splitlines()[-3:]] == [f"memory of {n} GiB" for n in (80, 40, 24)]
         assert "80 GiB: enough" in said and "24 GiB: take --quantize nf4" in said
+    with pytest.raises(common.UserError, match="quantize is 'int4'"):
+        stage("vdg_tune", "--plan", "--device", "cpu", "--quantize", "int4")
     stage("vdg_align", "--plan", "--device", "cpu")
     assert "40 GiB: take --checkpoint true" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
