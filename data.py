@@ -443,6 +443,20 @@ def read_fashioniq(
     return Benchmark("fashioniq", split, category, tuple(queries), tuple(gallery), _store(images, places))
 
 
+def write_fashioniq_captions(folder: str | os.PathLike, split: str, records: list[dict]) -> None:
+    """Deltas of FashionIQ's pairs in its layout. Readers want two captions of a query: the delta stands there twice."""
+    kinds: dict[str, list[dict]] = {}
+    for record in records:
+        kinds.setdefault(record["category"], []).append(record)
+    for kind, some in kinds.items():
+        captions = [
+            {"target": r["target"], "candidate": r["reference"], "captions": [r["delta"], r["delta"]]} for r in some
+        ]
+        names = sorted({name for r in some for name in (r["reference"], r["target"])})
+        write_json(os.path.join(folder, "captions", f"cap.{kind}.{split}.json"), captions)
+        write_json(os.path.join(folder, "image_splits", f"split.{kind}.{split}.json"), names)
+
+
 # ---- other files ----
 def read_chat(path: str | os.PathLike) -> list[Caption]:
     """LLaVA's chat.json: one picture, one instruction with <image> before or after it, one caption a record."""

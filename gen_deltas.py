@@ -31,13 +31,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
-from transformers import DynamicCache
+from torch import nn
 
 import data
+import memory
 import pages
 import vdg_align
 import vdg_tune
@@ -48,6 +50,8 @@ PAIRS = "out/mine/pairs.jsonl"  # pairs of mine_pairs.py
 IMAGES = ""  # folder of the images; with TRIPLETS empty means the usual places in and beside ROOT
 TRIPLETS = ""  # instead of PAIRS those of human triplets: "cirr/train", "fashioniq/train" (or ".../dress"), "jsonl"
 ROOT = ""  # folder of the annotations of TRIPLETS; for "jsonl" the file
+FILTER = ""  # checkpoint of train_cir.py: keep a triplet only if it finds the target; empty keeps all [ours]
+FILTER_TOP = 1  # ... among the so many best of its subgroup [ours]
 SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CIRR and 3,600 for FashionIQ [S4.1]
 MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
 REVERSE = False  # also say what turns the target into the reference: the same model, images swapped [ours]
@@ -56,6 +60,7 @@ REVERSE = False  # also say what turns the target into the reference: the same m
 TEMPERATURE = 0.2  # 0 = always the likeliest token [S4.1]
 TOP_K = 50  # tokens to draw from, 0 = all [S4.1]
 MAX_NEW = 32  # tokens of a delta at most [ours: the paper is silent; the release's value]
+GRAPH = True  # on a GPU replay each decoding step as one CUDA graph; not with a quantised LLM [ours: speed]
 MERGE = True  # fold LoRA into the LLM's weights, which saves its products; a quantised LLM keeps them apart [ours]
 
 # ---- run ----
@@ -67,7 +72,10 @@ WORKERS = 8  # threads that decode images
 SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
+PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
 CHECK = False  # only look at pairs and images: counts of expected, present and unreadable images, then stop
+
+FEWEST = 2**3  # rows decoded together: MKL's products of fewer than four add up in another order on AMD; no flag
 
 REPEATED = re.compile(r"(?:^|\s)(\S+(?:\s\S+){0,7})(?:\s\1){2,}(?=\s|$)")  # up to eight words, three times in a row
 
@@ -88,9 +96,14 @@ def triplet_pairs(name: str, root: str, images: str) -> tuple[list[dict], dict, 
     if not 1 <= len(parts) <= 3:
         raise common.UserError(f"--triplets {name}: wanted dataset/split or dataset/split/category, as in cirr/train")
     dataset, split, category = parts + ["train", "all"][len(parts) - 1 :]
-    triplets, store = data.training_triplets(dataset, root, split, category, images or None)
-    pairs = [{"id": t.id, "reference": t.reference, "target": t.target} for t in triplets]
-    return pairs, {t.id: t.members for t in triplets if t.members}, store
+    categories = data.FASHIONIQ_CATEGORIES if dataset == "fashioniq" and category == "all" else (category,)
+    pairs, members = [], {}
+    for name in categories:
+        triplets, store = data.training_triplets(dataset, root, split, name, images or None)
+        kind = {"category": name} if dataset == "fashioniq" else {}
+        pairs += [{"id": t.id, "reference": t.reference, "target": t.target} | kind for t in triplets]
+        members |= {t.id: t.members for t in triplets if t.members}
+    return pairs, members, store
 
 
 def check_pairs(pairs: list[dict], where: str) -> None:
@@ -213,7 +226,7 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def fill(items: list, size: int) -> list:
-    """The last item again and again until there are `size`."""
+    """The last item again and again until there are at least `size`."""
     return items + [items[-1]] * (size - len(items))
 
 
@@ -240,16 +253,18 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def gumbel(keys: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:
+def gumbel(keys: torch.Tensor, position: int | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """keys (B,), tokens (B, K) -> (B, K) float64: a Gumbel number for each (key, position, token), stateless."""
-    bits = mix(mix(keys + signed(GOLDEN * (position + 1)))[:, None] + GOLDEN * (tokens + 1))
+    step = GOLDEN * (position + 1)  # a tensor wraps by itself
+    bits = mix(mix(keys + (step if torch.is_tensor(step) else signed(step)))[:, None] + GOLDEN * (tokens + 1))
     uniform = ((bits >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52  # inside (0, 1): 52 bits and a half are exact
     return -torch.log(-torch.log(uniform))
 
 
-def choose(logits: torch.Tensor, keys: torch.Tensor, position: int, temperature: float, top_k: int) -> torch.Tensor:
+def choose(logits: torch.Tensor, keys: torch.Tensor, position, temperature: float, top_k: int) -> torch.Tensor:
     """logits (B, V), keys (B,) -> (B,) tokens: the likeliest at temperature 0, else a draw from the top k's softmax.
 
+    position: of the token in its delta, a number or a tensor () of one.
     Gumbel-max: argmax(logits / temperature + Gumbel noise) is such a draw, its noise a function of (key, position)."""
     if temperature == 0:
         return logits.float().argmax(-1)
@@ -258,20 +273,39 @@ def choose(logits: torch.Tensor, keys: torch.Tensor, position: int, temperature:
     return tokens.gather(1, best)[:, 0]
 
 
-# ---- decoding with a KV cache in three levels: instruction once, each reference once, each pair ----
-def advance(llm, embeddings: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """Feeds (B, T, D) after what is in the cache -> logits of the next token (B, V)."""
-    hidden = llm.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
-    return llm.lm_head(hidden[:, -1])
+# ---- decoding: instruction once, each reference once, each pair; keys and values in buffers allocated once ----
+class Cache(NamedTuple):
+    """Keys and values (L, B, S, H_kv, d), S the longest sequence; rows and places beyond those in use hold anything."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
-def branch(llm, caches: list[DynamicCache], rows: list[int]) -> DynamicCache:
-    """A new cache whose rows are copies of rows of the given ones laid end to end."""
-    new = DynamicCache(config=llm.config)
-    for i in range(len(caches[0].layers)):
-        keys, values = (torch.cat([getattr(c.layers[i], part) for c in caches])[rows] for part in ("keys", "values"))
-        new.update(keys, values, i)
-    return new
+def make_cache(llm, rows: int, length: int) -> Cache:
+    config, like = llm.config, llm.get_input_embeddings().weight
+    head = llm.model.layers[0].self_attn.head_dim
+    shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, head)
+    return Cache(*(torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv"))
+
+
+def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch.Tensor:
+    """x (n, T, D) after the first `start` places of the cache's first n rows -> logits of the next token (n, V).
+
+    A tensor `start` keeps every shape independent of its value, as a CUDA graph wants: attention reads all S places,
+    those not yet written behind a mask. A number reads only what is there."""
+    n, t = x.shape[:2]
+    places = start + torch.arange(t, device=x.device)  # (T,)
+    stop = cache.keys.shape[2] if torch.is_tensor(start) else start + t
+    one = t == 1 and not torch.is_tensor(start)  # sees all that is read
+    mask = None if one else torch.arange(stop, device=x.device) <= places[:, None]  # (T, stop)
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = cache.keys[layer, :n], cache.values[layer, :n]
+        keys.index_copy_(1, places, k)
+        values.index_copy_(1, places, v)
+        return vdg_align.attention(q, keys[:, :stop], values[:, :stop], mask)
+
+    return llm.lm_head(vdg_align.run_layers(llm, x, places, attend, (slice(None), -1)))
 
 
 def prompt_parts(pieces: list) -> tuple[list[list[int]], list[str]]:
@@ -281,36 +315,125 @@ def prompt_parts(pieces: list) -> tuple[list[list[int]], list[str]]:
     return [sum(pieces[start:stop], []) for start, stop in spans], [pieces[i].strip("<>") for i in at]
 
 
-@torch.inference_mode()
-def instruction(llm, ids: list[int]) -> DynamicCache:
-    """The cache of the ids before the first image, one row, computed once a run."""
-    cache = DynamicCache(config=llm.config)
-    advance(llm, vdg_align.splice(llm.get_input_embeddings(), [[ids]]).embeddings, cache)
-    return cache
+class Engine(NamedTuple):
+    """What generate() keeps from batch to batch."""
+
+    llm: nn.Module
+    parts: list[torch.Tensor]  # embeddings of the prompt before, between and after the images, (T, D) each
+    shared: Cache  # instruction + reference, some references at a time
+    pairs: Cache  # whole sequences
+    token: torch.Tensor  # (B,) the last of each row
+    ended: torch.Tensor  # (B,) bool
+    keys: torch.Tensor  # (B,) noise
+    count: torch.Tensor  # () tokens said so far
+    graphs: dict  # captured steps by their number of rows; None: steps are launched kernel by kernel
 
 
 @torch.inference_mode()
-def generate(llm, prompt, prefix, references, targets, row, keys, eos, max_new, temperature, top_k) -> torch.Tensor:
-    """Tokens (B, <= max_new) of B pairs, `eos` after the end. All prompts have the same length, so nothing is padded.
+def start_engine(llm, prompt: list[list[int]], image_tokens: int, batch: int, max_new: int, graph: bool) -> Engine:
+    """Buffers for `batch` pairs of two images of so many tokens each; graph: capture the decoding step (CUDA)."""
+    embed, batch = llm.get_input_embeddings(), max(batch, FEWEST)
+    parts = [embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device)) for ids in prompt]
+    first = len(prompt[0]) + image_tokens
+    shared = make_cache(llm, max(1, batch // 4), first)
+    pairs = make_cache(llm, batch, first + len(prompt[1]) + image_tokens + len(prompt[2]) + max_new - 1)
+    feed(llm, parts[0][None], shared, 0)
+    for part in shared:
+        part[:, 1:, : len(prompt[0])] = part[:, :1, : len(prompt[0])]
+    token = torch.zeros(batch, dtype=torch.long, device=embed.weight.device)
+    state = token, token.bool(), token.clone(), token[0].clone()
+    return Engine(llm, parts, shared, pairs, *state, {} if graph else None)
 
-    prompt: ids before, between and after the two images; prefix: cache of the first of these (1 row). references
-    (R, Q, D), of which pair i has number row[i]; targets (B, Q, D); keys (B,): the pairs' noise."""
-    embed = llm.get_input_embeddings()
-    size = max(1, len(targets) // 4)  # references in one pass, always full: a fixed shape rounds in a fixed way
-    caches = []
-    for chunk in chunks(range(len(references)), size):
-        caches.append(branch(llm, [prefix], [0] * size))
-        advance(llm, vdg_align.splice(embed, [[references[i]] for i in fill(chunk, size)]).embeddings, caches[-1])
-    cache = branch(llm, caches, row)
-    logits = advance(llm, vdg_align.splice(embed, [[prompt[1], t, prompt[2]] for t in targets]).embeddings, cache)
-    tokens, ended = [], torch.zeros(len(targets), dtype=torch.bool, device=logits.device)
-    while True:
-        token = choose(logits, keys, len(tokens), temperature, top_k).masked_fill(ended, eos)
-        tokens.append(token)
-        ended |= token == eos
-        if len(tokens) == max_new or ended.all():
-            return torch.stack(tokens, 1)
-        logits = advance(llm, embed(token)[:, None], cache)
+
+@torch.inference_mode()
+def generate(engine: Engine, references, targets, row, keys, live, eos, max_new, temperature, top_k) -> torch.Tensor:
+    """Tokens (B, max_new) of B pairs, `eos` from the end on. All prompts have the same length: nothing is padded.
+
+    references (R, Q, D), of which pair i has number row[i]; targets (B, Q, D); keys (B,): the pairs' noise. Pairs from
+    number `live` on only fill the batch. A batch half of whose rows ended goes on with the other half."""
+    llm, parts, shared, pairs, device = engine.llm, engine.parts, engine.shared, engine.pairs, targets.device
+    size, first = shared.keys.shape[1:3]
+    for at in range(0, len(references), size):
+        chosen = range(at, min(at + size, len(references)))
+        # on a GPU always full: a fixed shape rounds in a fixed way
+        x = references[fill(list(chosen), size) if targets.is_cuda else list(chosen)]
+        feed(llm, x.to(parts[0]), shared, len(parts[0]))
+        to = torch.tensor([i for i, r in enumerate(row) if r in chosen], device=device)
+        of = torch.tensor([r - at for r in row if r in chosen], device=device)
+        for layer in range(len(pairs.keys)):  # one at a time: the copy between is small
+            pairs.keys[layer, to, :first] = shared.keys[layer, of]
+            pairs.values[layer, to, :first] = shared.values[layer, of]
+    n = len(targets)
+    x = torch.cat([part.to(parts[0]).expand(n, -1, -1) for part in (parts[1], targets, parts[2])], 1)
+    logits = feed(llm, x, pairs, first)
+    start = first + x.shape[1]
+    engine.keys[:n] = keys
+    engine.token[:n] = choose(logits, keys, 0, temperature, top_k)
+    engine.ended[:n] = (engine.token[:n] == eos) | (torch.arange(n, device=device) >= live)
+    engine.count.fill_(1)
+
+    def step(n: int, fixed: bool) -> None:
+        """One more token for the first n rows."""
+        count = engine.count if fixed else int(engine.count)
+        x = llm.get_input_embeddings()(engine.token[:n, None])
+        token = choose(feed(llm, x, pairs, start + count - 1), engine.keys[:n], count, temperature, top_k)
+        engine.token[:n] = token.masked_fill(engine.ended[:n], eos)
+        engine.ended[:n] |= engine.token[:n] == eos
+        engine.count.add_(1)
+
+    tokens = torch.full((n, max_new), eos, device=device)
+    where = torch.arange(n, device=device)  # pair of each row still in the batch
+    for number in range(max_new):
+        if number and engine.graphs is None:
+            step(n, fixed=False)
+        elif number:
+            if n not in engine.graphs:
+                engine.graphs[n] = capture(lambda rows=n: step(rows, fixed=True), engine)
+            engine.graphs[n].replay()
+        tokens[where, number] = engine.token[:n].masked_fill(engine.ended[:n], eos)
+        left = n - int(engine.ended[:n].sum())
+        if not left:
+            break
+        if left <= n // 2 >= FEWEST:
+            n //= 2
+            rows = engine.ended[: len(where)].int().argsort(stable=True)[:n]  # those that go on, then others
+            for part in (*pairs, engine.token, engine.ended, engine.keys):
+                for held in part if part.dim() > 1 else [part]:
+                    held[:n] = held[rows]
+            where = where[rows]
+    return tokens
+
+
+def capture(step, engine: Engine):
+    """A CUDA graph of one decoding step; the state that the warm-up changes is put back."""
+    state = (engine.token, engine.ended, engine.count)
+    before = [x.clone() for x in state]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # cuBLAS and the allocator settle before the capture
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for x, old in zip(state, before, strict=True):
+        x.copy_(old)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@torch.inference_mode()
+def describe(engine: Engine, image_tokens, tokenizer, pairs: list, keys: list[int], max_new, temperature, top_k):
+    """(delta, flags) of each pair (name, name) of images in the order of the prompt; image_tokens(names): (n, Q, D)."""
+    device = engine.token.device
+    # a short batch on a GPU has the shape of the others: the same rounding
+    size = len(engine.token) if device.type == "cuda" else FEWEST
+    full, noise = fill(pairs, size), torch.tensor(fill(keys, size), device=device)
+    shared = {name: i for i, name in enumerate(dict.fromkeys(first for first, _ in full))}
+    references = image_tokens(fill(list(shared), len(full)))[: len(shared)]
+    targets, row = image_tokens([second for _, second in full]), [shared[first] for first, _ in full]
+    sampling = tokenizer.eos_token_id, max_new, temperature, top_k
+    ids = generate(engine, references, targets, row, noise, len(pairs), *sampling)
+    return [text_of(line, tokenizer) for line in ids[: len(pairs)].tolist()]
 
 
 def text_of(ids: list[int], tokenizer) -> tuple[str, list[str]]:
@@ -339,16 +462,43 @@ def read_parts(folder: Path) -> dict[tuple, dict]:
     return {identity(record): record for path in paths for record in common.read_jsonl(path)}
 
 
-def write_results(out: Path, pairs: list[dict], members: dict, images: data.ImageStore, show: int, seed: int) -> dict:
-    """Merges the parts in the order of the pairs and writes the four files -> what report.json holds."""
-    done = read_parts(out / "parts")
-    records = []
-    for pair in pairs:
-        said = done[identity(pair)]
-        records.append(pair | {key: said[key] for key in ("delta", "reverse_delta", "flags") if key in said})
+@torch.inference_mode()
+def subgroup_ranks(model, images: data.ImageStore, records: list[dict], members: dict, batch: int, workers: int):
+    """Place of each record's target, 1 the best, among its subgroup less the reference, by a CIR model; ties count
+    against it. An image outside any subgroup cannot be judged: UserError."""
+    device = next(model.parameters()).device
+
+    def encode(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.image(data.load_pixels(images, names, model.preprocess, workers).to(device))
+
+    ranked = []
+    features: dict[str, torch.Tensor] = {}
+    for record in records:
+        group = members.get(record.get("subgroup", record["id"]))
+        if not group:
+            raise common.UserError(f"--filter: pair {record['id']} has no subgroup; is subgroups.jsonl beside it?")
+        features |= dict.fromkeys(group)
+    for names in chunks(list(features), batch):
+        features |= zip(names, encode(names)[1].float(), strict=True)
+    for part in chunks(common.progress(records, "filter"), batch):
+        first = list(dict.fromkeys(record["reference"] for record in part))
+        tokens = encode(first)[0][[first.index(record["reference"]) for record in part]]
+        for record, c in zip(part, model.compose(tokens, [record["delta"] for record in part]).float(), strict=True):
+            group = members[record.get("subgroup", record["id"])]
+            others = [name for name in group if name not in (record["reference"], record["target"])]
+            scores = torch.stack([features[name] for name in (record["target"], *others)]) @ c
+            ranked.append(int((scores >= scores[0]).sum()))
+    return ranked
+
+
+def write_results(out: Path, records: list[dict], members: dict, images: data.ImageStore, show: int, seed: int, layout):
+    """Writes the four files -> what report.json holds. layout: ("cirr" or "fashioniq", split)."""
     common.write_text(out / "pseudo.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     known = ((record, members.get(record.get("subgroup", record["id"]))) for record in records)
-    data.write_cirr_captions(out / "cirr", "train", [r | {"members": m} if m else r for r, m in known])
+    if layout[0] == "fashioniq":
+        data.write_fashioniq_captions(out / "fashioniq", layout[1], records)
+    else:
+        data.write_cirr_captions(out / "cirr", layout[1], [r | {"members": m} if m else r for r, m in known])
     flags = Counter(flag for record in records for flag in record.get("flags", ()))
     report = {
         "pairs": len(records),
@@ -357,7 +507,6 @@ def write_results(out: Path, pairs: list[dict], members: dict, images: data.Imag
         "mean_words": round(sum(len(record["delta"].split()) for record in records) / max(1, len(records)), 2),
         **{"empty": 0, "runaway": 0, "repeated": 0, **dict(sorted(flags.items()))},
     }
-    common.write_json(out / "report.json", report, indent=2)
     shown = sorted(common.rng("show", seed).permutation(len(records))[:show].tolist())
     common.write_text(out / "deltas.html", sample_page([records[i] for i in shown], report, images))
     return report
@@ -391,6 +540,15 @@ def main() -> None:
     world = common.init_world(DEVICE)
     if TEMPERATURE < 0 or TOP_K < 0 or min(MAX_NEW, BATCH, ENCODE_BATCH) < 1:
         raise common.UserError("--temperature and --top_k start at 0, --max_new, --batch and --encode_batch at 1")
+    dtype = common.pick_dtype(DTYPE, world.device)
+    tuned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": "", "prompt": vdg_tune.PROMPT}
+    if not (PLAN or CHECK) or os.path.exists(f"{VDG}/config.json"):
+        tuned = vdg_tune.read_stage(VDG, "tune")
+    size = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+    options = memory.generation(tuned, size, BATCH, MAX_NEW)
+    if PLAN:
+        memory.say(options, [80, 40, 24])
+        return
     pairs, members, images = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
     check_pairs(pairs, TRIPLETS or PAIRS)
     pairs = choose_subgroups(pairs, SUBGROUPS, MAX_PAIRS, SEED)
@@ -406,7 +564,7 @@ def main() -> None:
         found = f"{len(missing):,} of {len(names):,} images are not in {', '.join(images.roots)}"
         raise common.UserError(f"{found}, first {data.shown(missing[0])}; complete the folder or correct --images")
     common.lock_folder(OUT)
-    out, dtype = Path(OUT), common.pick_dtype(DTYPE, world.device)
+    out = Path(OUT)
     settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
     settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
     part, done = open_parts(out / "parts", settings, world)
@@ -415,36 +573,32 @@ def main() -> None:
     common.say(f"{len(pairs):,} pairs of {len(names):,} images, {len(pairs) - len(todo):,} of them described already")
 
     if todo:
+        memory.say(options, [memory.has(world.device)])
         vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype)
         if MERGE and not config["quantize"]:
             vdg_tune.merge_lora(llm)
         prompt, order = prompt_parts(vdg_tune.prompt_pieces(tokenizer, config["prompt"]))
         names = sorted({name for pair in todo for name in (pair["reference"], pair["target"])})
         queries, row = encode_images(vision, images, names, out / "queries", ENCODE_BATCH, WORKERS, world)
-        prefix = instruction(llm, prompt[0])
+        graph = GRAPH and world.device.type == "cuda" and not config["quantize"]
+        engine = start_engine(llm, prompt, queries.shape[1], BATCH, MAX_NEW, graph)
 
         def image_tokens(names: list[str]) -> torch.Tensor:
             return vision(torch.from_numpy(queries[[row[name] for name in names]]).to(world.device))  # (n, Q, D)
 
-        @torch.inference_mode()
-        def describe(batch: list[dict], order: list[str], direction: str) -> list[tuple[str, list[str]]]:
+        def say(batch: list[dict], order: list[str], direction: str) -> list[tuple[str, list[str]]]:
             """(delta, flags) of each pair; order: which of its images come first and second in the prompt."""
-            first, second = ([pair[side] for pair in batch] for side in order)
-            shared = {name: i for i, name in enumerate(dict.fromkeys(first))}
-            keys = torch.tensor([row_key(SEED, pair["id"], direction) for pair in batch], device=world.device)
-            images = image_tokens(fill(list(shared), len(batch)))[: len(shared)], image_tokens(second)
-            sampling = tokenizer.eos_token_id, MAX_NEW, TEMPERATURE, TOP_K
-            ids = generate(llm, prompt, prefix, *images, [shared[name] for name in first], keys, *sampling)
-            return [text_of(line, tokenizer) for line in ids.tolist()]
+            names = [tuple(pair[side] for side in order) for pair in batch]
+            keys = [row_key(SEED, pair["id"], direction) for pair in batch]
+            return describe(engine, image_tokens, tokenizer, names, keys, MAX_NEW, TEMPERATURE, TOP_K)
 
     mine = todo[len(todo) * world.rank // world.size : len(todo) * (world.rank + 1) // world.size]
     began, count = time.time(), 0
     for batch in chunks(common.progress(mine, "deltas"), BATCH):
         if common.stop_requested():
             break
-        full = fill(batch, BATCH)  # the same shape for the last, short batch: the same rounding on a GPU
-        forward = describe(full, order, "forward")
-        backward = describe(full, order[::-1], "reverse") if REVERSE else None
+        forward = say(batch, order, "forward")
+        backward = say(batch, order[::-1], "reverse") if REVERSE else None
         for i, pair in enumerate(batch):
             record = {key: pair[key] for key in ("id", "reference", "target")} | {"delta": forward[i][0]}
             flags = forward[i][1]
@@ -459,12 +613,28 @@ def main() -> None:
     if common.any_rank(count < len(mine)):
         common.say(f"stopped with {len(todo) - int(made):,} pairs to go; the same command goes on")
         raise SystemExit(143)
+    said = read_parts(out / "parts")
+    keys = ("delta", "reverse_delta", "flags")
+    records = [pair | {key: said[identity(pair)][key] for key in keys if key in said[identity(pair)]} for pair in pairs]
+    kept = records
+    if FILTER:
+        import train_cir
+
+        model = train_cir.load_cir(FILTER, world.device)
+        mine = records[world.rank :: world.size]
+        shares = common.gather_objects(subgroup_ranks(model, images, mine, members, ENCODE_BATCH, WORKERS))
+        ranks = [shares[i % world.size][i // world.size] for i in range(len(records))]
+        kept = [record for record, rank in zip(records, ranks, strict=True) if rank <= FILTER_TOP]
     if world.rank == 0:
-        report = write_results(out, pairs, members, images, SHOW, SEED)
+        dataset, split = (TRIPLETS.split("/") + ["train"])[:2] if TRIPLETS else ("cirr", "train")
+        report = write_results(out, kept, members, images, SHOW, SEED, (dataset, split))
+        if FILTER:
+            report |= {"share_kept": round(len(kept) / max(1, len(records)), 4), "filter_top": FILTER_TOP}
+        common.write_json(out / "report.json", report, indent=2)
         common.say(f"wrote {OUT}/pseudo.jsonl: {', '.join(f'{name} {value:,}' for name, value in report.items())}")
     common.barrier()
 
 
 if __name__ == "__main__":
     common.override(globals())
-    common.run(main)
+    common.run(memory.advise(main, "a smaller --batch"))

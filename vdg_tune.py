@@ -5,7 +5,8 @@
 
 Reads OUT of vdg_align.py (it names the vision side and the LLM) and triplets: CIRR, FashionIQ, or a jsonl file.
 Writes OUT/adapter_model.safetensors and adapter_config.json (they load with peft), OUT/projection.safetensors,
-OUT/config.json, OUT/log.jsonl and OUT/last/ (training state: the same command resumes).
+OUT/config.json, OUT/README.md (a model card), OUT/held_out.html (deltas beside the human ones), OUT/log.jsonl and
+OUT/last/ (training state: the same command resumes). --merge FOLDER makes a plain LLaMA of a finished OUT.
 """
 
 import common
@@ -15,7 +16,9 @@ common.early_help(__name__, __file__)  # answers --help before torch is imported
 import math
 import os
 import re
+import shutil
 import time
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,11 @@ import transformers
 from torch import nn
 
 import data
+import memory
+import pages
+import vdg_align
 from vdg_align import (
+    Packed,
     VisionProjector,
     ahead,
     answer_ids,
@@ -31,8 +38,9 @@ from vdg_align import (
     check_texts,
     fingerprint,
     load_llm,
+    pack,
     plan,
-    splice,
+    read_config,
     stop_not_finite,
     stop_together,
     tokenize,
@@ -56,6 +64,7 @@ PROMPT = (
 LORA_RANK = 64  # r [S4.1]; 32 and 128 in [Table 7]
 LORA_ALPHA = 16.0  # the update is scaled by alpha / r [S4.1]
 LORA_DROPOUT = 0.05  # on the input of A [S4.1]
+QUANTIZE = ""  # "" as in ALIGNED; "none", "int8" or "nf4" (bitsandbytes) otherwise [ours]
 LORA_TARGETS = ("q_proj", "v_proj")  # linears that carry LoRA [ours: the paper does not say; the release's choice]
 
 # ---- training ----
@@ -71,7 +80,12 @@ WEIGHT_DECAY = 0.05  # AdamW [S4.1]
 CLIP = 1.0  # largest gradient norm, 0 = no clipping [ours: the paper is silent]
 SCALE = (0.8, 1.0)  # random resized crop, share of the area [S4.1]
 RATIO = (0.9, 1.1)  # random resized crop, width / height [S4.1]
+OPTIMIZER = "adamw"  # or "adamw8bit" (bitsandbytes), which keeps a quarter of the state [ours]
+CHECKPOINT = False  # keep each layer's input alone for the backward pass: less memory, a third more work [ours]
+TREE = False  # keep a subgroup's triplets together and hold each reference, cropped once, once a batch [ours: speed]
 VIEWS = 0  # 0 = a fresh crop each time [S4.1]; K = K crops per image, encoded once, used in turn [ours: speed]
+MAX_NEW = 32  # tokens at most of the deltas that held-out pairs are given after each epoch [ours]
+SHOW = 24  # of them on the page held_out.html
 ENCODE_BATCH = 64  # images per forward pass when views or held-out images are encoded [ours]
 
 # ---- run ----
@@ -81,6 +95,8 @@ DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; trained weights stay fp32 [ours]
 SAVE_EVERY = 100  # steps between training states in OUT/last
 WORKERS = 8  # threads that decode images
+MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write that as a plain LLaMA into this folder, and stop
+PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 
@@ -208,7 +224,7 @@ def prompt_pieces(tokenizer, prompt: str) -> list:
 
 
 def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> list:
-    """Row for splice: prompt_pieces with the image tokens (Q, D) of one pair in their places."""
+    """Row for pack: prompt_pieces with the image tokens (Q, D) of one pair in their places."""
     images = {"<reference>": reference, "<target>": target}
     return [images[piece] if isinstance(piece, str) else piece for piece in pieces]
 
@@ -222,6 +238,60 @@ def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype):
     vision = VisionProjector(config["vision"], llm.config.hidden_size, device, dtype)
     load_projection(vision, folder)
     return vision, llm.requires_grad_(False).eval(), tokenizer, config
+
+
+def write_merged(folder: str, out: str, dtype: str) -> None:
+    """A checkpoint of this script -> a plain Hugging Face LLaMA with LoRA in its weights; dtype "auto": the LLM's own.
+
+    The projection is not in it: a LLaMA has no place for pictures. A quantised base is read in full precision."""
+    if os.path.exists(out):
+        raise common.UserError(f"--merge {out} exists; name a new folder")
+    config = read_stage(folder, "tune")
+    own = read_config(config["llm"], ("llama",)).dtype
+    precision = own if dtype == "auto" and own else common.pick_dtype(dtype, "cpu")
+    llm, tokenizer = load_llm(config["llm"], precision, "cpu")
+    load_adapter(llm, folder, config["lora"])
+    merge_lora(llm)
+    aside = f"{out.rstrip('/')}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    llm.save_pretrained(aside, max_shard_size="5GB")
+    tokenizer.save_pretrained(aside)
+    os.rename(aside, out)
+
+
+def model_card(config: dict, held_out: dict) -> str:
+    """README.md of a checkpoint, with the front matter that the hub reads."""
+    lora = config["lora"]
+    measured = "No triplets were held out."
+    if held_out:
+        counts = ", ".join(f"{name} {held_out[name]}" for name in ("empty", "repeated", "too_long", "copied"))
+        measured = (
+            f"On {held_out['deltas']:,} held-out triplets: loss per token {held_out['held_out_loss']:.4f}, perplexity "
+            f"{held_out['perplexity']:.2f}. Of as many greedy deltas: {counts} (copied: word for word in the training "
+            "set). held_out.html shows some."
+        )
+    what = f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']}, on {', '.join(lora['targets'])}"
+    trained = f"{config['steps']:,} steps on {config['triplets']:,} triplets of {config['dataset']}"
+    return f"""---
+base_model: {config["llm"]}
+library_name: peft
+tags: [composed-image-retrieval, visual-delta, lora]
+---
+# Visual delta generator
+
+LoRA ({what}) for `{config["llm"]}`,
+and a projection of the Q-Former outputs of `{config["vision"]}` into its embeddings. Given a reference
+and a target picture it says what turns the one into the other (Jang et al., CVPR 2024, arXiv 2404.15516).
+
+Trained for {trained}, seed {config["seed"]}. {measured}
+
+- `adapter_model.safetensors`, `adapter_config.json`: `peft.PeftModel.from_pretrained(llama, folder)` reads them
+- `projection.safetensors`: `weight` (d_llm, d_qformer) and `bias`
+- `config.json`: models, LoRA and the prompt, in which `<reference>` and `<target>` stand for the image tokens
+
+`python gen_deltas.py --vdg FOLDER --pairs pairs.jsonl --images FOLDER` writes deltas; `python vdg_tune.py --out FOLDER
+--merge LLAMA` folds LoRA into the LLM. The licences of the LLM, of the vision model and of the triplets apply.
+"""
 
 
 def read_stage(folder: str, stage: str) -> dict:
@@ -272,16 +342,81 @@ def names_of(triplets: list[data.Triplet]) -> list[str]:
 
 
 # ---- loss ----
-def delta_loss(llm, vision, pieces: list, queries: torch.Tensor, answers: list, tokens: float) -> torch.Tensor:
-    """Eq. 1 on deltas: queries (B, 2, Q, q_width) of reference and target, ids of the deltas -> sum / tokens."""
-    rows = [delta_row(pieces, reference, target) for reference, target in vision(queries)]  # 2 x (Q, D) each
-    return caption_loss(llm, splice(llm.get_input_embeddings(), rows, answers), tokens)
+def delta_batch(llm, vision, pieces: list, queries: torch.Tensor, answers: list, names: list | None = None) -> Packed:
+    """Fig. 3's prompt around each pair: queries (B, 2, Q, q_width) of reference and target, ids of the deltas.
+
+    names of the references: hold each of them once, as the instruction is anyway, instead of once a row."""
+    known, rows = {}, []
+    for i, (reference, target) in enumerate(vision(queries)):  # 2 x (Q, D) each
+        shared = reference if names is None else known.setdefault(names[i], reference)
+        rows.append(delta_row(pieces, shared, target))
+    return pack(llm.get_input_embeddings(), rows, answers)
+
+
+# ---- held-out triplets ----
+def plain_text(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def count_flags(said: list[tuple[str, list[str]]], known: set[str]) -> dict[str, int]:
+    """said: (delta, flags) of gen_deltas.text_of -> how many are empty, repeated, too long, copied from `known`."""
+    flags = Counter(flag for _, flags in said for flag in flags)
+    copied = sum(plain_text(delta) in known for delta, _ in said)
+    counts = {"empty": flags["empty"], "repeated": flags["repeated"], "too_long": flags["runaway"], "copied": copied}
+    return {"deltas": len(said)} | counts
+
+
+def held_out_page(held: list[data.Triplet], said: list, images: data.ImageStore, history: list[dict], show: int) -> str:
+    """A page of held-out pairs with the human and the generated delta; history: the held-out records of the log."""
+    panels = []
+    for triplet, (delta, flags) in list(zip(held, said, strict=True))[:show]:
+        query = (images.path(triplet.reference), f"reference {triplet.reference}")
+        note = " · ".join([f"human: {triplet.delta}", *flags])
+        target = (images.path(triplet.target), f"target {triplet.target}")
+        panels.append(pages.panel(query, delta or "(nothing)", [target], note=note))
+    names = ("step", "held_out_loss", "perplexity", "deltas", "empty", "repeated", "too_long", "copied")
+    rows = [[record[name] for name in names] for record in history]
+    table = pages.table(rows, [name.replace("_", " ") for name in names])
+    return pages.page("Held-out triplets", [("Each epoch", table), ("Generated deltas, greedy", *panels)])
+
+
+def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
+    if kind == "adamw8bit":
+        import bitsandbytes as bnb  # lazily: optional
+
+        return bnb.optim.AdamW8bit(weights, **how)
+    if kind != "adamw":
+        raise common.UserError(f'--optimizer is {kind!r}; "adamw" or "adamw8bit" is wanted')
+    return torch.optim.AdamW(weights, **how)
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
     world = common.init_world(DEVICE)
     dtype = common.pick_dtype(DTYPE, world.device)
+    if MERGE:
+        write_merged(OUT, MERGE, DTYPE)
+        common.say(f"wrote {MERGE}, a LLaMA with the LoRA of {OUT} in its weights")
+        return
+    aligned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": ""}  # of a plan or a check without one
+    if not (PLAN or CHECK) or os.path.exists(f"{ALIGNED}/config.json"):
+        aligned = read_stage(ALIGNED, "align")
+    quantize = {"": aligned["quantize"], "none": ""}.get(QUANTIZE, QUANTIZE)
+    shape, size = memory.llm_shape(aligned["llm"]), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+
+    def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
+        tokens, supervised = 124 * batch, 21 * batch  # of a triplet of CIRR: 39 of the prompt, 2 x 32, 21 of the delta
+        lora = LORA_RANK * shape.layers * sum(sum(shape.linears()[name]) for name in LORA_TARGETS)
+        trained, state = lora + (768 + 1) * shape.width, 2 if OPTIMIZER == "adamw8bit" else 8
+        training = memory.training(shape, size, tokens, supervised, trained, state, LORA_TARGETS, checkpoint)
+        return memory.frozen(shape, quantize, size, aligned["vision"]) | training
+
+    if unknown := set(LORA_TARGETS) - shape.linears().keys():
+        raise common.UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(shape.linears())}")
+    options = memory.options_of(parts, quantize, CHECKPOINT, BATCH)
+    if PLAN:
+        memory.say(options, [80, 40, 24])
+        return
     triplets, images = data.training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES)
     if CHECK:
         report, ok = data.check_report(names_of(triplets), images)
@@ -300,22 +435,23 @@ def main() -> None:
     total = EPOCHS * per_epoch
 
     common.lock_folder(OUT)
-    aligned = read_stage(ALIGNED, "align")
     constants = {**common.constants_of(globals()), "items a step": items, "data": fingerprint([*triplets, *held])}
-    saved = common.load_state(OUT, constants, common.MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES"})
+    free = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW"}
+    saved = common.load_state(OUT, constants, common.MAY_CHANGE | free)
     done, state = saved or (0, None)
     if done >= total and os.path.exists(f"{OUT}/config.json"):
         common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
         return
 
+    memory.say(options, [memory.has(world.device)])
     torch.manual_seed(SEED)
-    llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, aligned["quantize"])
+    llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, quantize)
     vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)
     load_projection(vision, ALIGNED)  # Algorithm 2 starts from Algorithm 1's projection
     lora = {"rank": LORA_RANK, "alpha": LORA_ALPHA, "dropout": LORA_DROPOUT, "targets": list(LORA_TARGETS)}
     modules = add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     weights = [*vision.projection.parameters(), *(w for m in modules.values() for w in (m.lora_A, m.lora_B))]
-    optimizer = torch.optim.AdamW(weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer(OPTIMIZER, weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
     if state:
         vision.projection.load_state_dict(state["projection"])
         fill_lora(llm, state["lora"], OUT)
@@ -343,6 +479,8 @@ def main() -> None:
         if VIEWS:
             return torch.stack([views[name][epoch % VIEWS] for name in names]).unflatten(0, (-1, 2))
         transforms = [crop(epoch, i, side) for i in mine for side in ("reference", "target")]
+        if TREE:  # one crop of a picture in an epoch, as its tokens are shared
+            transforms = [crop(epoch, name) for name in names]
         return data.load_pixels(images, names, transforms, WORKERS).unflatten(0, (-1, 2))
 
     def held_out_loss() -> float:
@@ -355,12 +493,35 @@ def main() -> None:
             queries = torch.stack([torch.cat([plain[t.reference], plain[t.target]]) for t in part]).to(world.device)
             batch = [answer_ids(tokenizer, t.delta) for t in part]
             with torch.no_grad():
-                loss += delta_loss(llm, vision, pieces, queries, batch, 1).item()
+                loss += caption_loss(llm, delta_batch(llm, vision, pieces, queries, batch), 1).item()
             answers += batch
         return common.all_sum(loss) / common.all_sum(sum(map(len, answers)))
 
-    log, began = common.Log(OUT, done), time.time()
-    jobs = ahead(load, plan(len(triplets), EPOCHS, items, SEED, world, done))
+    def describe_held_out() -> list[tuple[str, list[str]]]:
+        """(greedy delta, flags) of each held-out triplet, the same list on every rank."""
+        import gen_deltas  # not at the top: it imports this file
+
+        llm.eval()
+        prompt, order = gen_deltas.prompt_parts(pieces)
+        engine = gen_deltas.start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, MAX_NEW, graph=False)
+        said = []
+        for part in gen_deltas.chunks(held[world.rank :: world.size], BATCH):
+            pairs = [tuple(getattr(triplet, side) for side in order) for triplet in part]
+            said += gen_deltas.describe(engine, whole_images, tokenizer, pairs, [0] * len(pairs), MAX_NEW, 0.0, 0)
+        shares = common.gather_objects(said)
+        return [shares[i % world.size][i // world.size] for i in range(len(held))]
+
+    def whole_images(names: list[str]) -> torch.Tensor:
+        return vision(torch.cat([plain[name] for name in names]).to(world.device))  # (n, Q, D)
+
+    known = {plain_text(triplet.delta) for triplet in triplets}
+    groups = {i: [i] for i in range(len(triplets))}
+    if TREE:
+        groups = {}
+        for i in sorted(range(len(triplets)), key=lambda i: (triplets[i].reference, i)):
+            groups.setdefault(triplets[i].members or triplets[i].reference, []).append(i)
+    log, began, seen = common.Log(OUT, done), time.time(), 0
+    jobs = ahead(load, plan(list(groups.values()), EPOCHS, items, SEED, world, done))
     for (step, epoch, mine), inputs in common.progress(jobs, "tune", total - done):  # Algorithm 2
         stop_together(inputs)
         rate = min(1, (step + 1) / max(1, WARMUP)) * (DECAY if epoch >= DECAY_AT * EPOCHS else 1)
@@ -375,8 +536,11 @@ def main() -> None:
         for at in range(0, len(mine), BATCH):
             part = inputs[at : at + BATCH].to(world.device)
             queries = part if VIEWS else vision.queries(part.flatten(0, 1)).unflatten(0, (-1, 2))  # (B, 2, Q, q_width)
-            loss = delta_loss(llm, vision, pieces, queries, answers[at : at + BATCH], tokens)
+            names = [triplets[i].reference for i in mine[at : at + BATCH]] if TREE else None
+            batch = delta_batch(llm, vision, pieces, queries, answers[at : at + BATCH], names)
+            loss = caption_loss(llm, batch, tokens, CHECKPOINT)
             loss.backward()
+            seen += len(batch.home)
             share += loss.item()
         common.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
@@ -394,10 +558,17 @@ def main() -> None:
             lr=group["lr"],
             grad_norm=norm,
             items_per_s=round(items / pace, 2),
+            tokens_per_s=round(common.all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
+            memory=memory.peak(world.device),  # GiB on this rank
             seconds_left=round(pace * (total - step - 1)),
         )
         if held and (step + 1) % per_epoch == 0:
-            log.write(step=step + 1, epoch=epoch, held_out_loss=held_out_loss())
+            loss, said = held_out_loss(), describe_held_out()
+            record = {"held_out_loss": loss, "perplexity": math.exp(min(loss, 99))} | count_flags(said, known)
+            log.write(step=step + 1, epoch=epoch, **record)
+            if world.rank == 0:
+                history = [r for r in common.read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in r]
+                common.write_text(f"{OUT}/held_out.html", held_out_page(held, said, images, history, SHOW))
         stop = common.any_rank(common.stop_requested())
         if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
             state = {"projection": vision.projection.state_dict(), "lora": adapter_tensors(llm)}
@@ -406,12 +577,15 @@ def main() -> None:
             common.say(f"stopped after step {step + 1} of {total}; the same command resumes")
             raise SystemExit(143)
 
-    upstream = {key: aligned[key] for key in ("vision", "llm", "quantize", "dim")}
+    upstream = {key: aligned[key] for key in ("vision", "llm", "dim")} | {"quantize": quantize}
     config = {"stage": "tune", **upstream, "lora": lora, "prompt": PROMPT}
-    config |= {"steps": total, "triplets": len(triplets), "seed": SEED}
+    config |= {"steps": total, "triplets": len(triplets), "dataset": DATASET, "seed": SEED}
     tensors = {"adapter_model.safetensors": adapter_tensors(llm)}
     tensors |= {"projection.safetensors": vision.projection.state_dict()}
     texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}
+    if world.rank == 0:
+        measured = [record for record in common.read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in record]
+        texts["README.md"] = model_card(config, measured[-1] if measured else {})
     common.save_folder(OUT, tensors, texts)
     if world.rank == 0:
         check_saved(llm, OUT)
@@ -420,4 +594,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     common.override(globals())
-    common.run(main)
+    common.run(memory.advise(main, "--batch 4 --accumulate 2, --checkpoint true or --quantize nf4"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import common
 import data
 import gen_deltas  # sets MKL's summation order: pytest imports all tests before one computes
+import train_cir
 import vdg_align
 import vdg_tune
 
@@ -150,8 +152,11 @@ def test_mix_is_splitmix64():
 
 
 # ---- decoding ----
-def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch):
-    """The cache in three levels against Hugging Face's loop over the spliced prompt, LoRA merged against LoRA apart."""
+@pytest.mark.parametrize("fixed", [False, True])
+def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch, fixed):
+    """The cache in three levels against Hugging Face's loop over the whole prompt, LoRA merged against LoRA apart.
+
+    fixed: the step that a GPU replays as a graph, its shapes independent of the position, here run kernel by kernel."""
     vision, llm, tokenizer, config = vdg_tune.load_vdg(str(vdg), "cpu", torch.float32)
     pieces = vdg_tune.prompt_pieces(tokenizer, config["prompt"])
     pairs = common.read_jsonl(mined / "pairs.jsonl")
@@ -161,23 +166,30 @@ def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch):
         tokens = vision(vision.queries(data.load_pixels(images, names, vision.preprocess)))  # (N, Q, D)
         at = [(names.index(pair["reference"]), names.index(pair["target"])) for pair in pairs]
         rows = [vdg_tune.delta_row(pieces, tokens[r], tokens[t]) for r, t in at]
-        batch = vdg_align.splice(llm.get_input_embeddings(), rows, left=True)
+        embed = llm.get_input_embeddings()
+        spliced = [torch.cat([p if torch.is_tensor(p) else embed(torch.tensor(p)) for p in row]) for row in rows]
         wanted = llm.generate(
-            inputs_embeds=batch.embeddings, attention_mask=batch.mask, max_new_tokens=16, do_sample=False,
+            inputs_embeds=torch.stack(spliced), attention_mask=torch.ones(len(rows), len(spliced[0])),
+            max_new_tokens=16, do_sample=False,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
     vdg_tune.merge_lora(llm)
     prompt, order = gen_deltas.prompt_parts(pieces)
     assert order == ["reference", "target"]
-    prefix = gen_deltas.instruction(llm, prompt[0])
     references = sorted({r for r, _ in at})
     row = [references.index(r) for r, _ in at]
     second = tokens[[t for _, t in at]]
-    keys, eos, positions, real = torch.zeros(len(at)).long(), tokenizer.eos_token_id, [], gen_deltas.choose
-    monkeypatch.setattr(gen_deltas, "choose", lambda *a: positions.append(a[2]) or real(*a))
-    found = gen_deltas.generate(llm, prompt, prefix, tokens[references], second, row, keys, eos, 16, 0.0, 0)
-    assert torch.equal(found, wanted)
-    assert positions == list(range(16))  # each step has noise of its own
+    keys, eos, drawn, real = torch.zeros(len(at)).long(), tokenizer.eos_token_id, [], gen_deltas.choose
+    record = lambda x, keys, *more: drawn.append((int(more[0]), len(x))) or real(x, keys, *more)  # noqa: E731
+    monkeypatch.setattr(gen_deltas, "choose", record)
+    monkeypatch.setattr(gen_deltas, "capture", lambda step, engine: SimpleNamespace(replay=step))
+    engine = gen_deltas.start_engine(llm, prompt, 32, len(at), 16, fixed)
+    for live in (36, 30):  # the second batch finds what the first left in the buffers
+        drawn.clear()
+        found = gen_deltas.generate(engine, tokens[references], second, row, keys, live, eos, 16, 0.0, 0)
+        assert torch.equal(found[:live], wanted[:live])
+    assert [position for position, _ in drawn] == list(range(16))  # each step has noise of its own
+    assert {36, 18} <= {size for _, size in drawn} <= {36, 18, 9}  # rows that ended leave the batch
     assert len({tuple(line) for line in wanted.tolist()}) > 10  # the prompts tell them apart
     ends = [tokenizer.eos_token_id in line for line in wanted.tolist()]
     assert any(ends) and not all(ends)
@@ -185,13 +197,13 @@ def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch):
 
 def test_products_do_not_depend_on_the_number_of_rows():
     """To the last bit: what makes a delta independent of the batch, and of the threads, which torchrun sets to one."""
-    if not torch.backends.mkl.is_available() or "GenuineIntel" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("needs MKL on an Intel CPU")
+    if not torch.backends.mkl.is_available():
+        pytest.skip("needs MKL")
     generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     for width, out in ((64, 96), (320, 320), (1382, 512)):
         x, w = torch.randn(300, width, generator=generator), torch.randn(out, width, generator=generator)
         whole = x @ w.T
-        for rows in (1, 2, 3, 7, 16, 64, 100):
+        for rows in (gen_deltas.FEWEST, 9, 16, 27, 64, 100):
             for count in (1, 2):
                 torch.set_num_threads(count)
                 part = x[:rows] @ w.T
@@ -425,6 +437,72 @@ def test_triplets_name_a_dataset_split_and_category(name, tmp_path):
         gen_deltas.triplet_pairs("a/b/c/d", str(tmp_path), "")
 
 
+def test_fashioniq_pairs_come_out_as_fashioniq(vdg, mined, tmp_path):
+    names = sorted(path.name for path in (mined / "images").iterdir() if path.suffix == ".png")
+    root, bare = tmp_path / "fashioniq", [name.removesuffix(".png") for name in names]
+    pairs = {c: [(bare[i], bare[i + 1]) for i in range(at, at + 2)] for at, c in enumerate(data.FASHIONIQ_CATEGORIES)}
+    for category, some in pairs.items():
+        captions = [{"target": t, "candidate": r, "captions": ["human a", "human b"]} for r, t in some]
+        for part, file, value in (("captions", "cap", captions), ("image_splits", "split", bare)):
+            (root / part).mkdir(parents=True, exist_ok=True)
+            writer.write(root / part / f"{file}.{category}.val.json", value)
+    said = records_of(generate(vdg, mined, tmp_path / "out", triplets="fashioniq/val", root=root))
+    assert len(said) == 6 and not (tmp_path / "out" / "cirr").exists()
+    for category, some in pairs.items():
+        out = data.read_fashioniq(str(tmp_path / "out" / "fashioniq"), "val", category, str(mined / "images"))
+        assert [(q.reference, q.target) for q in out.queries] == some
+        wanted = [(r["delta"],) * 2 for r in said if r["category"] == category]
+        assert [q.alternatives for q in out.queries] == wanted and not any("human" in d for d, _ in wanted)
+
+
+@pytest.mark.parametrize("kind", ["combiner", "blip_tdm"])
+def test_filter_keeps_what_a_cir_model_finds(vdg, mined, truth, tmp_path, zoo, kind):
+    """Against ranks counted here, one query at a time, with the model that load_cir gives; two ranks write the same."""
+    build = {"model": kind, "backbone": str(zoo / ("clip" if kind == "combiner" else "blip"))}
+    build |= {"p": 6, "h": 9} if kind == "combiner" else {}
+    torch.manual_seed(0)
+    made = train_cir.build_cir(**build)
+    tensors, texts = {"model.safetensors": train_cir.get_trained(made)}, {"config.json": {"build": build}}
+    common.save_folder(tmp_path / "cir", tensors, texts)
+    model = train_cir.load_cir(str(tmp_path / "cir"))
+    store = data.ImageStore(mined / "images")
+    groups = {group["id"]: group["members"] for group in common.read_jsonl(mined / "subgroups.jsonl")}
+    see = lambda name: model.image(data.load_pixels(store, [name], model.preprocess))  # noqa: E731
+    kept = []
+    for record in records_of(truth[1]):
+        with torch.no_grad():
+            c = model.compose(see(record["reference"])[0], [record["delta"]])[0]
+            scores = {n: float(see(n)[1][0] @ c) for n in groups[record["subgroup"]] if n != record["reference"]}
+        if sum(score >= scores[record["target"]] for score in scores.values()) <= 2:
+            kept.append(record)
+    assert 5 < len(kept) < 31
+    text = generate(vdg, mined, tmp_path / "out", filter=tmp_path / "cir", filter_top=2)
+    assert records_of(text) == kept
+    report = common.read_json(tmp_path / "out" / "report.json")
+    assert report["pairs"] == len(kept) and report["share_kept"] == round(len(kept) / 36, 4)
+    assert len(common.read_json(tmp_path / "out" / "cirr" / "captions" / "cap.rc2.train.json")) == len(kept)
+    again = generate(vdg, mined, tmp_path / "out", filter=tmp_path / "cir", filter_top=5)  # nothing is generated again
+    assert again == truth[1]
+    if kind == "combiner":
+        how = {"filter": tmp_path / "cir", "filter_top": 2}
+        ranks.run_ranks(2, lambda: generate(vdg, mined, tmp_path / "two", **how) and None)
+        assert (tmp_path / "two" / "pseudo.jsonl").read_bytes() == text
+        (tmp_path / "pairs").mkdir()
+        write_jsonl(tmp_path / "pairs" / "pairs.jsonl", common.read_jsonl(mined / "pairs.jsonl"))
+        with pytest.raises(common.UserError, match="subgroups.jsonl"):
+            alone = tmp_path / "pairs" / "pairs.jsonl"
+            generate(vdg, mined, tmp_path / "alone", pairs=alone, filter=tmp_path / "cir")
+
+
+def test_plan_needs_no_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common.override(vars(gen_deltas), ["--plan", "--device", "cpu"])
+    gen_deltas.main()
+    said = capsys.readouterr().out
+    assert "keys and values of 64 pairs" in said and "memory of 24 GiB: too small" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
     pairs = common.read_jsonl(mined / "pairs.jsonl")
     path = tmp_path / "pairs.jsonl"
@@ -440,6 +518,11 @@ def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
     fails("1 of .* images are not in .*absent.png", [pairs[0] | {"target": "absent.png"}])
     fails("missing or unreadable", [pairs[0] | {"target": "absent.png"}], check=True)
     assert "1 missing" in capsys.readouterr().out
+    write_jsonl(path, pairs)
+    vars(gen_deltas).update(DEFAULTS)
+    common.override(vars(gen_deltas), [*arguments(tmp_path / "no vdg", mined, tmp_path / "out", check=True)])
+    gen_deltas.main()  # the data alone
+    assert "36 pairs; " in capsys.readouterr().out
     fails("no folder", images=tmp_path / "nowhere")
     fails("temperature", temperature=-1.0)
     with pytest.raises(common.UserError, match="vdg_tune.py"):

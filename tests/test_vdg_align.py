@@ -169,7 +169,7 @@ def test_quantised_llm_is_close_and_passes_gradients(zoo, quantize):
     for model in (plain, llm):
         image = torch.full((4, 64), 0.01, requires_grad=True)
         row, answer = [[1], image], vdg_align.answer_ids(tokenizer, "a red hat")
-        batch = vdg_align.splice(model.get_input_embeddings(), [row], [answer])
+        batch = vdg_align.pack(model.get_input_embeddings(), [row], [answer])
         loss = vdg_align.caption_loss(model, batch, len(answer))
         loss.backward()
         results.append((loss.item(), image.grad))
@@ -194,7 +194,7 @@ def ours(llm, tokenizer, vision, captions, pixels, tokens=None):
     answers = [vdg_align.answer_ids(tokenizer, c.text) for c in captions]
     images = vision(vision.queries(pixels))
     rows = [vdg_align.caption_row(tokenizer, c, image) for c, image in zip(captions, images, strict=True)]
-    batch = vdg_align.splice(llm.get_input_embeddings(), rows, answers)
+    batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers)
     return vdg_align.caption_loss(llm, batch, tokens or sum(map(len, answers))), batch
 
 
@@ -235,15 +235,64 @@ def test_loss_and_gradients_equal_hugging_face(zoo):
 
 def test_only_the_caption_and_its_end_are_supervised(zoo):
     llm, tokenizer, vision, captions, pixels = pair(zoo)
-    loss, batch = ours(llm, tokenizer, vision, captions, pixels)
-    for row, caption in zip(batch.labels, captions, strict=True):
-        supervised = row[row >= 0].tolist()
-        assert supervised[-1] == tokenizer.eos_token_id and tokenizer.decode(supervised[:-1]) == caption.text
-    assert torch.equal(batch.mask.sum(1), (batch.embeddings.abs().sum(-1) * batch.mask > 0).sum(1))
-    changed = batch.embeddings.clone()
-    changed[batch.mask == 0] = 1e3  # what stands in the padding reaches nothing
-    again = vdg_align.caption_loss(llm, batch._replace(embeddings=changed), 20)
-    torch.testing.assert_close(again * 20, vdg_align.caption_loss(llm, batch, 1), rtol=1e-6, atol=0)
+    _, batch = ours(llm, tokenizer, vision, captions, pixels)
+    labels = batch.labels.tolist()
+    for slots, caption in zip(batch.slots, captions, strict=True):
+        row = list(dict.fromkeys(slots.tolist()))  # less what fills the end
+        answer = vdg_align.answer_ids(tokenizer, caption.text)
+        assert labels[: len(answer)] == answer and tokenizer.decode(answer[:-1]) == caption.text
+        at = [row.index(i) for i in batch.predict[: len(answer)].tolist()]
+        assert at == list(range(len(row) - len(answer) - 1, len(row) - 1))
+        labels, batch = labels[len(answer) :], batch._replace(predict=batch.predict[len(answer) :])
+    assert not labels
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_layers_equal_hugging_face(zoo, heads):
+    """Hidden states of padded rows by LlamaModel.forward; also with two queries to a key."""
+    config = transformers.LlamaConfig.from_pretrained(zoo / "llama", num_key_value_heads=heads)
+    torch.manual_seed(0)
+    llm = transformers.LlamaForCausalLM(config).eval()
+    rows = [[1, *range(5, 5 + n)] for n in (3, 17, 9)]
+    pieces, answers = [[row[:2]] for row in rows], [row[2:] for row in rows]
+    batch = vdg_align.pack(llm.get_input_embeddings(), pieces, answers, share=False)
+    assert len(batch.embeddings) == sum(map(len, rows))
+    ids, mask = torch.zeros(3, 18, dtype=torch.long), torch.zeros(3, 18, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    with torch.no_grad():
+        wanted = llm(ids, attention_mask=mask, labels=labels).loss
+        found = vdg_align.caption_loss(llm, batch, len(batch.labels))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        alone = [
+            vdg_align.caption_loss(llm, vdg_align.pack(llm.get_input_embeddings(), [[row[:2]]], [row[2:]]), 1)
+            for row in rows
+        ]
+        torch.testing.assert_close(sum(alone) / len(batch.labels), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_tree_of_shared_beginnings_changes_neither_loss_nor_gradients(zoo):
+    """Rows that begin with the same instruction and some with the same image: fewer tokens, everything else equal."""
+    llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
+    start, tail = [1, *vdg_align.tokenize(tokenizer, "Describe it.")], vdg_align.tokenize(tokenizer, "Response:")
+    answers = [vdg_align.answer_ids(tokenizer, text) for text in ("a red hat", "x", "two cats on it", "two cats on it")]
+    results = []
+    for share, checkpoint in ((False, False), (True, False), (False, True), (True, True)):
+        images = torch.randn(5, 6, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        first, second, *targets = images.unbind()
+        pairs = [(first, targets[0]), (second, targets[1]), (first, targets[2]), (first, targets[2])]
+        rows = [[start, a, tail, b, tail] for a, b in pairs]
+        batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers, share)
+        vdg_align.caption_loss(llm, batch, 7, checkpoint).backward()
+        results.append((vdg_align.caption_loss(llm, batch, 7), images.grad, len(batch.embeddings)))
+    own = sum(len(tail) * 2 + 12 + len(start) + len(answer) for answer in answers)
+    saved = 3 * len(start) + 2 * 6 + 2 * len(tail) + (6 + len(tail) + len(answers[3]))  # the last two rows are the same
+    assert [size for _, _, size in results] == [own, own - saved] * 2
+    for loss, gradient, _ in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-7)
 
 
 def test_a_longer_row_in_the_batch_changes_nothing(zoo):
@@ -251,16 +300,6 @@ def test_a_longer_row_in_the_batch_changes_nothing(zoo):
     alone = [ours(llm, tokenizer, vision, [c], p[None], 1)[0] for c, p in zip(captions, pixels, strict=True)]
     together, _ = ours(llm, tokenizer, vision, captions, pixels, 1)
     torch.testing.assert_close(sum(alone), together, rtol=1e-6, atol=0)
-
-
-def test_left_padding_aligns_the_ends(zoo):
-    llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
-    rows = [[[1, 5, 6]], [[1], torch.ones(2, 64), [7, 8, 9]]]
-    batch = vdg_align.splice(llm.get_input_embeddings(), rows, left=True)
-    assert batch.mask.tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
-    embed = llm.get_input_embeddings().weight
-    assert torch.equal(batch.embeddings[0, 3:], embed[[1, 5, 6]])
-    assert torch.equal(batch.embeddings[1], torch.cat([embed[[1]], torch.ones(2, 64), embed[[7, 8, 9]]]))
 
 
 def test_an_end_token_written_in_a_caption_is_text(zoo):
@@ -298,7 +337,8 @@ def test_two_ranks_and_accumulation_equal_one_rank(whole, flags, tmp_path):
     for folder in (tmp_path / "ranks", tmp_path / "parts"):
         other = load_file(folder / "projection.safetensors")
         for name in one:
-            torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
+            # Adam divides by the gradient's own size: one of 1e-7 moves a weight as far as any (lr 1e-3)
+            torch.testing.assert_close(other[name], one[name], rtol=0, atol=5e-6)
         for a, b in zip(records(whole), records(folder), strict=True):
             assert abs(a["loss"] - b["loss"]) < 1e-5
 

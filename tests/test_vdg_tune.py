@@ -15,6 +15,8 @@ from zoo import draw
 
 import common
 import data
+import gen_deltas
+import memory
 import vdg_align
 import vdg_tune
 
@@ -88,7 +90,8 @@ def test_outputs_and_gradients_equal_peft(zoo, tmp_path):
     pieces = vdg_tune.prompt_pieces(tokenizer, vdg_tune.PROMPT)
     queries = torch.randn(3, 2, 32, 24)
     answers = [vdg_align.answer_ids(tokenizer, text) for text in ("make it red", "x", "two cats on the table")]
-    loss = vdg_tune.delta_loss(llm, vision, pieces, queries, answers, sum(map(len, answers)))
+    batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers)
+    loss = vdg_align.caption_loss(llm, batch, len(batch.labels))
     loss.backward()
 
     def ids(text):
@@ -261,7 +264,8 @@ def test_load_vdg_gives_the_held_out_loss_of_the_run(whole, flags):
     pieces = vdg_tune.prompt_pieces(tokenizer, config["prompt"])
     queries = vision.queries(pixels).unflatten(0, (2, 2))
     with torch.no_grad():
-        loss = vdg_tune.delta_loss(llm, vision, pieces, queries, answers, sum(map(len, answers)))
+        batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers)
+        loss = vdg_align.caption_loss(llm, batch, len(batch.labels))
     logged = [r["held_out_loss"] for r in records(whole) if "held_out_loss" in r]
     assert loss.item() == pytest.approx(logged[-1], rel=1e-6)
     assert config["lora"] == {**LORA, "dropout": 0.05} and not any(p.requires_grad for p in llm.parameters())
@@ -276,3 +280,273 @@ def test_a_projection_of_another_width_is_refused(flags, whole, tmp_path):
         stage("vdg_tune", *flags, "--aligned", str(bad), "--out", str(tmp_path / "out"))
     with pytest.raises(common.UserError, match="not a checkpoint of vdg_align.py"):
         stage("vdg_tune", *flags, "--aligned", str(whole), "--out", str(tmp_path / "other"))
+
+
+def test_constants_of_the_paper_stand_at_their_values():
+    """[S4.1] and Fig. 3, from the scripts' own text, each with its source beside it."""
+    root = Path(vdg_tune.__file__).parent
+    wanted = {
+        "vdg_align": {"EPOCHS": 1, "BATCH": 64, "LR": 1e-3, "BETAS": (0.9, 0.99), "WEIGHT_DECAY": 0.05},
+        "vdg_tune": {
+            **{"EPOCHS": 10, "BATCH": 8, "LR": 2e-4, "WARMUP": 100, "DECAY_AT": 0.5, "DECAY": 0.1, "LORA_RANK": 64},
+            **{"LORA_ALPHA": 16.0, "LORA_DROPOUT": 0.05, "SCALE": (0.8, 1.0), "RATIO": (0.9, 1.1), "VIEWS": 0},
+            **{"BETAS": (0.9, 0.99), "WEIGHT_DECAY": 0.05},
+        },
+        "gen_deltas": {"TEMPERATURE": 0.2, "TOP_K": 50},
+    }
+    for script, constants in wanted.items():
+        flags = {flag.name: flag for flag in common.read_flags(root / f"{script}.py")}
+        for name, value in constants.items():
+            assert flags[name].default == value and "[S4.1]" in flags[name].help, f"{script} {name}"
+    assert vdg_align.LLM == "meta-llama/Llama-2-13b-hf" and vdg_align.VISION == "Salesforce/instructblip-vicuna-13b"
+
+
+def test_a_tree_batch_gives_the_gradients_of_lora_and_projection(zoo):
+    """Five pairs of two references: instruction and references held once, against every row by itself."""
+    llm, tokenizer = adapted(zoo)
+    torch.manual_seed(0)
+    vision = vdg_align.VisionProjector(str(zoo / "instructblip"), 64)
+    pieces = vdg_tune.prompt_pieces(tokenizer, vdg_tune.PROMPT)
+    images = torch.randn(7, 32, 24)
+    queries = torch.stack([torch.stack([images[i], images[j]]) for i, j in ((0, 2), (0, 3), (1, 4), (0, 5), (1, 6))])
+    texts = ("make it red", "x", "two cats", "a dog", "make it red")
+    answers = [vdg_align.answer_ids(tokenizer, text) for text in texts]
+    weights = [*vision.projection.parameters()]
+    weights += [w for m in vdg_tune.lora_modules(llm).values() for w in (m.lora_A, m.lora_B)]
+    results = []
+    for names in ("no tree", None, ["a", "a", "b", "a", "b"]):
+        if names == "no tree":
+            rows = [vdg_tune.delta_row(pieces, *pair) for pair in vision(queries)]
+            batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers, share=False)
+        else:
+            batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers, names)
+        loss = vdg_align.caption_loss(llm, batch, len(batch.labels))
+        results.append((loss.detach(), torch.autograd.grad(loss, weights), len(batch.home)))
+    first, *_, between = map(len, pieces[:4])  # the text after a shared reference is shared too
+    assert results[0][2] - results[1][2] == 4 * (first + len(pieces[1]))
+    assert results[1][2] - results[2][2] == 3 * (32 + between)
+    for loss, gradients, _ in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        for a, b in zip(gradients, results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [["--tree"], ["--tree", "--views", "2"], ["--checkpoint"]])
+def test_runs_with_tree_batches_and_checkpoints(flags, whole, tmp_path, how):
+    stage("vdg_tune", *flags, "--batch", "4", "--lora_dropout", "0", *how, "--out", str(tmp_path / "out"))
+    steps = [r for r in records(tmp_path / "out") if "loss" in r]
+    assert len(steps) == 6 and steps[-1]["loss"] < steps[0]["loss"]
+    if how == ["--checkpoint"]:
+        stage("vdg_tune", *flags, "--batch", "4", "--lora_dropout", "0", "--out", str(tmp_path / "plain"))
+        a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "plain"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(r["tokens_per_s"] > 0 and r["memory"] > 0.1 for r in steps)
+
+
+def test_groups_keep_together_and_every_item_comes_once():
+    groups = [[0, 1, 2], [3], [4, 5], [6, 7, 8]]
+    world = common.World(0, 1, 0, torch.device("cpu"))
+    batches = [mine for _, _, mine in vdg_align.plan(groups, 2, 4, 0, world, 0)]
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    for order in (first, second):
+        assert sorted(order) == list(range(9))
+        assert all([order[order.index(g[0]) + i] for i in range(len(g))] == g for g in groups)
+    assert first != second
+
+
+def test_eight_bit_adamw_resumes_exactly(flags, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    argv = [*flags, "--batch", "4", "--lora_rank", "64", "--optimizer", "adamw8bit", "--held_out", "0", "--out"]
+    stage("vdg_tune", *argv, str(tmp_path / "whole"))
+    asked = iter([False, False, True])
+    monkeypatch.setattr(common, "stop_requested", lambda: next(asked))
+    with pytest.raises(SystemExit):
+        stage("vdg_tune", *argv, str(tmp_path / "out"))
+    monkeypatch.setattr(common, "stop_requested", lambda: False)
+    stage("vdg_tune", *argv, str(tmp_path / "out"))
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = [r["loss"] for r in records(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+    with pytest.raises(common.UserError, match="adamw8bit"):
+        vdg_tune.make_optimizer("sgd", [])
+
+
+def test_held_out_deltas_are_shown_and_counted(whole, flags):
+    """The page and the counts against deltas generated here, greedily, by the finished checkpoint."""
+    record = [r for r in records(whole) if "held_out_loss" in r][-1]
+    assert record["perplexity"] == pytest.approx(2.718281828 ** record["held_out_loss"])
+    vision, llm, tokenizer, config = vdg_tune.load_vdg(str(whole), "cpu", torch.float32)
+    triplets, images = data.training_triplets("jsonl", flags[5], "train", images=flags[7])
+    chosen = sorted(common.rng("held out", 0).permutation(12).tolist()[:2])
+    held, rest = [triplets[i] for i in chosen], [t for i, t in enumerate(triplets) if i not in chosen]
+    pieces, embed, said = vdg_tune.prompt_pieces(tokenizer, config["prompt"]), llm.get_input_embeddings(), []
+    for t in held:
+        with torch.no_grad():
+            tokens = vision(vision.queries(data.load_pixels(images, [t.reference, t.target], vision.preprocess)))
+            row = vdg_tune.delta_row(pieces, *tokens)
+            x = torch.cat([p if torch.is_tensor(p) else embed(torch.tensor(p)) for p in row])[None]
+            ids = llm.generate(
+                inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]), max_new_tokens=32, do_sample=False,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        said.append(gen_deltas.text_of(ids[0].tolist(), tokenizer))
+    page = (whole / "held_out.html").read_text()
+    for t, (delta, _) in zip(held, said, strict=True):
+        assert f"human: {t.delta}" in page and (delta.split(" ")[0] in page or not delta)
+    assert page.count("<img") == 4 and "<script" not in page
+    counts = {
+        "deltas": 2,
+        "empty": sum("empty" in f for _, f in said),
+        "repeated": sum("repeated" in f for _, f in said),
+        "too_long": sum("runaway" in f for _, f in said),
+        "copied": sum(d.lower() in {t.delta.lower() for t in rest} for d, _ in said),
+    }
+    assert {name: record[name] for name in counts} == counts
+    said = [("Make it  red", []), ("", ["empty"]), ("a a a", ["repeated", "runaway"]), ("blue", [])]
+    wanted = {"deltas": 4, "empty": 1, "repeated": 1, "too_long": 1, "copied": 1}
+    assert vdg_tune.count_flags(said, {"make it red", "blue hat"}) == wanted
+
+
+def test_the_card_says_what_was_measured(whole):
+    card = (whole / "README.md").read_text()
+    record = [r for r in records(whole) if "held_out_loss" in r][-1]
+    assert card.startswith("---\nbase_model: ") and "library_name: peft" in card
+    for part in ("rank 4, alpha 16", "q_proj, v_proj", "6 steps on 10 triplets", f"{record['held_out_loss']:.4f}"):
+        assert part in card
+    config = common.read_json(whole / "config.json")
+    assert "No triplets were held out" in vdg_tune.model_card(config, {})
+
+
+def test_merged_folder_is_a_plain_llama_with_the_same_logits(whole, zoo, tmp_path):
+    stage("vdg_tune", "--out", str(whole), "--merge", str(tmp_path / "merged"), "--device", "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert type(theirs) is transformers.LlamaForCausalLM
+    _, llm, tokenizer, _ = vdg_tune.load_vdg(str(whole), "cpu", torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        out = llm(ids).logits
+        torch.testing.assert_close(theirs(ids).logits, out, rtol=1e-4, atol=1e-4)
+        assert (hugging_face(zoo)(ids).logits - out).abs().max() > 1e-2
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert again("make it red").input_ids == tokenizer("make it red").input_ids
+    with pytest.raises(common.UserError, match="exists; name a new folder"):
+        stage("vdg_tune", "--out", str(whole), "--merge", str(tmp_path / "merged"), "--device", "cpu")
+
+
+def test_nf4_loss_equals_hugging_face_four_bit(zoo):
+    """HF's own 4-bit loading where accelerate is installed (peft brings it)."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantization = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=torch.float32)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        zoo / "llama", quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
+    ).eval()
+    ours, _ = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu", "nf4")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted = theirs(ids, labels=ids).loss
+        batch = vdg_align.pack(ours.get_input_embeddings(), [[ids[0, :1].tolist()]], [ids[0, 1:].tolist()])
+        found = vdg_align.caption_loss(ours, batch, len(batch.labels))
+        plain = hugging_face(zoo)(ids, labels=ids).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    assert abs(plain - wanted) > 1e-4
+
+
+# ---- memory ----
+def test_plan_needs_nothing_and_names_three_cards(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argv in ([], ["--lora_rank", "128"], ["--optimizer", "adamw8bit"]):
+        stage("vdg_tune", "--plan", "--device", "cpu", *argv)
+        said = capsys.readouterr().out
+        assert [line.split(":")[0] for line in said.splitlines()[-3:]] == [f"memory of {n} GiB" for n in (80, 40, 24)]
+        assert "80 GiB: enough" in said and "24 GiB: take --quantize nf4" in said
+    with pytest.raises(common.UserError, match="quantize is 'int4'"):
+        stage("vdg_tune", "--plan", "--device", "cpu", "--quantize", "int4")
+    stage("vdg_align", "--plan", "--device", "cpu")
+    assert "40 GiB: take --checkpoint true" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_of_llama_2_is_what_its_config_says(tmp_path):
+    for name, layers in (("7b", 32), ("13b", 40)):
+        shape = memory.llm_shape(f"meta-llama/Llama-2-{name}-chat-hf")
+        weights = shape.layers * sum(a * b for a, b in shape.linears().values()) + 2 * shape.vocabulary * shape.width
+        published = {"7b": 6.74, "13b": 13.02}  # billion
+        assert shape.layers == layers and round(weights / 1e9, 2) == published[name]
+
+
+@pytest.mark.parametrize("quantize", ["", "nf4", "int8"])
+def test_planned_bytes_of_the_frozen_weights(zoo, quantize, tmp_path):
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    config = transformers.LlamaConfig(
+        vocab_size=400, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(zoo / "llama" / file, tmp_path)
+    llm, _ = vdg_align.load_llm(str(tmp_path), torch.float32, "cpu", quantize)
+    held = sum(p.numel() * p.element_size() for p in llm.parameters())
+    if quantize == "nf4":
+        for module in llm.modules():
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            held += sum(t.numel() * t.element_size() for t in (state.absmax, state.state2.absmax)) if state else 0
+    plan = memory.frozen(memory.llm_shape(str(tmp_path)), quantize, 4, "")
+    assert next(iter(plan.values())) == pytest.approx(held, rel=0.01)
+
+
+def test_planned_bytes_of_the_activations(zoo):
+    """Against the tensors that autograd really keeps for the backward pass, each storage once."""
+    config = transformers.LlamaConfig(
+        vocab_size=400, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    llm = transformers.LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    vdg_tune.add_lora(llm, 4, 16.0, 0.05, ("q_proj", "v_proj"))
+    llm.train()
+    image = torch.randn(32, 128, requires_grad=True)
+    own = {p.untyped_storage().data_ptr() for p in llm.parameters()}
+    for checkpoint in (False, True):
+        rows, answers, kept = [[[1], image]] * 6, [[5] * 30] * 6, {}
+        batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers, share=False)
+
+        def keep(x, kept=kept):
+            if x.untyped_storage().data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = vdg_align.caption_loss(llm, batch, 1, checkpoint)
+        held = sum(size for size, _ in kept.values())
+        shape = memory.Shape(128, 352, 4, 128, 400)
+        plan = memory.training(shape, 2, len(batch.home), len(batch.labels), 0, 8, ("q_proj", "v_proj"), checkpoint)
+        kinds = [amount for what, amount in plan.items() if what.startswith("activations")]
+        planned = sum(kinds) + len(batch.labels) * 400 * 4  # of the logits their log-softmax stays, in fp32
+        loss.backward()
+        if checkpoint:  # what the plan has beyond: one layer, computed again
+            planned -= len(batch.home) * (8 * 128 + 2 * (4 * 128 + 3 * 352) + 6 * 128)
+        assert 0.8 < held / planned < 1.2, (checkpoint, held, planned)
+
+
+def test_running_out_of_memory_is_one_line_with_advice():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    with pytest.raises(common.UserError, match=r"Tried to allocate 2 GiB\. Try --batch 4; --plan"):
+        memory.advise(main, "--batch 4")()
+
+
+def test_say_names_the_first_option_that_fits(capsys):
+    memory.say({"": {"a": 50 * 2**30}, "--checkpoint true": {"a": 30 * 2**30}}, [80, 40, 24])
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert last[0].endswith("enough") and "take --checkpoint true: 30.0" in last[1] and "too small" in last[2]
+
+
+def test_check_looks_at_the_data_alone(flags, tmp_path, capsys):
+    stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--check")
+    assert "12 triplets; images: 9 expected, 9 present" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="wanted a finished checkpoint of vdg_align.py"):
+        stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

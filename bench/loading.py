@@ -1,0 +1,82 @@
+"""Resident memory while a LLaMA folder in shards loads as NF4 on the CPU, beside what the memory plan says.
+
+    python bench/loading.py                         # Llama-2-7B's shape: writes 13.5 GB under --folder, then removes it
+
+Random bf16 weights in two shards as the hub has them. Floor: the plan's bytes (quantised weights, embeddings, the
+largest weight once more); the interpreter and its libraries, measured before the load, are not in it.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import measure  # first: it puts the repository on the path
+
+SHAPES = {"7b": (4096, 11008, 32, 32), "3b": (3200, 8640, 26, 32), "tiny": (64, 96, 2, 4)}
+
+
+def write(folder: Path, width: int, mlp: int, layers: int, heads: int) -> None:
+    """config.json, a tokenizer of two words, and model-*.safetensors in two parts."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True)
+    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    names, weight_map = list(shapes), {}
+    for part, some in enumerate((names[: len(names) * 3 // 4], names[len(names) * 3 // 4 :]), 1):
+        file = f"model-{part:05d}-of-00002.safetensors"
+        tensors = {name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02) for name in some}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(some, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def load(folder: str) -> None:
+    import bitsandbytes  # noqa: F401  its memory is not the load's
+    import torch
+
+    import memory
+    import vdg_align
+
+    before = memory.peak(torch.device("cpu"))
+    found = []
+    seconds = measure.clock(lambda: found.append(vdg_align.load_llm(folder, torch.bfloat16, "cpu", "nf4")))
+    peak = memory.peak(torch.device("cpu"))
+    plan = list(memory.frozen(memory.llm_shape(folder), "nf4", 2, "").items())[:2]  # the LLM and its largest weight
+    planned = sum(amount for _, amount in plan) / 2**30
+    held = sum(p.numel() * p.element_size() for p in found[0][0].parameters()) / 2**30
+    size = f"{Path(folder).name} shape, bf16 in two shards"
+    note = f"{before:.2f} GiB of it before the load; parameters {held:.2f} GiB; {seconds:.0f} s"
+    measure.publish([measure.row("loading: NF4, peak resident", size, "cpu", peak, "GiB", planned, note)])
+    print(f"peak {peak:.2f} GiB = {peak / planned:.2f} x the plan's {planned:.2f} GiB")
+
+
+def main() -> None:
+    found = measure.arguments(__doc__, shape="7b", folder=tempfile.gettempdir(), load="")
+    if found.load:
+        return load(found.load)
+    folder = Path(tempfile.mkdtemp(prefix="llama-", dir=found.folder))
+    try:
+        write(folder / found.shape, *SHAPES[found.shape])
+        subprocess.run([sys.executable, __file__, "--load", str(folder / found.shape)], check=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Tuning of the VDG: tokens of use per second of vdg_tune.py's step beside PEFT's LoRA on a padded HF forward.
+
+    python bench/tuning.py                      # LLaMA of 30 M parameters, fp32, CPU
+    python bench/tuning.py --device cuda        # 13B, bf16, random weights made on the device
+
+A step: projection of the Q-Former outputs, forward, backward, AdamW; LoRA of rank 64 on q and v, dropout 0.05 [S4.1].
+A batch is one subgroup: nine pairs of six references (or `--batch`), deltas of 5 to 33 tokens. Tokens of use: all that
+are no padding, counted once a row for everyone, also where the tree holds shared ones once. Before time is taken, all
+must give the same loss without dropout. `packed` holds the instruction once a batch, `tree` each reference too. Floor:
+4 FLOP a frozen weight and token of use (forward, and backward without gradients of the weights) at the speed of a
+large product on the same device; sharing can pass it.
+"""
+
+import generation  # beside this file
+import measure
+
+PAIRS = ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4))  # of a subgroup
+RANK, ALPHA, DROPOUT, TARGETS = 64, 16.0, 0.05, ("q_proj", "v_proj")
+WIDTH = 768  # of the Q-Former
+
+
+def batches(llm, batch: int, count: int, device: str):
+    """Batches of (queries (B, 2, Q, WIDTH), names of the references, answers)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for _ in range(count):
+        queries, names, answers = [], [], []
+        while len(names) < batch:
+            images = torch.randn(6, generation.QUERIES, WIDTH, generator=generator)
+            for a, b in PAIRS[: batch - len(names)]:
+                queries.append(torch.stack([images[a], images[b]]))
+                names.append((len(names) // 9, a))
+                length = int(torch.randint(5, 34, (), generator=generator))
+                ids = torch.randint(3, llm.config.vocab_size, (length,), generator=generator)
+                answers.append(ids.tolist())
+        made.append((torch.stack(queries).to(device), names, answers))
+    return made
+
+
+def contestant(name: str, batch: int, steps: int, device: str) -> None:
+    import torch
+    from torch import nn
+
+    llm = generation.random_llm(device)
+    ids = generation.problem(llm, 1, "cpu")[0]
+    projection = nn.Linear(WIDTH, llm.config.hidden_size)
+    projection.weight.data.normal_(std=0.02 / WIDTH**0.5, generator=torch.Generator().manual_seed(3))
+    projection.bias.data.zero_()
+    projection = projection.to(device)
+    work = batches(llm, batch, steps, device)
+
+    if name == "peft":
+        import peft
+
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(TARGETS))
+        llm = peft.get_peft_model(llm, config)
+        embed = llm.get_input_embeddings()
+        texts = [embed(torch.tensor(x, device=device)) for x in ids]
+
+        def loss_of(queries, _, answers):
+            """The usual collator: rows padded to the longest, labels -100 elsewhere, HF's loss over all positions."""
+            images = projection(queries).to(texts[0])
+            rows, labels = [], []
+            for (a, b), answer in zip(images, answers, strict=True):
+                answer = torch.tensor(answer, device=device)
+                rows.append(torch.cat([texts[0], a, texts[1], b, texts[2], embed(answer)]))
+                nothing = torch.full((len(rows[-1]) - len(answer),), -100, device=device)
+                labels.append(torch.cat([nothing, answer]))
+            x, y = (nn.utils.rnn.pad_sequence(v, True, p) for v, p in ((rows, 0.0), (labels, -100)))
+            mask = nn.utils.rnn.pad_sequence([torch.ones(len(r), device=device) for r in rows], True)
+            return llm(inputs_embeds=x, attention_mask=mask, labels=y).loss
+
+    else:
+        import vdg_align
+        import vdg_tune
+
+        vdg_tune.add_lora(llm, RANK, ALPHA, DROPOUT, TARGETS)
+        pieces = [ids[0], "<reference>", ids[1], "<target>", ids[2]]
+
+        def loss_of(queries, names, answers):
+            batch = vdg_tune.delta_batch(llm, projection, pieces, queries, answers, names if name == "tree" else None)
+            return vdg_align.caption_loss(llm, batch, sum(map(len, answers)))
+
+    weights = [p for p in (*llm.parameters(), *projection.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=2e-4)
+
+    def run() -> None:
+        for one in work:
+            loss_of(*one).backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    llm.eval()
+    loss = loss_of(*work[0]).item()
+    llm.train()
+    run()
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
+    measure.serve(run, [loss, memory], device)
+
+
+def main() -> None:
+    found = measure.arguments(__doc__, batch=9, steps=2, rounds=5, serve="")
+    device = found.device
+    if found.serve:
+        return contestant(found.serve, found.batch, found.steps, device)
+    contestants = {}
+    for name in ("packed", "tree", "peft"):
+        argv = ["--serve", name, "--batch", str(found.batch), "--steps", str(found.steps), "--device", device]
+        contestants[name] = measure.Contestant(__file__, *argv)
+    for name, process in contestants.items():
+        memory = f", {process.ready[1]:.1f} GiB at most" if process.ready[1] else ""
+        print(f"{name}: loss {process.ready[0]:.6f}{memory}")
+    losses = [process.ready[0] for process in contestants.values()]
+    assert max(losses) - min(losses) < (1e-4 if device == "cpu" else 0.05), "the contestants do not do the same work"
+    seconds = measure.interleave(contestants, found.rounds)
+    for process in contestants.values():
+        process.close()
+
+    llm = generation.random_llm(device)
+    prompt = sum(generation.PARTS) + 2 * generation.QUERIES
+    answers = sum(len(answer) for _, _, part in batches(llm, found.batch, found.steps, "cpu") for answer in part)
+    tokens = found.batch * found.steps * prompt + answers
+    weights, head = generation.linear_weights(llm), llm.lm_head.weight.numel()
+    floor = tokens * generation.peak_flops(device, llm.dtype) / (4 * weights * tokens + 4 * head * answers)
+    size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {str(llm.dtype)[6:]}, {found.batch} triplets a step"
+    pace = {name: [tokens / s for s in times] for name, times in seconds.items()}
+    rows = []
+    for name, values in pace.items():
+        value = sorted(values)[len(values) // 2]
+        rows.append(measure.row(f"tuning: {name}", size, device, value, "tokens/s", floor))
+    for name in ("packed", "tree"):
+        value, note = measure.ratio(pace[name], pace["peft"])
+        rows.append(measure.row(f"tuning: {name} against PEFT, padded", size, device, value, "x", note=note))
+    measure.publish(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Memory of the stages that hold a language model: estimated before anything loads, and what to change if it is short.
+
+A plan is a dict of bytes by purpose. `options_of` makes the plan of a run as it stands and of ever smaller ones, `say`
+prints the first and, for each card, which of them fits.
+"""
+
+import os
+import re
+import resource
+from typing import NamedTuple
+
+import torch
+
+import common
+
+LLAMA2 = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "70b": (8192, 28672, 80, 8)}
+
+
+class Shape(NamedTuple):
+    """Sizes of a LLaMA."""
+
+    width: int
+    mlp: int
+    layers: int
+    kv: int  # width of keys and of values
+    vocabulary: int
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of a layer's linears."""
+        d, m = self.width, self.mlp
+        attention = {"q_proj": (d, d), "k_proj": (d, self.kv), "v_proj": (d, self.kv), "o_proj": (d, d)}
+        return attention | {"gate_proj": (d, m), "up_proj": (d, m), "down_proj": (m, d)}
+
+
+def llm_shape(name: str) -> Shape:
+    """From config.json; that of Llama 2, by its name on the hub, is known without a download."""
+    known = re.search(r"llama-?2-(7b|13b|70b)", name.lower())
+    if known and not os.path.isdir(name):
+        width, mlp, layers, heads = LLAMA2[known[1]]
+        return Shape(width, mlp, layers, heads * 128, 32000)
+    import vdg_align  # not at the top: it imports this file
+
+    c = vdg_align.read_config(name, ("llama",))
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv = c.num_key_value_heads * head
+    return Shape(c.hidden_size, c.intermediate_size, c.num_hidden_layers, kv, c.vocab_size)
+
+
+def frozen(shape: Shape, quantize: str, size: int, vision: str) -> dict[str, float]:
+    """Bytes of the frozen weights by purpose; size: bytes of a number that is not quantised."""
+    linears = shape.layers * sum(a * b for a, b in shape.linears().values())
+    # nf4: 4 bits, an 8-bit scale for 64 of them and an fp32 one for 256 scales
+    each = {"": size, "int8": 1, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(quantize)
+    if each is None:
+        raise common.UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
+    packed = linears * each
+    tables = 2 * shape.vocabulary * shape.width * size
+    weights = 1.17e9  # ViT-g/14 0.99, Q-Former of InstructBLIP 0.18
+    if os.path.isdir(vision):
+        import vdg_align
+
+        config = vdg_align.read_config(vision, ("instructblip", "blip-2"))
+        vit, qformer = vdg_align.vision_classes(config.model_type)
+        with torch.device("meta"):
+            models = vit(config.vision_config), qformer(config.qformer_config)
+        weights = sum(p.numel() for model in models for p in model.parameters())
+    largest = max(shape.vocabulary, shape.mlp) * shape.width * size
+    return {
+        f"LLM, {quantize or f'{8 * size} bits'}": packed + tables,
+        "its largest weight once more, while it loads or is unpacked": largest,
+        "ViT and Q-Former": weights * size,
+        "CUDA context, workspaces, fragments (a guess)": 1.5 * 2**30,
+    }
+
+
+def training(
+    shape: Shape, size: int, tokens: int, supervised: int, trained: int, state: int, lora: tuple, checkpoint: bool
+) -> dict[str, float]:
+    """Bytes by purpose; tokens of a forward pass, `supervised` of them with a loss; state: optimiser bytes a weight."""
+    # a token in a layer: two fp32 copies for the norms, q, k, v and what attention gives, three of the MLP's width, and
+    # the dropped-out input of each LoRA with its mask
+    of_layer = 8 * shape.width + size * (2 * shape.width + 2 * shape.kv + 3 * shape.mlp)
+    of_layer += sum((size + 1) * shape.linears()[name][0] for name in lora)
+    kept = of_layer + shape.layers * shape.width * size if checkpoint else shape.layers * of_layer
+    return {
+        "trained weights and their gradients": 8 * trained,
+        "optimiser": state * trained,
+        f"activations of {tokens:,} tokens": tokens * kept,
+        "logits": supervised * shape.vocabulary * (12 + size),
+    }
+
+
+def generation(tuned: dict, size: int, batch: int, max_new: int) -> dict[str, dict[str, float]]:
+    """Flags -> bytes by purpose of gen_deltas.py; tuned: config.json of a VDG."""
+    shape, options = llm_shape(tuned["llm"]), {}
+    weights = frozen(shape, tuned["quantize"], size, tuned["vision"])
+    prompt = len(tuned["prompt"]) // 4  # about four characters to a token
+    for b in dict.fromkeys(max(1, batch // part) for part in (1, 2, 4, 8)):
+        places = b * (prompt + 64 + max_new) + max(b, 4) // 4 * (prompt + 32)
+        cache = {f"keys and values of {b} pairs": places * shape.layers * 2 * shape.kv * size}
+        # the widest moment: the MLP of all pairs' tokens after the reference, and its input
+        work = {"prefill": b * (prompt // 2 + 32) * (3 * shape.mlp + 6 * shape.width) * size}
+        options["" if b == batch else f"--batch {b}"] = weights | cache | work
+    return options
+
+
+def options_of(parts, quantize: str, checkpoint: bool, batch: int) -> dict[str, dict[str, float]]:
+    """Flags -> parts(quantize, checkpoint, batch), bytes by purpose: the run as it stands, then ever smaller ones."""
+    options, now = {}, (quantize, checkpoint, batch)
+    smaller = [(quantize, True, batch), ("nf4", checkpoint, batch), ("nf4", True, batch), ("nf4", True, 1)]
+    for q, c, b in (now, *smaller):
+        flags = [f"--quantize {q}"] * (q != quantize) + ["--checkpoint true"] * (c != checkpoint)
+        flags += [f"--batch {b} --accumulate {batch // b} times as many"] * (b != batch)
+        options.setdefault(" ".join(flags), parts(q, c, b))
+    return options
+
+
+def say(options: dict[str, dict[str, float]], cards: list[float]) -> None:
+    """Prints the first option's bytes, and for each card (GiB) which option fits it first."""
+    first = next(iter(options.values()))
+    for what, amount in (first | {"together, estimated for one GPU": sum(first.values())}).items():
+        common.say(f"{amount / 2**30:9.2f} GiB  {what}")
+    for card in cards:
+        totals = {flags: sum(parts.values()) / 2**30 for flags, parts in options.items()}
+        fits = next((flags for flags, total in totals.items() if total < 0.97 * card), None)
+        if fits is None:
+            smallest = min(totals, key=totals.get)
+            advice = f"too small: {smallest or 'this run'} needs {totals[smallest]:.1f} GiB; take a smaller LLM"
+        else:
+            advice = f"take {fits}: {totals[fits]:.1f} GiB" if fits else "enough"
+        common.say(f"memory of {card:.0f} GiB: {advice}")
+
+
+def has(device: torch.device) -> float:
+    """GiB that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def peak(device: torch.device) -> float:
+    """GiB that this process held at most: tensors on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def advise(main, advice: str):
+    """main, but where a GPU's memory runs out its one line says what helps."""
+
+    def run() -> None:
+        try:
+            main()
+        except torch.OutOfMemoryError as fault:
+            found = str(fault).splitlines()[0]
+            raise common.UserError(f"{found} Try {advice}; --plan says what needs how much") from fault
+
+    return run
