@@ -36,6 +36,7 @@ from vdg_align import (
     answer_ids,
     caption_loss,
     check_texts,
+    encode,
     fingerprint,
     load_llm,
     pack,
@@ -314,29 +315,6 @@ def load_projection(vision: VisionProjector, folder: str) -> None:
 
 
 # ---- images ----
-def encode(vision: VisionProjector, images, names: list[str], views, batch: int, workers: int, world) -> dict:
-    """Q-Former outputs {name: (K, Q, q_width) on the CPU}, the same on all ranks; views: name -> list of K transforms.
-
-    Ranks share the work, in chunks that do not depend on their number: a chunk's size can change the last bit."""
-    chunks = [names[at : at + batch] for at in range(0, len(names), batch)]
-    groups = [chunks[at : at + world.size] for at in range(0, len(chunks), world.size)]
-
-    def load(group):
-        mine = group[world.rank] if world.rank < len(group) else []
-        transforms = [transform for name in mine for transform in views(name)]
-        repeated = [name for name in mine for _ in views(name)]
-        return data.load_pixels(images, repeated, transforms, workers) if mine else None
-
-    found = {}
-    for group, pixels in common.progress(ahead(load, groups), "encode", len(groups)):
-        stop_together(pixels)
-        queries = vision.query_tokens[:0] if pixels is None else vision.queries(pixels)
-        k = len(views(group[0][0]))
-        queries = common.gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
-        found |= zip([name for chunk in group for name in chunk], queries.cpu(), strict=True)
-    return found
-
-
 def names_of(triplets: list[data.Triplet]) -> list[str]:
     return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})
 

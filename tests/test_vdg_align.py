@@ -330,6 +330,22 @@ def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, capsys):
         stage("vdg_align", *argv, "--lr", "0.5")
 
 
+def test_images_encoded_once_give_the_same_run(whole, flags, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("vdg_align_keep", ROOT / "vdg_align.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown, queries = [], module.VisionProjector.queries
+    monkeypatch.setattr(
+        module.VisionProjector, "queries", lambda self, pixels: shown.append(len(pixels)) or queries(self, pixels)
+    )
+    common.override(vars(module), [*flags, "--batch", "4", "--keep", "true", "--out", str(tmp_path / "kept")])
+    module.main()
+    assert sum(shown) == 10  # 20 without: two epochs of ten images
+    a, b = (load_file(folder / "projection.safetensors") for folder in (whole, tmp_path / "kept"))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=5e-6)
+
+
 def test_two_ranks_and_accumulation_equal_one_rank(whole, flags, tmp_path):
     run_ranks(2, stage, "vdg_align", *flags, "--batch", "2", "--out", str(tmp_path / "ranks"))
     stage("vdg_align", *flags, "--batch", "1", "--accumulate", "4", "--out", str(tmp_path / "parts"))
