@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -713,10 +713,106 @@ def augment(
     return image.rotate(angle, Image.Resampling.BILINEAR, translate=moved, fillcolor=GREY)
 
 
+# ---- items to train a CIR model on ----
+class Item(NamedTuple):
+    """A triplet to train on; images as (store, name), deltas in groups: a group is drawn, then one of it."""
+
+    reference: tuple[int, str]
+    target: tuple[int, str]
+    deltas: tuple[tuple[str, ...], ...]
+    back: tuple[str, ...] = ()  # texts that lead from the target back to the reference, where VDG wrote any
+
+
+class Draw(NamedTuple):
+    """An item of one step, with the key of its randomness."""
+
+    reference: tuple[int, str]
+    target: tuple[int, str]
+    delta: str
+    key: tuple[int, int, int]  # stream (0 human, 1 auxiliary), epoch, item
+    back: str = ""
+
+
+def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
+    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
+    if dataset != "fashioniq":
+        return (triplet.delta,)
+    one, two = triplet.alternatives
+    alone = (text.strip(".?, ").capitalize() for text in (one, two))
+    return join_captions(one, two), join_captions(two, one), *alone
+
+
+def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
+    """The reverse_delta of each that has one which says something."""
+    texts = ((t.extra or {}).get("reverse_delta") for t in triplets)
+    return tuple(text for text in texts if isinstance(text, str) and text.strip())
+
+
+def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet]) -> list[Item]:
+    """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn)."""
+    also: dict[tuple[str, str], list[Triplet]] = {}
+    for t in generated:
+        also.setdefault((t.reference, t.target), []).append(t)
+    items = []
+    for t in triplets:
+        groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
+        if dataset == "jsonl" and t.alternatives:
+            groups.append(t.alternatives[1:])  # the VDG release's [human, generated]
+        if same:
+            groups.append(tuple(other.delta for other in same))
+        items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same])))
+    without = sum((t.reference, t.target) not in also for t in triplets)
+    if generated and without == len(triplets):
+        raise UserError("--same_pairs: none of its (reference, target) pairs is a human triplet's; wrong file?")
+    if generated and without:
+        common.say(f"{without:,} of {len(triplets):,} human triplets have no generated delta in --same_pairs")
+    return items
+
+
+def training_items(
+    dataset: str, root: str, split: str, images: str, same_pairs: str, pseudo: str, pseudo_images: str, human: bool
+) -> tuple[list[ImageStore], list[list[Item]]]:
+    """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
+    stores, streams = [ImageStore([]), ImageStore([])], [[], []]
+    if human:
+        if not root:
+            raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
+        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
+        same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
+        streams[0] = human_items(triplets, dataset, same)
+    if pseudo:
+        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
+        kept = with_text(triplets, pseudo)
+        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept]
+    for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
+        if wanted and not items:
+            raise UserError(f"{file} holds no triplet to train on")
+    if not human and not pseudo:
+        raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
+    return stores, streams
+
+
+def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> list[Draw]:
+    """A step's global batch: a function of its arguments alone, so resume needs no state and every rank knows all."""
+    per_epoch = len(items) // batch  # the last, short batch of an epoch is left out: another each epoch
+    epoch, at = divmod(step, per_epoch)
+    draws = []
+    for i in _order_of(len(items), seed + stream, epoch)[at * batch : (at + 1) * batch]:
+        rng = common.rng(seed, "delta", stream, epoch, i)
+        group = items[i].deltas[rng.integers(len(items[i].deltas))]
+        delta = group[rng.integers(len(group))]
+        back = items[i].back[rng.integers(len(items[i].back))] if items[i].back else ""
+        draws.append(Draw(items[i].reference, items[i].target, delta, (stream, epoch, i), back))
+    return draws
+
+
 # ---- order and batches ----
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n items in one epoch, a function of (seed, epoch) alone: equal on every rank and after a resume."""
     return common.rng("order", seed, epoch).permutation(n).tolist()
+
+
+_order_of = functools.lru_cache(maxsize=4)(epoch_order)  # asked for at every step
 
 
 def rank_batches(

@@ -143,7 +143,8 @@ class _Reversed(torch.autograd.Function):
     def forward(ctx, run, positive, tau, *inputs):
         work = torch.promote_types(inputs[0].dtype, torch.float32)
         wide = [x.to(work) for x in inputs[:3]]  # reference, text, target
-        with full_precision(inputs[0].device):
+        device = inputs[0].device
+        with full_precision(device), torch.autocast(device.type, enabled=False):
             loss, grads, d_scale = run(*wide, *inputs[3:], positive, 1 / tau.item())
         grads = [grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
         ctx.save_for_backward((-d_scale / tau.square()).to(tau), *grads)
