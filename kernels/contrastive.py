@@ -16,21 +16,37 @@ negatives in the denominator,
 
 (the sum over a row is zero). With the weights w detached the bracket is exp((1 + beta) s_ij - M_i) alone. Columns are
 the same with i and j exchanged. From G = dL/ds: dL/dx = G c / tau, dL/dc = G^T x / tau, and for nothing,
-dL/dtau = -sum_ij G_ij s_ij / tau = -sum_i x_i . dL/dx_i / tau.
+dL/dtau = -sum_ij G_ij s_ij / tau = -sum_j c_j . dL/dc_j / tau.
 
-Forward and backward go through blocks of rows: no (N, M) array is kept, only vectors of length N and M.
+With the row's largest negative logit o_i, u = s_ij - o_i, S_i = sum_neg e^{(1 + beta) u}, T_i = sum_neg e^{beta u},
+
+    H_i = log n_i + o_i + log S_i - log T_i     bracket = (1 + beta) e^{(1 + beta) u} / S_i - beta e^{beta u} / T_i
+
+At beta = 1/2, the paper's, both powers come from t = e^{u/2}, as t^3 and t: one exponential for each direction.
+
+L_tcc is the loss of the human batch B plus the loss of B + B'. The first's logits are a sub-block of the second's, so
+one pass over the whole serves both: o, S and T are taken in two parts, over the human and over the other columns (or
+rows), and merged; and a gradient inside the sub-block has one coefficient for both terms, with o1 <= o2:
+
+    w1 e^{(1+beta) u1} / S1 + w2 e^{(1+beta) u2} / S2 = [w1 / S1 + w2 e^{(1+beta) (o1-o2)} / S2] e^{(1+beta) u1}
+
+Forward and backward go through blocks of rows: no (N, M) array is kept, only vectors of length N and M. Across ranks
+each has a strip of rows and every column: c is gathered once, the columns' (o, S, T) are all-reduced, dL/dc is
+reduce-scattered.
 
 (The HN-NCE that CoVR and the VDG release share differs for beta != 0: its row normaliser lands on the columns.)
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels.similarity_topk import full_precision
 
-BLOCK = 1 << 22  # logits held at a time (16 MiB of fp32, three such arrays)
+BLOCK = 1 << 21  # logits held at a time (8 MiB of fp32, four such arrays)
 
 # ---- reference ----
 
@@ -53,100 +69,245 @@ def hn_nce_reference(x, c, positive, tau, alpha=1.0, beta=0.0, detach_weights=Fa
 
 
 # ---- PyTorch: blocks of rows ----
+# Rows are [bank | x], columns are c. label (R,) is the column of each row's positive, -1 for the bank's rows. Rows
+# below first_row and columns below first_column are the first group, whose sub-block is a loss of its own.
 
 
-def _blocks(n: int, m: int):
-    block = max(1, BLOCK // m)
-    return [slice(start, min(start + block, n)) for start in range(0, n, block)]
+def _blocks(edges: list[int], columns: int) -> list[slice]:
+    """Blocks of rows, none of which crosses an edge."""
+    block = max(1, BLOCK // columns)
+    spans = zip(edges, edges[1:], strict=False)
+    return [slice(at, min(at + block, end)) for start, end in spans for at in range(start, end, block)]
 
 
-def _logits(x: Tensor, c: Tensor, positive: Tensor, part: slice, scale: float) -> tuple[Tensor, Tensor]:
-    """Rows `part` of s (block, M), and the places (row, column) of the positives: the only pairs that are no negatives,
-    for the row and for the column alike."""
-    s = (x[part] @ c.T).mul_(scale)
-    return s, (torch.arange(len(s), device=s.device), positive[part])
+def _powers(u: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """e^{(1 + beta) u} and e^{beta u}; u is overwritten. At beta = 0 nobody asks for the second (N = log n)."""
+    if beta == 0:
+        return u.exp_(), u
+    if beta == 0.5:
+        small = u.mul_(0.5).exp_()
+        return (small * small).mul_(small), small
+    big = torch.mul(u, 1 + beta).exp_()
+    return big, u.mul_(beta).exp_()
 
 
-def _times(s: Tensor, factor: float, positives) -> Tensor:
-    z = s * factor
-    z[positives] = -torch.inf  # after the product: 0 * -inf is NaN
-    return z
+def _sums(s: Tensor, dim: int, beta: float) -> Tensor:
+    """o, S and T over dim, (3, the other dimension); where all of s is -inf: the smallest number, 0, 0."""
+    top = s.amax(dim, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+    big, small = _powers(s - top, beta)
+    return torch.stack([top.squeeze(dim), big.sum(dim), small.sum(dim)])
 
 
-def _forward(x: Tensor, c: Tensor, positive: Tensor, scale: float, alpha: float, beta: float):
-    """Losses of rows and columns (N,) each, and what the backward needs: per anchor M, N, h."""
-    n, m = len(x), len(c)
-    s_own = x.new_empty(n)
-    row_m, row_n = x.new_empty(n), x.new_empty(n)
-    col_m, col_n = x.new_full((m,), -torch.inf), x.new_full((m,), -torch.inf)
-    for part in _blocks(n, m):
-        s, positives = _logits(x, c, positive, part, scale)
-        s_own[part] = s[positives]
-        z = _times(s, 1 + beta, positives)
-        row_m[part] = z.logsumexp(1)
-        col_m = torch.logaddexp(col_m, z.logsumexp(0))
-        z = _times(s, beta, positives)
-        row_n[part] = z.logsumexp(1)
-        col_n = torch.logaddexp(col_n, z.logsumexp(0))
-    col_count = n - torch.bincount(positive, minlength=m)  # rows of the same positive are not its negatives
-    losses, saved = [], []
-    for big, small, count in ((row_m, row_n, x.new_full((n,), m - 1)), (col_m, col_n, col_count.to(x.dtype))):
-        hard = torch.where(count > 0, count.log() + big - small, -torch.inf)
-        hard = hard if big is row_m else hard[positive]  # (N,)
-        losses.append(torch.logaddexp(hard.new_tensor(math.log(alpha)), hard - s_own))
-        saved += [big, small, torch.exp(hard - s_own - losses[-1])]
-    return losses, saved
+def _merge(parts: Tensor, beta: float) -> Tensor:
+    """(P, 3, n): o, S and T of P parts -> those of the whole (3, n)."""
+    top = parts[:, 0].amax(0)
+    big, small = _powers(parts[:, 0] - top, beta)
+    return torch.stack([top, (parts[:, 1] * big).sum(0), (parts[:, 2] * small).sum(0)])
 
 
-def _backward(x, c, positive, scale, beta, detach_weights, saved, row_grad, col_grad):
-    """dL/dx (N, D) and dL/dc (M, D)."""
-    row_m, row_n, row_h, col_m, col_n, col_h = saved
-    row_h, col_h = row_h * row_grad, col_h * col_grad  # (N,), h of each anchor times its incoming gradient
-    col_sum = torch.zeros_like(col_m).index_add_(0, positive, col_h)  # (M,): anchors may share a column
-    big, small = (1.0, 0.0) if detach_weights else (1 + beta, beta)
-    dx, dc = torch.empty_like(x), torch.zeros_like(c)
-    for part in _blocks(len(x), len(c)):
-        s, positives = _logits(x, c, positive, part, scale)
-        z = _times(s, 1 + beta, positives)
-        g = (z - row_m[part, None]).exp_().mul_(big * row_h[part, None])
-        g += z.sub_(col_m).exp_().mul_(big * col_sum)
-        if small:
-            z = _times(s, beta, positives)
-            g -= (z - row_n[part, None]).exp_().mul_(small * row_h[part, None])
-            g -= z.sub_(col_n).exp_().mul_(small * col_sum)
-        g[positives] = -(row_h + col_h)[part]  # an anchor without negatives has M = -inf and NaN here, and only here
-        dx[part] = g @ c
+def _statistics(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float):
+    """o, S and T of the module's head over the negatives, of each row within either group of columns (2 groups, 3, R),
+    and of each column within either group of rows (2 groups, 3, M)."""
+    nothing = x.new_tensor([torch.finfo(x.dtype).min, 0, 0])[:, None]
+    rows, columns = (nothing.expand(2, 3, n).clone() for n in (len(x), len(c)))
+    for part in _blocks([0, bank, first_row, len(x)], len(c)):
+        s = (x[part] @ c.T).mul_(scale)
+        if part.start >= bank:
+            s[torch.arange(len(s), device=s.device), label[part]] = -torch.inf
+        row_group = int(part.start >= first_row)
+        for group, cut in enumerate((slice(0, first_column), slice(first_column, len(c)))):
+            if cut.start == cut.stop:
+                continue
+            if part.start >= bank:  # the bank's rows have no loss
+                rows[group, :, part] = _sums(s[:, cut], 1, beta)
+            before = columns[row_group, :, cut]
+            columns[row_group, :, cut] = _merge(torch.stack([before, _sums(s[:, cut], 0, beta)]), beta)
+    return rows, columns
+
+
+def _bracket(s: Tensor, offset: Tensor, big: Tensor, small: Tensor, beta: float) -> Tensor:
+    """big e^{(1 + beta) u} - small e^{beta u} with u = s - offset."""
+    if beta == 0:
+        return (s - offset).exp_().mul_(big)
+    if beta == 0.5:
+        t = torch.add(offset * -0.5, s, alpha=0.5).exp_()
+        return torch.addcmul(-small, t * t, big).mul_(t)
+    powers = _powers(s - offset, beta)
+    return powers[0].mul_(big).sub_(powers[1].mul_(small))
+
+
+def _gradient(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float, vectors, own):
+    """dL/dx (R - bank, D) of the rows after the bank's, and dL/dc (M, D).
+
+    vectors: of rows (2, 3, R) and of columns (2, 3, M): offset, big and small of _bracket, outside and inside the
+    sub-block. own (R - bank,): dL/ds at the positives."""
+    of_rows, of_columns = vectors
+    dx, dc = x.new_empty(len(x) - bank, x.size(1)), torch.zeros_like(c)
+    for part in _blocks([0, bank, first_row, len(x)], len(c)):
+        g = (x[part] @ c.T).mul_(scale)
+        for group, cut in enumerate((slice(0, first_column), slice(first_column, len(c)))):
+            inside = int(part.start < first_row and group == 0)
+            s = g[:, cut]
+            from_columns = _bracket(s, *of_columns[inside, :, None, cut], beta)
+            if part.start >= bank:
+                torch.add(_bracket(s, *of_rows[inside, :, part, None], beta), from_columns, out=s)
+            else:
+                s.copy_(from_columns)
+        if part.start >= bank:
+            rows = slice(part.start - bank, part.stop - bank)
+            g[torch.arange(len(g), device=g.device), label[part]] = own[rows]
+            torch.mm(g, c, out=dx[rows])
         dc.addmm_(g.T, x[part])
     return dx.mul_(scale), dc.mul_(scale)
+
+
+# ---- ranks ----
+
+
+class _Places(NamedTuple):
+    """Where the columns of all ranks, first the human ones, lie in their padded parts: column j in place order[j]."""
+
+    order: Tensor  # (M,), rank * longest + row
+    longest: int  # rows of the largest part
+
+
+def _all_gather(c: Tensor, places: _Places) -> Tensor:
+    padded = c.new_zeros(places.longest, c.size(1))
+    padded[: len(c)] = c
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[places.order]
+
+
+def _reduce_scatter(dc: Tensor, places: _Places) -> Tensor:
+    spread = dc.new_zeros(places.longest * dist.get_world_size(), dc.size(1))
+    spread[places.order] = dc
+    mine = dc.new_empty(places.longest, dc.size(1))
+    dist.reduce_scatter(mine, list(spread.split(places.longest)))
+    return mine
+
+
+def _all_reduce_sums(part: Tensor, beta: float) -> Tensor:
+    """_merge over ranks of (2 groups, 3, M)."""
+    top = part[:, 0].contiguous()
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    sums = part[:, 1:] * torch.stack(_powers(part[:, 0] - top, beta), 1)
+    dist.all_reduce(sums)
+    return torch.cat([top[:, None], sums], 1)
 
 
 # ---- autograd ----
 
 
-class _HnNce(torch.autograd.Function):
+def _anchors(sums: Tensor, count: Tensor, own: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """Losses of anchors and the shares h of their negatives, from (3, n) o, S, T, the number of negatives and s_i+."""
+    top, big, small = sums
+    over = (top - own) + (big.log() if beta == 0 else (count * (big / small)).log())  # H - s_i+
+    over = torch.where(count > 0, over, -torch.inf)
+    loss = torch.logaddexp(over.new_full((), math.log(alpha)), over)
+    return loss, torch.exp(over - loss)
+
+
+def _vectors(terms: list[tuple[Tensor, Tensor]], beta: float, detach_weights: bool) -> Tensor:
+    """(2, 3, n): offset, big and small of _bracket outside and inside the sub-block, from ((3, n) o, S, T and (n,)
+    weights) of each term; the last term is the whole, the first, if there are two, the sub-block."""
+    (top_all, big_all, small_all), weight_all = terms[-1]
+    found = []
+    for term in (terms[-1], terms[0]):
+        (top, big, small), weight = term
+        upper, lower = weight / big, weight / small
+        if term is not terms[-1]:
+            powers = _powers(top - top_all, beta)
+            upper, lower = upper + weight_all / big_all * powers[0], lower + weight_all / small_all * powers[1]
+        if beta == 0 or detach_weights:
+            lower = torch.zeros_like(lower)
+        else:
+            upper, lower = (1 + beta) * upper, beta * lower
+        nothing = big == 0  # no negatives, or a row of the bank: e^u = 0
+        found += [top.masked_fill(nothing, torch.inf), upper.masked_fill(nothing, 0), lower.masked_fill(nothing, 0)]
+    return torch.stack(found).unflatten(0, (2, 3))
+
+
+class _Contrast(torch.autograd.Function):
+    """Losses of rows and of columns for each term: the first group, where it is a term of its own, then the whole.
+
+    first: rows and columns of the first group. counts: for each term how many negatives its rows have, and its columns
+    ((), or (M,) where they differ). places: None, or where the columns of all ranks lie; then x, c, bank and the losses
+    are this rank's."""
+
     @staticmethod
-    def forward(ctx, x, c, positive, tau, alpha, beta, detach_weights):
+    def forward(ctx, x, c, bank, tau, label, first, counts, places, alpha, beta, detach_weights):
         work = torch.promote_types(torch.promote_types(x.dtype, c.dtype), torch.float32)
-        wide = x.to(work), c.to(work)  # logits in fp32 at least: bf16 has three digits
+        k = len(bank)
+        rows = torch.cat([bank.to(x.dtype), x]) if k else x
+        columns = c if places is None else _all_gather(c, places)
+        scale = tau.to(x.device, work).reciprocal()
+        shape = torch.cat([label.new_full((k,), -1), label]), k, k + first[0], first[1], scale, beta
+        wide = rows.to(work), columns.to(work)  # logits in fp32 at least: bf16 has three digits
         with full_precision(x.device):
-            losses, saved = _forward(*wide, positive, 1 / tau.item(), alpha, beta)
-        ctx.save_for_backward(x, c, positive, tau, *saved)
-        ctx.constants = work, beta, detach_weights
-        return losses[0], losses[1]
+            row_parts, column_parts = _statistics(*wide, *shape)
+        if places is not None:
+            column_parts = _all_reduce_sums(column_parts, beta)
+        s_own = (wide[0][k:] * wide[1][label]).sum(1) * scale
+        whole = _merge(row_parts, beta), _merge(column_parts, beta), len(x)
+        terms = [(row_parts[0], column_parts[0], first[0]), whole][-len(counts) :]
+        losses, saved = [], []
+        for (of_rows, of_columns, n), (row_count, column_count) in zip(terms, counts, strict=True):
+            own, at = s_own[:n], label[:n]
+            column_count = column_count[at] if column_count.ndim else column_count
+            for sums, count in ((of_rows[:, k : k + n], row_count), (of_columns[:, at], column_count)):
+                loss, share = _anchors(sums, count.to(work), own, alpha, beta)
+                losses.append(loss)
+                saved.append(share)
+            saved += [of_rows, of_columns]
+        ctx.save_for_backward(rows, columns, tau, *shape[:1], scale, *saved)
+        ctx.shape, ctx.places, ctx.detach_weights = shape[1:4], places, detach_weights
+        ctx.beta, ctx.types, ctx.columns = beta, (x.dtype, c.dtype), len(c)
+        return tuple(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, row_grad, col_grad):
-        x, c, positive, tau, *saved = ctx.saved_tensors
-        work, beta, detach_weights = ctx.constants
-        wide = x.to(work), c.to(work)
-        with full_precision(x.device):
-            dx, dc = _backward(*wide, positive, 1 / tau.item(), beta, detach_weights, saved, row_grad, col_grad)
-        dtau = -(wide[0].double() * dx).sum() / tau.item() if ctx.needs_input_grad[3] else None
-        return dx.to(x.dtype), dc.to(c.dtype), None, None if dtau is None else dtau.to(tau), None, None, None
+    def backward(ctx, *grads):
+        rows, columns, tau, label, scale, *saved = ctx.saved_tensors
+        k = ctx.shape[0]
+        n = len(rows) - k
+        own = scale.new_zeros(n)
+        weights = scale.new_zeros(
+            len(saved) // 4, len(columns)
+        )  # h of each column's anchors times their incoming gradients
+        of_rows, of_columns = [], []
+        for term in range(len(weights)):
+            row_share, column_share, row_sums, column_sums = saved[4 * term : 4 * term + 4]
+            row_share, column_share = row_share * grads[2 * term], column_share * grads[2 * term + 1]
+            m = len(row_share)
+            own[:m] -= row_share + column_share
+            weights[term].index_add_(0, label[k : k + m], column_share)  # anchors may share a column
+            of_rows.append((row_sums, torch.nn.functional.pad(row_share, (k, n - m))))
+            of_columns.append((column_sums, weights[term]))
+        if ctx.places is not None:
+            dist.all_reduce(weights)
+        vectors = [_vectors(terms, ctx.beta, ctx.detach_weights) for terms in (of_rows, of_columns)]
+        wide = rows.to(scale.dtype), columns.to(scale.dtype)
+        with full_precision(rows.device):
+            dx, dc = _gradient(*wide, label, *ctx.shape, scale, ctx.beta, vectors, own)
+        dtau = -(wide[1].double() * dc).sum() / tau if ctx.needs_input_grad[3] else None
+        if ctx.places is not None:
+            dc = _reduce_scatter(dc, ctx.places)[: ctx.columns]
+        dtau = None if dtau is None else dtau.to(tau)
+        return dx.to(ctx.types[0]), dc.to(ctx.types[1]), None, dtau, *[None] * 7
 
 
 # ---- public ----
+
+
+def _checked_tau(tau: Tensor | float, alpha: float, beta: float, x: Tensor) -> Tensor:
+    if isinstance(tau, Tensor):
+        value = 1.0 if tau.is_cuda else tau.tolist()  # a look at a tensor on the GPU would wait for it
+    else:
+        value, tau = tau, torch.full((), tau, dtype=torch.float64, device=x.device)
+    if tau.numel() != 1 or not value > 0 or not alpha > 0 or not beta >= 0:
+        raise ValueError(f"tau > 0 (one number), alpha > 0 and beta >= 0 wanted, found {value}, {alpha}, {beta}")
+    return tau
 
 
 def hn_nce(
@@ -165,16 +326,17 @@ def hn_nce(
     positive is another column. So a column that is nobody's positive has no loss (it only serves the rows as a
     negative), and rows that share a positive do not repel it. An anchor without negatives has loss log(alpha), 0 by
     default, and no gradient: the limit of negatives infinitely far away. Gradients reach x, c and tau (if it is a
-    tensor); with detach_weights none flows through w. Inputs of several ranks are gathered by the caller."""
+    tensor); with detach_weights none flows through w. What `positive` and tau hold is checked on CPU only."""
     if x.ndim != 2 or c.ndim != 2 or x.size(1) != c.size(1) or positive.shape != (len(x),):
         found = f"{(*x.shape,)}, {(*c.shape,)}, {(*positive.shape,)}"
         raise ValueError(f"x (N, D), c (M, D) and positive (N,) wanted, found {found}")
-    if len(x) == 0 or int(positive.min()) < 0 or int(positive.max()) >= len(c):
+    if len(x) == 0 or not positive.is_cuda and (int(positive.min()) < 0 or int(positive.max()) >= len(c)):
         raise ValueError(f"one positive in 0..{len(c) - 1} for each of at least one row wanted")
-    tau = tau if isinstance(tau, Tensor) else torch.tensor(tau, dtype=torch.float64)
-    if tau.numel() != 1 or not tau.item() > 0 or not alpha > 0 or not beta >= 0:
-        raise ValueError(f"tau > 0 (one number), alpha > 0 and beta >= 0 wanted, found {tau.tolist()}, {alpha}, {beta}")
-    return _HnNce.apply(x, c, positive, tau, float(alpha), float(beta), detach_weights)
+    tau = _checked_tau(tau, alpha, beta, x)
+    sharing = positive.new_zeros(len(c)).index_add_(0, positive, torch.ones_like(positive))
+    counts = [(positive.new_full((), len(c) - 1), len(x) - sharing)]
+    bank = x.new_empty(0, x.size(1))
+    return _Contrast.apply(x, c, bank, tau, positive, (0, 0), counts, None, float(alpha), float(beta), detach_weights)
 
 
 def l_tcc(
@@ -185,17 +347,73 @@ def l_tcc(
     alpha: float = 1.0,
     beta: float = 0.0,
     detach_weights: bool = False,
+    bank: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2: HN-NCE of the human triplets, plus HN-NCE of all; each the mean over rows plus the mean over columns.
 
-    x, c (N, D): target and composed embeddings (the loss is the same with the two exchanged), row i of one belonging
-    to row i of the other; the first n_human rows (of all ranks, when gathered) are human, the rest pseudo triplets.
-    Without pseudo triplets, or without human ones, the two terms have one batch between them and it counts once."""
-    if x.shape != c.shape or not 0 <= n_human <= len(x):
+    x, c (N, D): target and composed embeddings, row i of one belonging to row i of the other; the first n_human rows
+    are human, the rest pseudo triplets. Without pseudo triplets, or without human ones, the two terms have one batch
+    between them and it counts once. Without a bank the loss is the same with x and c exchanged.
+    bank (K, D): features of further targets [ours], each one more negative of every composed embedding, in both terms.
+    They get no gradient and have no loss; the caller leaves out those of images that are targets in the batch."""
+    _check_batch(x, c, n_human, bank)
+    label = torch.arange(len(x), device=x.device)
+    sizes = n_human, len(x), 0 if bank is None else len(bank)
+    return _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, label, sizes, None)
+
+
+def l_tcc_ranks(
+    x: Tensor,
+    c: Tensor,
+    n_human: int,
+    tau: Tensor | float,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    detach_weights: bool = False,
+    bank: Tensor | None = None,
+) -> Tensor:
+    """This rank's share of l_tcc of the batches of all ranks: the shares add up to it.
+
+    Every rank passes its own rows of x and c (N may differ), its own n_human, and the whole bank, and calls backward on
+    its share with the same incoming gradient. x.grad and c.grad are then those of the global loss; the gradient of tau
+    is a share (sum it over ranks, like that of any replicated parameter)."""
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if size == 1:
+        return l_tcc(x, c, n_human, tau, alpha, beta, detach_weights, bank)
+    _check_batch(x, c, n_human, bank)
+    parts = [torch.empty(2, dtype=torch.int64, device=x.device) for _ in range(size)]
+    dist.all_gather(parts, torch.tensor([n_human, len(x) - n_human], device=x.device))
+    human, pseudo = torch.stack(parts).T.tolist()
+    rank, longest = dist.get_rank(), max(map(sum, zip(human, pseudo, strict=True)))
+    order = [torch.arange(human[r], device=x.device) + r * longest for r in range(size)]
+    order += [torch.arange(pseudo[r], device=x.device) + (r * longest + human[r]) for r in range(size)]
+    starts = sum(human[:rank]), sum(human) + sum(pseudo[:rank])
+    spans = zip(starts, (human[rank], pseudo[rank]), strict=True)
+    label = torch.cat([torch.arange(start, start + n, device=x.device) for start, n in spans])
+    sizes = sum(human), sum(human) + sum(pseudo), 0 if bank is None else len(bank)
+    bank = None if bank is None else bank[rank::size]
+    places = _Places(torch.cat(order), longest)
+    return _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, label, sizes, places)
+
+
+def _check_batch(x: Tensor, c: Tensor, n_human: int, bank: Tensor | None) -> None:
+    if x.ndim != 2 or x.shape != c.shape or not 0 <= n_human <= len(x):
         found = f"{(*x.shape,)}, {(*c.shape,)}, {n_human}"
-        raise ValueError(f"x and c of one shape and n_human in 0..{len(x)} wanted, found {found}")
-    loss = 0.0
-    for n in sorted({n_human, len(x)} - {0}):
-        rows, columns = hn_nce(x[:n], c[:n], torch.arange(n, device=x.device), tau, alpha, beta, detach_weights)
-        loss = loss + rows.mean() + columns.mean()
-    return loss
+        raise ValueError(f"x and c of one shape (N, D) and n_human in 0..{len(x)} wanted, found {found}")
+    if bank is not None and (bank.ndim != 2 or bank.size(1) != x.size(1)):
+        raise ValueError(f"bank (K, {x.size(1)}) wanted, found {(*bank.shape,)}")
+
+
+def _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, label, sizes, places) -> Tensor:
+    """sizes: human and all triplets, and the bank, of all ranks. x, c, n_human, bank and label are this rank's."""
+    human, total, k = sizes
+    if total == 0:
+        raise ValueError("at least one triplet wanted")
+    tau = _checked_tau(tau, alpha, beta, x)
+    bank = x.new_empty(0, x.size(1)) if bank is None else bank.detach()
+    batches = sorted({human, total} - {0})
+    counts = [(label.new_full((), n - 1), label.new_full((), n - 1 + k)) for n in batches]
+    first = (n_human, human) if len(batches) == 2 else (0, 0)
+    constants = places, float(alpha), float(beta), detach_weights
+    losses = _Contrast.apply(x, c, bank, tau, label, first, counts, *constants)
+    return sum(loss.sum() / batches[i // 2] for i, loss in enumerate(losses))

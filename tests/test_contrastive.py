@@ -1,9 +1,11 @@
 """HN-NCE against the formula written out pair by pair, and against float64 autograd."""
 
 import math
+import os
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from kernels import contrastive
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
@@ -85,6 +87,77 @@ def test_l_tcc_is_two_terms_and_one_without_auxiliary():
     torch.testing.assert_close(both, truth[0] + truth[1])
     torch.testing.assert_close(l_tcc(x, c, 11, 0.05, 1.0, 0.5), truth[1])
     torch.testing.assert_close(l_tcc(x, c, 0, 0.05, 1.0, 0.5), truth[1])
+
+
+def two_terms(x, c, n_human, tau, alpha, beta, detach=False, bank=None):
+    """Eq. 2 pair by pair: the bank's rows are negatives of every column of c and have no loss."""
+    total = 0.0
+    for n in sorted({n_human, len(x)} - {0}):
+        s = torch.cat([x[:n], bank] if bank is not None else [x[:n]]) @ c[:n].T / tau
+        for i in range(n):
+            for values in (s[i], s[:, i]):
+                others = torch.cat([values[:i], values[i + 1 :]])
+                weights = len(others) * torch.softmax(beta * others, 0)
+                weights = weights.detach() if detach else weights
+                own = torch.exp(values[i])
+                total = total - torch.log(own / (alpha * own + (weights * torch.exp(others)).sum())) / n
+    return total
+
+
+def value_and_gradients(loss, *inputs):
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("alpha, beta, tau", SETTINGS)
+@pytest.mark.parametrize(
+    "n_human, k, detach", [(5, 0, False), (5, 4, False), (12, 3, True), (0, 2, False), (1, 3, True)]
+)
+def test_both_terms_and_the_bank_in_one_pass(alpha, beta, tau, n_human, k, detach, monkeypatch):
+    monkeypatch.setattr(contrastive, "BLOCK", 3 * 12)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        bank = normalized(k, 6, 2) if k else None
+
+        def inputs(dtype):
+            x, c = (normalized(12, 6, seed, dtype).requires_grad_() for seed in (30, 31))
+            return x, c, torch.tensor(tau, dtype=dtype, requires_grad=True)
+
+        x, c, t = inputs(torch.float64)
+        wanted = value_and_gradients(two_terms(x, c, n_human, t, alpha, beta, detach, bank), x, c, t)
+        x, c, t = inputs(dtype)
+        loss = l_tcc(x, c, n_human, t, alpha, beta, detach, None if bank is None else bank.to(dtype))
+        for got, want in zip(value_and_gradients(loss, x, c, t), wanted, strict=True):
+            assert got.dtype == dtype and (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    "parts", [((3, 4), (3, 4)), ((5, 0), (1, 4)), ((0, 0), (4, 5), (2, 1)), ((0, 3), (0, 2))], ids=str
+)
+@pytest.mark.parametrize("k", [0, 5])
+def test_ranks_have_the_gradients_of_the_whole(parts, k):
+    """Human and pseudo triplets of each rank; their shares add up to the loss of the batch [human | pseudo]."""
+    human, total = sum(h for h, _ in parts), sum(h + p for h, p in parts)
+    x, c = normalized(total, 6, 40), normalized(total, 6, 41)
+    bank = normalized(k, 6, 42) if k else None
+    places, starts = [], [0, human]
+    for sizes in parts:
+        places.append(torch.cat([torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)]))
+        starts = [s + n for s, n in zip(starts, sizes, strict=True)]
+
+    def share():
+        rank = int(os.environ["RANK"])
+        mine = [t[places[rank]].clone().requires_grad_() for t in (x, c)]
+        tau = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+        loss = contrastive.l_tcc_ranks(*mine, parts[rank][0], tau, 1.0, 0.5, False, bank)
+        return list(value_and_gradients(3 * loss, *mine, tau))
+
+    results = run_ranks(len(parts), share)
+    x, c, tau = x.requires_grad_(), c.requires_grad_(), torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    wanted = value_and_gradients(3 * l_tcc(x, c, human, tau, 1.0, 0.5, False, bank), x, c, tau)
+    for i in (0, 3):
+        torch.testing.assert_close(sum(result[i] for result in results), wanted[i], rtol=1e-12, atol=0)
+    for i in (1, 2):
+        for result, rows in zip(results, places, strict=True):
+            torch.testing.assert_close(result[i], wanted[i][rows], rtol=1e-9, atol=1e-13)
 
 
 def test_beta_zero_is_cross_entropy_in_both_directions():
