@@ -26,7 +26,7 @@ from torch import nn
 
 import data
 from eval_cir import evaluate
-from kernels.contrastive import l_tcc
+from kernels.contrastive import l_tcc_ranks
 from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
@@ -67,9 +67,7 @@ BETA = "auto"  # hardness of negatives in Eq. 2; auto = 0 for combiner, 0.5 for 
 CONCAT = True  # second term of L_tcc over B + B' [Eq. 2]; false: over B' alone
 TDM = True  # blip_tdm: L_tdm [Eq. 3]; false: L_tcc alone
 BANK = False  # every training image, encoded once without augmentation, is a further negative target of L_tcc [ours]
-BIDIRECTIONAL = (
-    0.0  # alpha of [Bi], weight of the reversed loss; 0 = off; FashionIQ 0.4 (sum), 0.5 (combiner); CIRR 0.1
-)
+BIDIRECTIONAL = 0.0  # alpha of [Bi]: weight of the reversed loss; 0 = off; CIRR 0.1; FashionIQ 0.4 (sum), 0.5
 REVERSED_TEXT = "token"  # "token": the delta behind a learned [BACKWARD] [Bi]; "delta": reverse_delta of VDG [ours]
 REVERSED_NEGATIVES = 8  # blip_tdm: targets composed with each reversed text, drawn as in L_tdm [ours]; 0 = all [Bi]
 
@@ -274,13 +272,7 @@ class BlipTdm(CirModel):
     """BLIP ITM with a trained image-grounded text encoder; vision and vision_proj are frozen."""
 
     def __init__(
-        self,
-        backbone: str,
-        first_token: str,
-        train_tdm_head: bool,
-        text_length: int,
-        train_text: bool,
-        directions: bool,
+        self, backbone: str, first_token: str, train_head: bool, text_length: int, train_text: bool, directions
     ):
         super().__init__()
         if first_token not in ("enc", "cls"):
@@ -288,7 +280,7 @@ class BlipTdm(CirModel):
         self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)  # transformers has no sdpa for it
         self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
-        self.backbone.itm_head.requires_grad_(train_tdm_head)  # p_theta of Eq. 3
+        self.backbone.itm_head.requires_grad_(train_head)  # p_theta of Eq. 3
         last = self.backbone.config.text_config.vocab_size - 1
         self.first_token = last if first_token == "enc" else self.tokenizer.cls_token_id
         if directions:
@@ -624,17 +616,17 @@ def main() -> None:
             reference, target = tokens.chunk(2)
             # (B + B', d), encoded once for both terms
             x, c = model.target(target), model.compose(reference, [deltas[i] for i in own])
-        # L_tcc: every rank has the whole batch and takes 1 / size of its loss; gather_with_grad sums the gradients
-        xs, cs = everywhere(x), everywhere(c)
-        fresh = None  # the bank without the targets of this batch: they are columns already, augmented
+        fresh = None  # the bank without the targets of this batch: they are rows already, augmented
         if BANK:
-            seen_now = set(targets)
-            fresh = bank[[i for i, image in enumerate(images) if image not in seen_now]]
-        loss_of = functools.partial(l_tcc, tau=tau, alpha=ALPHA, beta=beta, bank=fresh)
-        n = size if TRIPLETS and len(sources) == 2 else len(xs)
-        tcc = loss_of(xs, cs, n) if CONCAT or n == len(xs) else loss_of(xs[:n], cs[:n], n) + loss_of(xs[n:], cs[n:], 0)
+            present = set(targets)
+            fresh = bank[[i for i, image in enumerate(images) if image not in present]]
+        # each loss is this rank's share of the global one: the shares, and all gradients, add up over the ranks
+        loss_of = functools.partial(l_tcc_ranks, tau=tau, alpha=ALPHA, beta=beta, bank=fresh)
+        n = BATCH if TRIPLETS else 0
+        tcc = loss_of(x, c, n) if CONCAT or len(sources) == 1 else loss_of(x[:n], c[:n], n) + loss_of(x[n:], c[n:], 0)
         # L_tdm and L_rev: the rank's own rows, against the images of all; negatives drawn outside autocast, in fp32
-        everyones = everywhere(target) if tdm_on or BIDIRECTIONAL else target
+        if tdm_on or BIDIRECTIONAL:
+            xs, cs, everyones = everywhere(x.detach()), everywhere(c.detach()), everywhere(target)
         noise = common.generator("step", SEED, step, 0)  # the same on every rank: so are the negatives
         tdm, rev = x.new_zeros(()), x.new_zeros(())
         if tdm_on:
@@ -650,7 +642,7 @@ def main() -> None:
                 rev = model.reversed_loss(reference[turned], back, everyones, at, tau)
             rev = rev / sum(token or bool(d.back) for d in draws)
         optimizer.zero_grad()
-        (tcc / world.size + tdm + BIDIRECTIONAL * rev).backward()
+        (tcc + tdm + BIDIRECTIONAL * rev).backward()
         common.all_reduce_gradients(trained)
         tcc, tdm, rev = tcc.detach(), tdm.detach(), rev.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -667,7 +659,8 @@ def main() -> None:
 
         done, seen = step + 1, seen + len(draws)
         if done % LOG_EVERY == 0 or done == steps:
-            took, tdm, rev = time.perf_counter() - clock, common.all_sum(tdm), common.all_sum(rev)
+            took = time.perf_counter() - clock
+            tcc, tdm, rev = (common.all_sum(loss) for loss in (tcc, tdm, rev))
             record = {"tcc": float(tcc)} | ({"tdm": float(tdm)} if tdm_on else {})
             record |= ({"rev": float(rev)} if BIDIRECTIONAL else {}) | {"images": int(common.all_sum(encoded))}
             speed = {"items_per_s": round(seen / took, 2), "eta_s": round(took / (done - start) * (steps - done))}

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,7 +172,7 @@ def test_tdm_loss_is_equation_3(zoo):
     with torch.no_grad():
         tokens = model.tokens(pixels_of(model, 4))
         rows, hard_target, hard_delta = torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), torch.tensor([3, 2, 0])
-        ours = train_cir.tdm_loss(model, tokens, WORDS[:4], (rows, hard_target, hard_delta))
+        ours = train_cir.tdm_loss(model, tokens, WORDS[:4], [0, 1, 2, 3], (rows, hard_target, hard_delta))
         pairs = [(i, i, 1) for i in range(4)] + [(2, 0, 0), (0, 1, 0), (1, 3, 0)] + [(0, 3, 0), (1, 2, 0), (3, 0, 0)]
         wanted = []
         for image, delta, label in pairs:  # (target image, delta, matched)
@@ -191,8 +190,9 @@ def test_negatives_are_hard_and_never_the_same_image():
     same = torch.tensor([[p == q for q in images] for p in images])
     z = target @ c.T
     counts = torch.zeros(2, 6, 6)
+    draws = torch.Generator().manual_seed(0)
     for _ in range(400):
-        rows, hard_target, hard_delta = train_cir.draw_negatives(target, c, images, tau=0.2)
+        rows, hard_target, hard_delta = train_cir.draw_negatives(target, c, images, 0.2, draws)
         assert rows.tolist() == list(range(6))
         assert not same[rows, hard_target].any() and not same[rows, hard_delta].any()
         counts[0, rows, hard_target] += 1
@@ -200,7 +200,7 @@ def test_negatives_are_hard_and_never_the_same_image():
     for count, logits in zip(counts, (z.T, z), strict=True):  # row i of z.T: which target is near delta i
         wanted = (logits / 0.2).masked_fill(same, -torch.inf).softmax(1)
         assert (count / 400 - wanted).abs().max() < 0.1  # 4 standard deviations; without the temperature 0.3 off
-    none = train_cir.draw_negatives(target[:2], c[:2], [(0, "a"), (0, "a")], tau=0.01)
+    none = train_cir.draw_negatives(target[:2], c[:2], [(0, "a"), (0, "a")], 0.01, draws)
     assert [len(part) for part in none] == [0, 0, 0]
 
 
@@ -208,32 +208,27 @@ def test_negatives_are_hard_and_never_the_same_image():
 
 
 def test_each_step_draws_its_share_of_a_shuffled_epoch():
-    items = [train_cir.Item((0, f"r{i}"), (0, f"t{i}"), ((f"d{i}",),)) for i in range(23)]
-    one = SimpleNamespace(rank=0, size=1)
-    drawn = [d.key[2] for step in range(6) for d in train_cir.draw(items, 0, step, 6, 0, one)]
+    items = [data.Item((0, f"r{i}"), (0, f"t{i}"), ((f"d{i}",),)) for i in range(23)]
+    drawn = [d.key[2] for step in range(6) for d in data.draw(items, 0, step, 6, 0)]
     assert len(set(drawn[:18])) == len(set(drawn[18:])) == 18 and drawn[:18] != drawn[18:]
-    for step in range(4):  # two ranks of 3 see what one rank of 6 sees
-        parts = [train_cir.draw(items, 0, step, 3, 0, SimpleNamespace(rank=r, size=2)) for r in (0, 1)]
-        assert parts[0] + parts[1] == train_cir.draw(items, 0, step, 6, 0, one)
-    assert train_cir.draw(items, 0, 0, 6, 1, one) != train_cir.draw(items, 0, 0, 6, 0, one)
+    assert data.draw(items, 0, 0, 6, 1) != data.draw(items, 0, 0, 6, 0)
 
 
 def test_dagger_draws_both_deltas_and_fashioniq_all_four():
     human = [data.Triplet(f"r{i}", f"t{i}", "human") for i in range(10)]
     generated = [data.Triplet(f"r{i}", f"t{i}", "generated") for i in range(9)]
-    items = train_cir.human_items(human, "cirr", generated)
-    one = SimpleNamespace(rank=0, size=1)
-    drawn = [d for step in range(60) for d in train_cir.draw(items, 0, step, 10, 0, one)]
+    items = data.human_items(human, "cirr", generated)
+    drawn = [d for step in range(60) for d in data.draw(items, 0, step, 10, 0)]
     share = np.mean([d.delta == "generated" for d in drawn if d.key[2] != 9])
     assert 0.4 < share < 0.6
     assert {d.delta for d in drawn if d.key[2] == 9} == {"human"}  # nothing was generated for it
     with pytest.raises(common.UserError, match="none of its"):
-        train_cir.human_items(human, "cirr", [data.Triplet("x", "y", "generated")])
+        data.human_items(human, "cirr", [data.Triplet("x", "y", "generated")])
     fashion = data.Triplet("r", "t", "Is red. and has dots", alternatives=("is red.", "has dots"))
-    (item,) = train_cir.human_items([fashion], "fashioniq", [])
+    (item,) = data.human_items([fashion], "fashioniq", [])
     assert item.deltas == (("Is red and has dots", "Has dots and is red", "Is red", "Has dots"),)
     release = data.Triplet("r", "t", "human", alternatives=("human", "generated"))
-    assert train_cir.human_items([release], "jsonl", [])[0].deltas == (("human",), ("generated",))
+    assert data.human_items([release], "jsonl", [])[0].deltas == (("human",), ("generated",))
 
 
 # ---- runs ----
@@ -372,8 +367,8 @@ def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(world, zoo, tmp_path, monkeypatch):
-    real, factors = train_cir.l_tcc, iter([1.0, 1.0, math.nan])
-    monkeypatch.setattr(train_cir, "l_tcc", lambda *given: real(*given) * next(factors))
+    real, factors = train_cir.l_tcc_ranks, iter([1.0, 1.0, math.nan])
+    monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *given, **more: real(*given, **more) * next(factors))
     with pytest.raises(common.UserError, match="not finite at step 3"):
         train(arguments(world, zoo, tmp_path, save_every=1))
     assert sorted(p.name for p in (tmp_path / "last").iterdir()) == ["step-1", "step-2"]
@@ -392,8 +387,8 @@ def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
     assert "gone.png" in capsys.readouterr().out
     train([*arguments(world, zoo, tmp_path / "none"), "--check"])
     assert "human: 24 triplets" in capsys.readouterr().out and not (tmp_path / "none").exists()
-    items = [train_cir.Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
-    items += [train_cir.Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
+    items = [data.Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
+    items += [data.Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
     store = data.ImageStore(str(world / "aux"))
     assert len(data.drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, "auxiliary")) == 1999
     assert "left out" in capsys.readouterr().out
