@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,15 +33,20 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # tried in this order behind a 
 MAX_PIXELS = 64_000_000  # a 65-byte PNG can claim 400 million
 MAX_ASPECT = 20  # a 1 x 5000 picture becomes 250 million pixels when its shortest edge is resized to 224
 MAX_NAME = 1024  # characters of a name in an annotation file
+SERVER_LIMIT = 5 * 10**6  # bytes of one upload to CIRR's server
 GREY = (128, 128, 128)  # what rotation and translation uncover
 
 # ---- the benchmarks as published ----
 FASHIONIQ_CATEGORIES = ("dress", "shirt", "toptee")
-# (queries, gallery images); FashionIQ under the "original" protocol, with a fourth key "val" under the other
+# (queries, gallery images); FashionIQ "original" and CIRR "split", the other protocol's name as the last key
 OFFICIAL = {
     ("cirr", "train"): (28225, 16939),
     ("cirr", "val"): (4181, 2297),
     ("cirr", "test1"): (4148, 2315),
+    ("cirr", "val", "references"): (4181, 2165),
+    ("cirr", "test1", "references"): (4148, 2178),
+    ("circo", "val"): (220, 123403),
+    ("circo", "test"): (800, 123403),
     ("fashioniq", "val", "dress"): (2017, 3817),
     ("fashioniq", "val", "shirt"): (2038, 6346),
     ("fashioniq", "val", "toptee"): (1961, 5373),
@@ -258,6 +263,11 @@ class Benchmark:
     gallery: tuple[str, ...]
     images: ImageStore
 
+    @property
+    def title(self) -> str:
+        """'cirr val', 'fashioniq val dress'."""
+        return " ".join(part for part in (self.dataset, self.split, self.category) if part)
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -362,6 +372,39 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
     return Benchmark("cirr", split, None, tuple(queries), tuple(table), _store(images, places, table))
 
 
+def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, list[str]]:
+    """A file in the server's format, metric "recall" or "recall_subset" -> pairid -> names; UserError if it is not."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: {what}")
+
+    size = os.path.getsize(path)
+    require(size <= SERVER_LIMIT, f"{size:,} bytes, the server takes {SERVER_LIMIT:,}: write it without indentation")
+    record = read_json(path)
+    require(isinstance(record, dict), f"found a {type(record).__name__}, wanted an object of pairid: names")
+    for key, wanted in (("version", "rc2"), ("metric", metric)):
+        require(record.get(key) == wanted, f"{key} is {record.get(key)!r}, wanted {wanted!r}")
+    lists = {key: value for key, value in record.items() if key not in ("version", "metric")}
+    asked = {str(query.id): query for query in benchmark.queries}
+    for what, ids in (("lacks", asked.keys() - lists.keys()), ("has unknown", lists.keys() - asked.keys())):
+        require(not ids, f"{what} {len(ids)} of the {len(asked)} pairids of {benchmark.title}: {sorted(ids)[:3]}")
+    gallery = set(benchmark.gallery)
+    for pairid, query in asked.items():
+        names = lists[pairid]
+        strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        require(strings, f"pairid {pairid}: wanted a list of image names, found {str(names)[:80]}")
+        allowed = (gallery if metric == "recall" else set(query.members)) - {query.reference}
+        wanted = min(50 if metric == "recall" else 3, len(allowed))
+        require(len(names) == wanted, f"pairid {pairid}: {len(names)} names, wanted {wanted}")
+        require(len(set(names)) == len(names), f"pairid {pairid}: a name stands twice")
+        require(query.reference not in names, f"pairid {pairid}: lists the query's own reference {query.reference!r}")
+        stray = [name for name in names if name not in allowed]
+        place = "the gallery" if metric == "recall" else "the query's img_set"
+        require(not stray, f"pairid {pairid}: {stray[:1]} is not in {place}")
+    return lists
+
+
 def with_text(triplets: list[Triplet], file: str) -> list[Triplet]:
     """Generated triplets that say something; empty deltas are counted and left out, flagged ones counted and kept."""
     kept = [t for t in triplets if t.delta.strip()]
@@ -397,6 +440,43 @@ def write_cirr_captions(folder: str | os.PathLike, split: str, records: Iterable
     names = dict.fromkeys(name for triplet in written for name in triplet["img_set"]["members"])
     write_json(os.path.join(folder, "captions", f"cap.rc2.{split}.json"), written)
     write_json(os.path.join(folder, "image_splits", f"split.rc2.{split}.json"), {name: f"./{name}" for name in names})
+
+
+# ---- CIRCO ----
+def read_circo(root: str, split: str, images: str | Sequence[str] | None = None) -> Benchmark:
+    """CIRCO: annotations/{val,test}.json over COCO's 123,403 unlabelled images of 2017, all of which is the gallery.
+
+    `root` holds annotations/ and COCO2017_unlabeled/ as its authors lay them out. An image is named by its twelve
+    digits. A query's delta is its relative caption; extra holds "truths", all right answers, the target first.
+    """
+    coco = os.path.join(root, "COCO2017_unlabeled")
+    listing, info = _annotation(coco, "annotations", "image_info_unlabeled2017.json")
+    if not isinstance(info, dict):
+        raise UserError(f'{listing}: found {shown(info)}, wanted an object with "images"')
+    gallery = tuple(f"{_get(r, 'id', int, w):012d}" for w, r in _records(listing, info.get("images")))
+    _unique(gallery, listing, "image")
+    known = set(gallery)
+    path, records = _annotation(root, "annotations", f"{split}.json")
+    queries = []
+    for where, record in _records(path, records):
+        ids = record.get("gt_img_ids", [])
+        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+            raise UserError(f'{where}: "gt_img_ids" is {shown(ids)}, wanted a list of image ids')
+        truths = tuple(f"{i:012d}" for i in dict.fromkeys(ids))
+        target = f"{_get(record, 'target_img_id', int, where):012d}" if "target_img_id" in record else None
+        reference = f"{_get(record, 'reference_img_id', int, where):012d}"
+        for name in (reference, *truths, *(() if target is None else (target,))):
+            if name not in known:
+                raise UserError(f"{where}: image {name} is not in {listing}")
+        if target is not None and target not in truths:
+            raise UserError(f"{where}: target {target} is not among its gt_img_ids")
+        extra = {"truths": truths, "shared_concept": record.get("shared_concept", "")}
+        delta, id = _get(record, "relative_caption", str, where), _get(record, "id", int, where)
+        queries.append(Triplet(reference, target, delta, id, extra=extra))
+    _unique((query.id for query in queries), path, "id")
+    return Benchmark(
+        "circo", split, None, tuple(queries), gallery, _store(images, [os.path.join(coco, "unlabeled2017")])
+    )
 
 
 # ---- FashionIQ ----
@@ -711,6 +791,36 @@ def augment(
     moved = tuple(float(side * rng.uniform(-shift, shift)) for side in image.size)
     angle = rng.uniform(-degrees, degrees)
     return image.rotate(angle, Image.Resampling.BILINEAR, translate=moved, fillcolor=GREY)
+
+
+# ---- any benchmark ----
+def read_benchmarks(dataset: str, root: str, split: str, category: str, images: str, protocol: str) -> list[Benchmark]:
+    """One benchmark of CIRR (protocol "split" or "references") or CIRCO, or one a category of FashionIQ."""
+    if not root:
+        raise UserError("--root is empty; name the folder that holds the annotations")
+    if dataset == "circo":
+        return [read_circo(root, split, images or None)]
+    if dataset == "fashioniq":
+        chosen = FASHIONIQ_CATEGORIES if category == "all" else (category,)
+        return [read_fashioniq(root, split, one, images or None, protocol) for one in chosen]
+    benchmark = read_cirr(root, "test1" if split == "test" else split, images or None)
+    if protocol == "references":
+        references = {query.reference for query in benchmark.queries}
+        gallery = tuple(name for name in benchmark.gallery if name in references)
+        benchmark = replace(benchmark, gallery=gallery)
+    return [benchmark]
+
+
+def require_official(benchmark: Benchmark, protocol: str) -> None:
+    """Queries and gallery must be as many as published: UserError otherwise."""
+    found = (len(benchmark.queries), len(benchmark.gallery))
+    key = tuple(part for part in (benchmark.dataset, benchmark.split, benchmark.category) if part)
+    key += (protocol,) if protocol in ("val", "references") else ()
+    wanted = OFFICIAL.get(key)
+    if found != wanted:
+        has = f"{benchmark.title} ({protocol}): found {found[0]:,} queries and {found[1]:,} gallery images"
+        want = f"the published ones are {wanted[0]:,} and {wanted[1]:,}" if wanted else "no such split is published"
+        raise UserError(f"{has}, {want}; --official false for other data in the same layout")
 
 
 # ---- items to train a CIR model on ----

@@ -164,6 +164,13 @@ def table(rows: list, headers: list) -> Html:
     return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
+def text_table(rows: list[list], headers: list[str]) -> str:
+    """Aligned columns for a terminal."""
+    cells = [headers, *([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    return "\n".join("  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)) for row in cells)
+
+
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers inside [low, high]."""
     raw = (high - low) / count

@@ -130,8 +130,7 @@ class CirModel(nn.Module):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         here = {"local_files_only": os.path.isdir(backbone)}
-        found = transformers.AutoConfig.from_pretrained(backbone, **here).model_type
-        if found != (wanted := kind.config_class.model_type):
+        if (found := model_type(backbone)) != (wanted := kind.config_class.model_type):
             raise common.UserError(f"--backbone {backbone} is a {found} model, wanted {wanted}: fix it or --model")
         how |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True} | here
         self.backbone, info = kind.from_pretrained(backbone, **how)
@@ -337,6 +336,11 @@ class BlipTdm(CirModel):
         states, mask = self.ground(tokens, texts)
         logits = self.backbone.itm_head(states).float()  # (B, T, 2)
         return (logits * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def model_type(backbone: str) -> str:
+    """ "clip", "blip" or what else a folder or hub id holds."""
+    return transformers.AutoConfig.from_pretrained(backbone, local_files_only=os.path.isdir(backbone)).model_type
 
 
 def build_cir(

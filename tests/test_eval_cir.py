@@ -126,7 +126,7 @@ class Colours(torch.nn.Module):
         tokens = pixels.mean((2, 3)) - 0.4
         return tokens, torch.nn.functional.normalize(tokens, dim=1)
 
-    def compose(self, tokens, texts):
+    def compose(self, tokens, texts, backward=False):
         assert not self.training and len(tokens) == len(texts)
         steps = torch.tensor([[0.3 * ("+r" in t), 0.3 * ("+g" in t), 0.3 * ("+b" in t)] for t in texts])
         return torch.nn.functional.normalize(tokens + steps.to(tokens), dim=1)
@@ -217,7 +217,7 @@ def test_a_damaged_gallery_image_stops(world):
 
 def test_not_finite_stops(world):
     class Broken(Colours):
-        def compose(self, tokens, texts):
+        def compose(self, tokens, texts, backward=False):
             return super().compose(tokens, texts) * float("nan")
 
     with pytest.raises(common.UserError, match="8 query embeddings are not finite"):
@@ -355,7 +355,7 @@ def mutate(record: dict, benchmark: data.Benchmark, how: str) -> str:
     elif how == "not a list":
         record[str(query.id)] = "dev-1"
     elif how == "too large":
-        return json.dumps(record) + " " * eval_cir.SERVER_LIMIT
+        return json.dumps(record) + " " * data.SERVER_LIMIT
     elif how == "cut":
         return json.dumps(record)[:-20]
     elif how == "a list":
@@ -372,11 +372,11 @@ MUTATIONS += ",not a list,too large,cut,a list"
 def test_validator_refuses(sent, metric, how):
     benchmark, files = sent
     path, record = files[metric]
-    assert eval_cir.read_submission(path, benchmark, metric)  # valid before
+    assert data.read_submission(path, benchmark, metric)  # valid before
     path.write_text(mutate(record, benchmark, how))
     says = "own reference" if how == "reference" else ""
     with pytest.raises(common.UserError, match=f"{metric}.json.*{says}"):
-        eval_cir.read_submission(path, benchmark, metric)
+        data.read_submission(path, benchmark, metric)
 
 
 def test_scoring_a_file(sent):
@@ -400,7 +400,7 @@ def test_full_size_submission_fits_the_limit(shared, tmp_path):
     assert len(record) == 4148 + 2
     (tmp_path / "recall.json").write_text(json.dumps(record, indent=2))
     with pytest.raises(common.UserError, match="without indentation"):
-        eval_cir.read_submission(tmp_path / "recall.json", benchmark, "recall")
+        data.read_submission(tmp_path / "recall.json", benchmark, "recall")
 
 
 # ---- the real annotations ----
@@ -416,15 +416,15 @@ def test_full_size_submission_fits_the_limit(shared, tmp_path):
     ],
 )
 def test_published_counts(shared, dataset, split, protocol, queries, galleries):
-    found = eval_cir.read_benchmarks(dataset, str(shared / "data" / dataset), split, "all", "", protocol)
+    found = data.read_benchmarks(dataset, str(shared / "data" / dataset), split, "all", "", protocol)
     assert sum(len(b.queries) for b in found) == queries and [len(b.gallery) for b in found] == galleries
     for benchmark in found:
-        eval_cir.require_official(benchmark, protocol)
+        data.require_official(benchmark, protocol)
         at = eval_cir.index(benchmark, True)
         assert at.gallery == len(benchmark.gallery) and (at.target is None) == split.startswith("test")
         fewer = dataclasses.replace(benchmark, queries=benchmark.queries[1:])
         with pytest.raises(common.UserError, match="published"):
-            eval_cir.require_official(fewer, protocol)
+            data.require_official(fewer, protocol)
 
 
 def test_check_counts_and_stops(shared, monkeypatch, capsys):
