@@ -199,7 +199,7 @@ def turned(benchmark: data.Benchmark, text_file: str) -> data.Benchmark:
     if benchmark.dataset == "circo" or any(query.target is None for query in benchmark.queries):
         raise common.UserError(f"--reversed: {benchmark.title} has no single known target; take CIRR or FashionIQ val")
     triplets = data.read_triplets(text_file) if text_file else []
-    texts = {(t.reference, t.target): data.backs([t])[0] for t in triplets if data.backs([t])}
+    texts = {(t.reference, t.target): t.extra.get("reverse_delta") for t in triplets}
     queries = []
     for q in benchmark.queries:
         delta = texts.get((q.reference, q.target)) if text_file else q.delta
