@@ -412,7 +412,7 @@ def write_submission(
             subset[str(query.id)] = [at.names[i] for i in narrow]
             if benchmark.dataset == "circo":
                 ids[str(query.id)] = [int(at.names[i]) for i in wide]
-    for name, record in {"circo": ids} if ids else {"recall": full, "recall_subset": subset}.items():
+    for name, record in ({"circo": ids} if ids else {"recall": full, "recall_subset": subset}).items():
         path = os.path.join(folder, name + ".json")
         common.write_text(path, json.dumps(record, separators=(",", ":")))  # indented, recall.json would pass 5 MB
         if not ids:

@@ -1,11 +1,11 @@
-"""Bi-directional training, VDG's reversed texts, a bank of negatives, re-ranking: what each is worth on the demo's world.
+"""Bi-directional training, VDG's reversed texts, a bank, re-ranking: what each is worth on the embedded world.
 
     python demo/claims.py --demos out/demo,out/demo-seed-1,out/demo-seed-2      # after ./demo.sh for each of them
 
 Runs the stages with their public flags on the human triplets of each finished demo folder (its world, its tuned VDG,
 its BLIP_tdm checkpoint with auxiliary triplets) and writes OUT/claims.json and OUT/claims.md: mean over the folders,
-and the range. Recall is the mean of R@1, R@5 and R@10 in percent on val; the training step is chosen on dev by *forward*
-queries. What is there already is not run again. Three kinds of queries:
+and the range. Recall is the mean of R@1, R@5 and R@10 in percent on val; the training step is chosen on dev, by
+forward queries. What is there already is not run again. Three kinds of queries:
 
     forward            reference + human text -> target
     backward           target + [BACKWARD] + the same human text -> reference (a model without directions: text alone)
