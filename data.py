@@ -523,6 +523,36 @@ def read_fashioniq(
     return Benchmark("fashioniq", split, category, tuple(queries), tuple(gallery), _store(images, places))
 
 
+# ---- any benchmark ----
+def read_benchmarks(dataset: str, root: str, split: str, category: str, images: str, protocol: str) -> list[Benchmark]:
+    """One benchmark of CIRR (protocol "split" or "references") or CIRCO, or one a category of FashionIQ."""
+    if not root:
+        raise UserError("--root is empty; name the folder that holds the annotations")
+    if dataset == "circo":
+        return [read_circo(root, split, images or None)]
+    if dataset == "fashioniq":
+        chosen = FASHIONIQ_CATEGORIES if category == "all" else (category,)
+        return [read_fashioniq(root, split, one, images or None, protocol) for one in chosen]
+    benchmark = read_cirr(root, "test1" if split == "test" else split, images or None)
+    if protocol == "references":
+        references = {query.reference for query in benchmark.queries}
+        gallery = tuple(name for name in benchmark.gallery if name in references)
+        benchmark = replace(benchmark, gallery=gallery)
+    return [benchmark]
+
+
+def require_official(benchmark: Benchmark, protocol: str) -> None:
+    """Queries and gallery must be as many as published: UserError otherwise."""
+    found = (len(benchmark.queries), len(benchmark.gallery))
+    key = tuple(part for part in (benchmark.dataset, benchmark.split, benchmark.category) if part)
+    key += (protocol,) if protocol in ("val", "references") else ()
+    wanted = OFFICIAL.get(key)
+    if found != wanted:
+        has = f"{benchmark.title} ({protocol}): found {found[0]:,} queries and {found[1]:,} gallery images"
+        want = f"the published ones are {wanted[0]:,} and {wanted[1]:,}" if wanted else "no such split is published"
+        raise UserError(f"{has}, {want}; --official false for other data in the same layout")
+
+
 # ---- other files ----
 def read_chat(path: str | os.PathLike) -> list[Caption]:
     """LLaVA's chat.json: one picture, one instruction with <image> before or after it, one caption a record."""
@@ -580,6 +610,100 @@ def training_triplets(
     return triplets, benchmarks[0].images
 
 
+# ---- items to train a CIR model on ----
+class Item(NamedTuple):
+    """A triplet to train on; images as (store, name), deltas in groups: a group is drawn, then one of it."""
+
+    reference: tuple[int, str]
+    target: tuple[int, str]
+    deltas: tuple[tuple[str, ...], ...]
+    back: tuple[str, ...] = ()  # texts that lead from the target back to the reference, where VDG wrote any
+
+
+class Draw(NamedTuple):
+    """An item of one step, with the key of its randomness."""
+
+    reference: tuple[int, str]
+    target: tuple[int, str]
+    delta: str
+    key: tuple[int, int, int]  # stream (0 human, 1 auxiliary), epoch, item
+    back: str = ""
+
+
+def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
+    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
+    if dataset != "fashioniq":
+        return (triplet.delta,)
+    one, two = triplet.alternatives
+    alone = (text.strip(".?, ").capitalize() for text in (one, two))
+    return join_captions(one, two), join_captions(two, one), *alone
+
+
+def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
+    """The reverse_delta of each that has one which says something."""
+    texts = ((t.extra or {}).get("reverse_delta") for t in triplets)
+    return tuple(text for text in texts if isinstance(text, str) and text.strip())
+
+
+def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet]) -> list[Item]:
+    """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn)."""
+    also: dict[tuple[str, str], list[Triplet]] = {}
+    for t in generated:
+        also.setdefault((t.reference, t.target), []).append(t)
+    items = []
+    for t in triplets:
+        groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
+        if dataset == "jsonl" and t.alternatives:
+            groups.append(t.alternatives[1:])  # the VDG release's [human, generated]
+        if same:
+            groups.append(tuple(other.delta for other in same))
+        items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same])))
+    without = sum((t.reference, t.target) not in also for t in triplets)
+    if generated and without == len(triplets):
+        raise UserError("--same_pairs: none of its (reference, target) pairs is a human triplet's; wrong file?")
+    if generated and without:
+        common.say(f"{without:,} of {len(triplets):,} human triplets have no generated delta in --same_pairs")
+    return items
+
+
+def training_items(
+    dataset: str, root: str, split: str, images: str, same_pairs: str, pseudo: str, pseudo_images: str, human: bool
+) -> tuple[list[ImageStore], list[list[Item]]]:
+    """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
+    stores, streams = [ImageStore([]), ImageStore([])], [[], []]
+    if human:
+        if not root:
+            raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
+        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
+        same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
+        streams[0] = human_items(triplets, dataset, same)
+    if pseudo:
+        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
+        kept = with_text(triplets, pseudo)
+        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept]
+    for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
+        if wanted and not items:
+            raise UserError(f"{file} holds no triplet to train on")
+    if not human and not pseudo:
+        raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
+    return stores, streams
+
+
+def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> list[Draw]:
+    """A step's global batch: a function of its arguments alone, so resume needs no state and every rank knows all."""
+    per_epoch = len(items) // batch  # the last, short batch of an epoch is left out: another each epoch
+    epoch, at = divmod(step, per_epoch)
+    draws = []
+    for i in _order_of(len(items), seed + stream, epoch)[at * batch : (at + 1) * batch]:
+        rng = common.rng(seed, "delta", stream, epoch, i)
+        group = items[i].deltas[rng.integers(len(items[i].deltas))]
+        delta = group[rng.integers(len(group))]
+        back = items[i].back[rng.integers(len(items[i].back))] if items[i].back else ""
+        draws.append(Draw(items[i].reference, items[i].target, delta, (stream, epoch, i), back))
+    return draws
+
+
+# ---- what is there ----
 def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
@@ -595,17 +719,20 @@ def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str)
     return kept
 
 
+def names_of(benchmark: Benchmark) -> list[str]:
+    """Every image of a benchmark, once: the gallery, then references, targets and members outside it."""
+    asked = [(q.reference, q.target, *(q.members or ())) for q in benchmark.queries]
+    return list(dict.fromkeys([*benchmark.gallery, *(name for names in asked for name in names if name is not None)]))
+
+
 def check_report(what: Benchmark | Iterable[str], images: ImageStore | None = None) -> tuple[str, bool]:
     """One line for --check: images expected, present, unreadable, missing, with first names; and whether all is well.
 
     Looks at headers and checksums only: a JPEG that is cut short shows when it is decoded.
     """
-    names = what
     if isinstance(what, Benchmark):
-        images = images or what.images
-        asked = (name for query in what.queries for name in (query.reference, query.target) if name is not None)
-        names = (*what.gallery, *asked)
-    names, missing, unreadable = list(dict.fromkeys(names)), [], []
+        images, what = images or what.images, names_of(what)
+    names, missing, unreadable = list(dict.fromkeys(what)), [], []
     for name in names:
         try:
             path = images.find(name)
@@ -623,6 +750,34 @@ def check_report(what: Benchmark | Iterable[str], images: ImageStore | None = No
     if unreadable:
         text += f"; first unreadable: {unreadable[0]}"
     return text, not missing and not unreadable
+
+
+def check_benchmarks(benchmarks: list[Benchmark]) -> str:
+    """Prints expected, present and unreadable images; returns one line of complaint, empty when all are there."""
+    bad = []
+    for benchmark in benchmarks:
+        text, ok = check_report(benchmark)
+        counts = f"{len(benchmark.queries):,} queries, {len(benchmark.gallery):,} gallery images"
+        common.say(f"{benchmark.title}: {counts}; {text}")
+        if not ok:
+            bad.append((benchmark.title, benchmark.images.missing(names_of(benchmark))))
+    if len(benchmarks) > 1:
+        common.say(f"together: {sum(len(benchmark.queries) for benchmark in benchmarks):,} queries")
+    named = "; ".join(f"{title}: " + (f"first {m[0]!r}" if m else "unreadable files") for title, m in bad)
+    count = sum(len(missing) for _, missing in bad)
+    return f"{count:,} images missing ({named}); add them or name their folder with --images" if bad else ""
+
+
+def check_items(stores: list[ImageStore], streams: list[list[Item]], benchmarks: list[Benchmark]) -> None:
+    """Prints what there is to train on and to measure; UserError if an image is missing or unreadable."""
+    reports = [check_report(benchmark) for benchmark in benchmarks]
+    for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True):
+        if items:
+            text, ok = check_report([name for item in items for _, name in (item.reference, item.target)], store)
+            reports.append((f"{what}: {len(items):,} triplets; {text}", ok))
+    common.say("\n".join(text for text, _ in reports))
+    if not all(ok for _, ok in reports):
+        raise UserError("images missing or unreadable, see above; fetch them or fix --images / --pseudo_images")
 
 
 # ---- picture -> tensor, as the checkpoint wants it ----
@@ -791,129 +946,6 @@ def augment(
     moved = tuple(float(side * rng.uniform(-shift, shift)) for side in image.size)
     angle = rng.uniform(-degrees, degrees)
     return image.rotate(angle, Image.Resampling.BILINEAR, translate=moved, fillcolor=GREY)
-
-
-# ---- any benchmark ----
-def read_benchmarks(dataset: str, root: str, split: str, category: str, images: str, protocol: str) -> list[Benchmark]:
-    """One benchmark of CIRR (protocol "split" or "references") or CIRCO, or one a category of FashionIQ."""
-    if not root:
-        raise UserError("--root is empty; name the folder that holds the annotations")
-    if dataset == "circo":
-        return [read_circo(root, split, images or None)]
-    if dataset == "fashioniq":
-        chosen = FASHIONIQ_CATEGORIES if category == "all" else (category,)
-        return [read_fashioniq(root, split, one, images or None, protocol) for one in chosen]
-    benchmark = read_cirr(root, "test1" if split == "test" else split, images or None)
-    if protocol == "references":
-        references = {query.reference for query in benchmark.queries}
-        gallery = tuple(name for name in benchmark.gallery if name in references)
-        benchmark = replace(benchmark, gallery=gallery)
-    return [benchmark]
-
-
-def require_official(benchmark: Benchmark, protocol: str) -> None:
-    """Queries and gallery must be as many as published: UserError otherwise."""
-    found = (len(benchmark.queries), len(benchmark.gallery))
-    key = tuple(part for part in (benchmark.dataset, benchmark.split, benchmark.category) if part)
-    key += (protocol,) if protocol in ("val", "references") else ()
-    wanted = OFFICIAL.get(key)
-    if found != wanted:
-        has = f"{benchmark.title} ({protocol}): found {found[0]:,} queries and {found[1]:,} gallery images"
-        want = f"the published ones are {wanted[0]:,} and {wanted[1]:,}" if wanted else "no such split is published"
-        raise UserError(f"{has}, {want}; --official false for other data in the same layout")
-
-
-# ---- items to train a CIR model on ----
-class Item(NamedTuple):
-    """A triplet to train on; images as (store, name), deltas in groups: a group is drawn, then one of it."""
-
-    reference: tuple[int, str]
-    target: tuple[int, str]
-    deltas: tuple[tuple[str, ...], ...]
-    back: tuple[str, ...] = ()  # texts that lead from the target back to the reference, where VDG wrote any
-
-
-class Draw(NamedTuple):
-    """An item of one step, with the key of its randomness."""
-
-    reference: tuple[int, str]
-    target: tuple[int, str]
-    delta: str
-    key: tuple[int, int, int]  # stream (0 human, 1 auxiliary), epoch, item
-    back: str = ""
-
-
-def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
-    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
-    if dataset != "fashioniq":
-        return (triplet.delta,)
-    one, two = triplet.alternatives
-    alone = (text.strip(".?, ").capitalize() for text in (one, two))
-    return join_captions(one, two), join_captions(two, one), *alone
-
-
-def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
-    """The reverse_delta of each that has one which says something."""
-    texts = ((t.extra or {}).get("reverse_delta") for t in triplets)
-    return tuple(text for text in texts if isinstance(text, str) and text.strip())
-
-
-def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet]) -> list[Item]:
-    """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn)."""
-    also: dict[tuple[str, str], list[Triplet]] = {}
-    for t in generated:
-        also.setdefault((t.reference, t.target), []).append(t)
-    items = []
-    for t in triplets:
-        groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
-        if dataset == "jsonl" and t.alternatives:
-            groups.append(t.alternatives[1:])  # the VDG release's [human, generated]
-        if same:
-            groups.append(tuple(other.delta for other in same))
-        items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same])))
-    without = sum((t.reference, t.target) not in also for t in triplets)
-    if generated and without == len(triplets):
-        raise UserError("--same_pairs: none of its (reference, target) pairs is a human triplet's; wrong file?")
-    if generated and without:
-        common.say(f"{without:,} of {len(triplets):,} human triplets have no generated delta in --same_pairs")
-    return items
-
-
-def training_items(
-    dataset: str, root: str, split: str, images: str, same_pairs: str, pseudo: str, pseudo_images: str, human: bool
-) -> tuple[list[ImageStore], list[list[Item]]]:
-    """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
-    stores, streams = [ImageStore([]), ImageStore([])], [[], []]
-    if human:
-        if not root:
-            raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
-        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
-        same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
-        streams[0] = human_items(triplets, dataset, same)
-    if pseudo:
-        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
-        kept = with_text(triplets, pseudo)
-        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept]
-    for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
-        if wanted and not items:
-            raise UserError(f"{file} holds no triplet to train on")
-    if not human and not pseudo:
-        raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
-    return stores, streams
-
-
-def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> list[Draw]:
-    """A step's global batch: a function of its arguments alone, so resume needs no state and every rank knows all."""
-    per_epoch = len(items) // batch  # the last, short batch of an epoch is left out: another each epoch
-    epoch, at = divmod(step, per_epoch)
-    draws = []
-    for i in _order_of(len(items), seed + stream, epoch)[at * batch : (at + 1) * batch]:
-        rng = common.rng(seed, "delta", stream, epoch, i)
-        group = items[i].deltas[rng.integers(len(items[i].deltas))]
-        delta = group[rng.integers(len(group))]
-        back = items[i].back[rng.integers(len(items[i].back))] if items[i].back else ""
-        draws.append(Draw(items[i].reference, items[i].target, delta, (stream, epoch, i), back))
-    return draws
 
 
 # ---- order and batches ----

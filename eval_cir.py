@@ -496,10 +496,7 @@ def search(model, reference: str, text: str, folder: str, key: str, top: int, k:
     found = [(os.path.join(folder, names[j]), f"{n} · {names[j]}") for n, j in enumerate(order[0, :top].tolist(), 1)]
     for n, j in enumerate(order[0, :top].tolist(), 1):
         common.say(f"{n:3d}  {scores[0, j]:.4f}  {names[j]}")
-    ask = (reference, f"reference: {text}")
-    pages.contact_sheet([[ask, *found[:5]], found[5:]] if len(found) > 5 else [[ask, *found]], f"{out}/query.png")
-    panel = pages.panel((reference, name), text, found)
-    common.write_text(f"{out}/query.html", pages.page("What the model found", [(f"In {folder}", panel)]))
+    pages.write_answer(reference, text, found, out, f"In {folder}")
     common.say(f"wrote {out}/query.png and query.html")
 
 
@@ -510,23 +507,6 @@ def one_of(flag: str, value: str, *allowed: str) -> None:
     """UserError for a flag with another value."""
     if value not in allowed:
         raise common.UserError(f"--{flag} is {value!r}; wanted one of {', '.join(allowed)}")
-
-
-def check(benchmarks: list[data.Benchmark], keep_reference: bool) -> str:
-    """Prints expected, present and unreadable images; returns one line of complaint, empty when all are there."""
-    bad = []
-    for benchmark in benchmarks:
-        at = index(benchmark, keep_reference)
-        text, ok = data.check_report(at.names, benchmark.images)
-        counts = f"{len(benchmark.queries):,} queries, {at.gallery:,} gallery images"
-        common.say(f"{benchmark.title}: {counts}; {text}")
-        if not ok:
-            bad.append((benchmark, benchmark.images.missing(at.names)))
-    if len(benchmarks) > 1:
-        common.say(f"together: {sum(len(benchmark.queries) for benchmark in benchmarks):,} queries")
-    named = "; ".join(f"{b.title}: " + (f"first {m[0]!r}" if m else "unreadable files") for b, m in bad)
-    count = sum(len(missing) for _, missing in bad)
-    return f"{count:,} images missing ({named}); add them or name their folder with --images" if bad else ""
 
 
 # ---- what is shown ----
@@ -644,7 +624,7 @@ def main() -> None:
     ways += [(f"texts of {REVERSE_TEXT}", REVERSE_TEXT), (f"first {RERANK} re-ranked by the tdm head", RERANK)]
     says = protocol_of(DATASET, protocol, KEEP_REFERENCE, tuple(text for text, on in ways if on))
     benchmarks = data.read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, protocol)
-    complaint = check(benchmarks, KEEP_REFERENCE) if CHECK else ""
+    complaint = data.check_benchmarks(benchmarks) if CHECK else ""
     if OFFICIAL:
         for benchmark in benchmarks:
             data.require_official(benchmark, protocol)

@@ -428,10 +428,8 @@ def draw_candidates(target, c, images: list, tau: float, count: int, generator: 
         return (own[:, None] + own) % len(own)  # each row starts with itself
     z = similarity(target, c, images, tau).T  # (B, B): delta i, target j
     count = min(count, int((z > -math.inf).sum(1).min()))
-    noise = (
-        torch.empty_like(z).exponential_(generator=generator).log()
-    )  # z - log Exp: the first k are k draws of softmax
-    return torch.cat([own[:, None], (z - noise).topk(count, dim=1).indices], dim=1)
+    z -= torch.empty_like(z).exponential_(generator=generator).log()  # the top k are k draws from the softmax
+    return torch.cat([own[:, None], z.topk(count, dim=1).indices], dim=1)
 
 
 def tdm_loss(
@@ -439,7 +437,8 @@ def tdm_loss(
 ) -> torch.Tensor:
     """Eq. 3 for the rows `own` of the global batch: cross entropies of (target, delta), (hard target, delta), (target,
     hard delta); tokens (G, P, D) and deltas of the whole batch, as hard negatives lie anywhere in it."""
-    mine = [(int(r), int(t), int(d)) for r, t, d in zip(*negatives, strict=True) if int(r) in set(own)]
+    here = set(own)
+    mine = [row for row in zip(*(part.tolist() for part in negatives), strict=True) if row[0] in here]
     image = own + [t for _, t, _ in mine] + [r for r, _, _ in mine]
     text = own + [r for r, _, _ in mine] + [d for _, _, d in mine]
     matched = (torch.arange(len(image), device=tokens.device) < len(own)).long()
@@ -452,27 +451,6 @@ def tdm_loss(
 def image_jobs(draws: list[data.Draw]) -> list[tuple]:
     """References, then targets: ((store, name), key of the augmentation)."""
     return [(d.reference, ("reference", *d.key)) for d in draws] + [(d.target, ("target", *d.key)) for d in draws]
-
-
-def read_validation(dataset: str, root: str, split: str, images: str) -> list[data.Benchmark]:
-    """The labelled split measured while training: CIRR's, or FashionIQ's three categories."""
-    if dataset == "cirr":
-        return [data.read_cirr(root, split, images or None)]
-    if dataset == "fashioniq":
-        return [data.read_fashioniq(root, split, category, images or None) for category in data.FASHIONIQ_CATEGORIES]
-    raise common.UserError(f"--val_split {split}: triplets of --dataset {dataset} have no gallery to measure recall in")
-
-
-def check(stores: list[data.ImageStore], streams: list[list[data.Item]], benchmarks: list[data.Benchmark]) -> None:
-    """Prints what is there; UserError if an image is missing or unreadable."""
-    reports = [data.check_report(benchmark) for benchmark in benchmarks]
-    for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True):
-        if items:
-            text, ok = data.check_report([name for item in items for _, name in (item.reference, item.target)], store)
-            reports.append((f"{what}: {len(items):,} triplets; {text}", ok))
-    common.say("\n".join(text for text, _ in reports))
-    if not all(ok for _, ok in reports):
-        raise common.UserError("images missing or unreadable, see above; fetch them or fix --images / --pseudo_images")
 
 
 def cache_views(model: nn.Module, images: list[tuple], views: int, load, batch: int, device) -> dict[tuple, list]:
@@ -503,9 +481,14 @@ def main() -> None:
     device, dtype = world.device, common.pick_dtype(DTYPE, world.device)
     # ---- what there is to train on, checked before a model loads
     stores, streams = data.training_items(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
-    benchmarks = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES) if VAL_SPLIT else []
+    benchmarks = []
+    if VAL_SPLIT:
+        if DATASET == "jsonl":
+            raise common.UserError(f"--val_split {VAL_SPLIT}: triplets of --dataset jsonl have no gallery to search")
+        protocol = "original" if DATASET == "fashioniq" else "split"
+        benchmarks = data.read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol)
     if CHECK:
-        return check(stores, streams, benchmarks)
+        return data.check_items(stores, streams, benchmarks)
     for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
             raise common.UserError(f"--val_split {VAL_SPLIT}: {len(missing):,} images missing, first {missing[0]!r}")
@@ -525,12 +508,11 @@ def main() -> None:
     if REVERSED_TEXT not in ("token", "delta"):
         raise common.UserError(f"--reversed_text {REVERSED_TEXT}: wanted token or delta")
     token, tdm_on = REVERSED_TEXT == "token", MODEL == "blip_tdm" and TDM
-    back = sum(bool(item.back) for _, items in sources for item in items)
     if BIDIRECTIONAL and not token:
-        total = sum(len(items) for _, items in sources)
-        if not back:
+        have = [bool(item.back) for _, items in sources for item in items]
+        if not any(have):
             raise common.UserError("--reversed_text delta: no triplet has a reverse_delta (gen_deltas.py --reverse)")
-        common.say(f"{back:,} of {total:,} triplets have a reverse_delta; the others have no reversed loss")
+        common.say(f"{sum(have):,} of {len(have):,} triplets have a reverse_delta; the others have no reversed loss")
 
     # ---- model
     backbone = os.path.abspath(BACKBONE) if os.path.isdir(BACKBONE) else BACKBONE or HUB.get(MODEL, "")
@@ -618,7 +600,6 @@ def main() -> None:
                     ahead = pool.map(load_one, jobs_of(step + 1))
                 tokens, encoded = model.tokens(pixels), len(pixels)
             reference, target = tokens.chunk(2)
-            # (B + B', d), encoded once for both terms
             x, c = model.target(target), model.compose(reference, [deltas[i] for i in own])
         fresh = None  # the bank without the targets of this batch: they are rows already, augmented
         if BANK:
@@ -628,7 +609,7 @@ def main() -> None:
         loss_of = functools.partial(l_tcc_ranks, tau=tau, alpha=ALPHA, beta=beta, bank=fresh)
         n = BATCH if TRIPLETS else 0
         tcc = loss_of(x, c, n) if CONCAT or len(sources) == 1 else loss_of(x[:n], c[:n], n) + loss_of(x[n:], c[n:], 0)
-        # L_tdm and L_rev: the rank's own rows, against the images of all; negatives drawn outside autocast, in fp32
+        # L_tdm and L_rev, of this rank's rows, against the images of all; negatives drawn outside autocast, in fp32
         if tdm_on or BIDIRECTIONAL:
             xs, cs, everyones = everywhere(x.detach()), everywhere(c.detach()), everywhere(target)
         noise = common.generator("step", SEED, step, 0)  # the same on every rank: so are the negatives
@@ -665,18 +646,11 @@ def main() -> None:
         if done % LOG_EVERY == 0 or done == steps:
             took = time.perf_counter() - clock
             tcc, tdm, rev = (common.all_sum(loss) for loss in (tcc, tdm, rev))
-            record = {"tcc": float(tcc)} | ({"tdm": float(tdm)} if tdm_on else {})
-            record |= ({"rev": float(rev)} if BIDIRECTIONAL else {}) | {"images": int(common.all_sum(encoded))}
+            record = {"step": done, "loss": float(tcc + tdm + BIDIRECTIONAL * rev), "tcc": float(tcc)}
+            record |= ({"tdm": float(tdm)} if tdm_on else {}) | ({"rev": float(rev)} if BIDIRECTIONAL else {})
+            record |= {"lr": lr, "norm": float(norm), "tau": tau.item(), "images": int(common.all_sum(encoded))}
             speed = {"items_per_s": round(seen / took, 2), "eta_s": round(took / (done - start) * (steps - done))}
-            log.write(
-                step=done,
-                loss=float(tcc + tdm + BIDIRECTIONAL * rev),
-                **record,
-                lr=lr,
-                norm=float(norm),
-                tau=tau.item(),
-                **speed,
-            )
+            log.write(**record, **speed)
         if benchmarks and (done % VAL_EVERY == 0 or done == steps):
             found = [evaluate(model, b, BATCH, device, dtype, workers=WORKERS) for b in benchmarks]
             recall = {name: sum(f[name] for f in found) / len(found) for name in found[0]}  # FashionIQ: mean of three

@@ -572,9 +572,7 @@ def test_circo(monkeypatch, tmp_path, capsys):
         assert found[f"mAP@{k}"] == pytest.approx(wanted, abs=1e-4)
         assert found[f"R@{k}"] == pytest.approx(100 * np.mean([q.target in order[:k] for order, q in pairs]))
     assert "unlabelled images, the reference kept in it" in capsys.readouterr().out
-    with pytest.raises(
-        common.UserError, match="4 queries and 12 gallery images, the published.* 220 and 123,403"
-    ):
+    with pytest.raises(common.UserError, match="4 queries and 12 gallery images, the published.* 220 and 123,403"):
         run_stage(monkeypatch, tmp_path, ROOT=str(root), DATASET="circo", OFFICIAL=True, DEVICE="cpu")
     hidden = write_circo(tmp_path / "hidden", "test", labelled=False)
     run_stage(monkeypatch, tmp_path, ROOT=str(hidden), DATASET="circo", SPLIT="test", OFFICIAL=False, DEVICE="cpu")
