@@ -30,7 +30,7 @@ from transformers import AutoConfig, CLIPVisionModelWithProjection, ResNetModel
 
 import data
 import pages
-from kernels.similarity_topk import exact_dot, similarity_topk
+from kernels.similarity_topk import exact_dot, exact_topk
 
 # ---- gallery ----
 IMAGES = "images"  # folder of the unlabelled pictures, searched recursively; names in every output are relative to it
@@ -55,7 +55,7 @@ SHOW = 24  # subgroups on the contact sheet
 SEED = 0  # which subgroups the contact sheet shows; mining itself draws nothing
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 WORKERS = 8  # threads that read and decode pictures
-BLOCK = 1024  # anchors whose neighbours are searched at a time
+BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU
 CHECK = False  # only look at the pictures: counts of expected, present and unreadable ones, then stop
 
 
@@ -268,13 +268,6 @@ def load_embeddings(out: str) -> Tensor:
 
 
 # ---- subgroups ----
-def neighbours(embeddings: Tensor, rows: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 cosines and indices (B, K) of the pictures most similar to each of `rows`, itself left out."""
-    queries = embeddings[rows]
-    _, indices = similarity_topk(queries, embeddings, min(top_k, len(embeddings) - 1), exclude=rows)
-    return exact_dot(queries[:, None], embeddings[indices]).cpu().numpy(), indices.cpu().numpy()
-
-
 def choose(scores: np.ndarray, max_score: float, min_gap: float, count: int) -> list[int]:
     """Positions of the members taken from an anchor's descending scores, at most `count` [S3.2]."""
     chosen = []
@@ -289,22 +282,24 @@ def choose(scores: np.ndarray, max_score: float, min_gap: float, count: int) -> 
 
 
 def candidates(
-    embeddings: Tensor, rows: list[int], top_k: int, max_score: float, min_gap: float, group: int, block: int
+    embeddings: Tensor, rows: range, top_k: int, max_score: float, min_gap: float, group: int, block: int
 ) -> tuple[list, Counter]:
-    """[(members, scores)] of the anchors `rows` that find enough of them, and why the others do not."""
+    """[(members, scores)] of the anchors `rows` that find enough of them, and why the others do not. Scores are float64
+    cosines with the pictures most similar to the anchor, itself left out."""
+    whole = len(rows) == len(embeddings)  # the search then computes each pair once, not twice
+    queries = embeddings if whole else embeddings[rows.start : rows.stop]
+    itself = torch.arange(rows.start, rows.stop, device=embeddings.device)
+    top_k = max(1, min(top_k, len(embeddings) - 1))
+    nearest = exact_topk(queries, embeddings, top_k, itself, block, lambda tiles: common.progress(tiles, "search"))
     found, discarded = [], Counter()
-    for start in common.progress(range(0, len(rows), block), "search"):
-        anchors = rows[start : start + block]
-        for anchor, scores, indices in zip(
-            anchors, *neighbours(embeddings, torch.tensor(anchors, device=embeddings.device), top_k), strict=True
-        ):
-            chosen = choose(scores, max_score, min_gap, group - 1)
-            if len(chosen) == group - 1:
-                found.append(([anchor, *indices[chosen].tolist()], [1.0, *scores[chosen].tolist()]))
-            elif (scores > max_score).all():
-                discarded["all neighbours are near duplicates"] += 1
-            else:
-                discarded["too few neighbours left"] += 1
+    for anchor, scores, indices in zip(rows, *(part.cpu().numpy() for part in nearest), strict=True):
+        chosen = choose(scores, max_score, min_gap, group - 1)
+        if len(chosen) == group - 1:
+            found.append(([anchor, *indices[chosen].tolist()], [1.0, *scores[chosen].tolist()]))
+        elif len(embeddings) > 1 and (scores > max_score).all():
+            discarded["all neighbours are near duplicates"] += 1
+        else:
+            discarded["too few neighbours left"] += 1
     return found, discarded
 
 
@@ -392,10 +387,7 @@ def main() -> None:
     common.say(f"embeddings of {len(names):,} pictures: {'written' if fresh else 'reused'} ({OUT}/embeddings.npy)")
     embeddings = load_embeddings(OUT).to(world.device)
     anchors = range(len(names) * world.rank // world.size, len(names) * (world.rank + 1) // world.size)
-    if len(names) > 1:
-        searched = candidates(embeddings, list(anchors), TOP_K, MAX_SCORE, MIN_GAP, GROUP, BLOCK)
-    else:
-        searched = [], Counter({"too few neighbours left": len(anchors)})
+    searched = candidates(embeddings, anchors, TOP_K, MAX_SCORE, MIN_GAP, GROUP, BLOCK)
     searched = common.gather_objects(searched)  # in rank order, hence in anchor order
     if world.rank != 0:
         return

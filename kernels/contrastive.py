@@ -42,11 +42,41 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kernels.similarity_topk import full_precision
+from kernels.similarity_topk import INTERPRET, full_precision
 
-BLOCK = 1 << 21  # logits held at a time (8 MiB of fp32, four such arrays)
+BLOCK = 1 << 21  # logits held at a time on CPU (8 MiB of fp32, four such arrays)
+STRIP = 1 << 27  # logits held at a time by the Triton path above D = 256 (512 MiB of fp32)
+STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
+
+# Tiles by compute capability: rows, columns, (depth,) warps, stages. Fixed, so that all ranks sum alike. [ours] Not
+# measured yet: chosen so that they compile for that GPU within its shared memory and without spilling registers.
+TILES = {
+    (8, 0): {
+        "sums": (128, 128, 32, 8, 3),
+        "sums fp32": (64, 64, 32, 8, 2),  # no tensor cores: every product goes through the registers
+        "flash": (64, 64, 8, 1),
+        "flash fp32": (32, 32, 8, 1),
+        "strip": (16, 128, 4, 1),
+    },
+    (9, 0): {
+        "sums": (128, 128, 64, 8, 3),
+        "sums fp32": (64, 64, 32, 8, 2),
+        "flash": (64, 64, 8, 2),
+        "flash fp32": (32, 32, 8, 1),
+        "strip": (16, 128, 4, 1),
+    },
+}
+OTHER_TILES = {  # any other GPU, and the interpreter
+    "sums": (32, 64, 32, 4, 2),
+    "sums fp32": (32, 64, 32, 4, 2),
+    "flash": (32, 32, 8, 1),
+    "flash fp32": (32, 32, 8, 1),
+    "strip": (16, 64, 4, 1),
+}
 
 # ---- reference ----
 
@@ -73,9 +103,9 @@ def hn_nce_reference(x, c, positive, tau, alpha=1.0, beta=0.0, detach_weights=Fa
 # below first_row and columns below first_column are the first group, whose sub-block is a loss of its own.
 
 
-def _blocks(edges: list[int], columns: int) -> list[slice]:
-    """Blocks of rows, none of which crosses an edge."""
-    block = max(1, BLOCK // columns)
+def _blocks(edges: list[int], columns: int, held: int) -> list[slice]:
+    """Blocks of rows with at most `held` logits, none of which crosses an edge."""
+    block = max(1, held // columns)
     spans = zip(edges, edges[1:], strict=False)
     return [slice(at, min(at + block, end)) for start, end in spans for at in range(start, end, block)]
 
@@ -110,7 +140,7 @@ def _statistics(x, c, label, bank: int, first_row: int, first_column: int, scale
     and of each column within either group of rows (2 groups, 3, M)."""
     nothing = x.new_tensor([torch.finfo(x.dtype).min, 0, 0])[:, None]
     rows, columns = (nothing.expand(2, 3, n).clone() for n in (len(x), len(c)))
-    for part in _blocks([0, bank, first_row, len(x)], len(c)):
+    for part in _blocks([0, bank, first_row, len(x)], len(c), BLOCK):
         s = (x[part] @ c.T).mul_(scale)
         if part.start >= bank:
             s[torch.arange(len(s), device=s.device), label[part]] = -torch.inf
@@ -143,7 +173,7 @@ def _gradient(x, c, label, bank: int, first_row: int, first_column: int, scale: 
     sub-block. own (R - bank,): dL/ds at the positives."""
     of_rows, of_columns = vectors
     dx, dc = x.new_empty(len(x) - bank, x.size(1)), torch.zeros_like(c)
-    for part in _blocks([0, bank, first_row, len(x)], len(c)):
+    for part in _blocks([0, bank, first_row, len(x)], len(c), BLOCK):
         g = (x[part] @ c.T).mul_(scale)
         for group, cut in enumerate((slice(0, first_column), slice(first_column, len(c)))):
             inside = int(part.start < first_row and group == 0)
@@ -159,6 +189,270 @@ def _gradient(x, c, label, bank: int, first_row: int, first_column: int, scale: 
             torch.mm(g, c, out=dx[rows])
         dc.addmm_(g.T, x[part])
     return dx.mul_(scale), dc.mul_(scale)
+
+
+# ---- Triton ----
+# Both kernels see a matrix of rows and one of columns, each in two groups; no tile crosses from one group to the other,
+# so that a tile lies inside the sub-block or outside.
+
+
+@triton.jit
+def _span(tile, begin, first, end, size):
+    """Where a tile of [begin, first) and [first, end) starts, where its group ends, and whether that is the first."""
+    tiles = tl.cdiv(first - begin, size)
+    in_first = tile < tiles
+    start = tl.where(in_first, begin + tile * size, first + (tile - tiles) * size)
+    return start, tl.where(in_first, first, end), in_first
+
+
+@triton.jit
+def _load(matrix, index, limit, k, d):
+    """Rows `index` and columns k of an (n, d) matrix; zero beyond limit and d."""
+    at = matrix + index.to(tl.int64)[:, None] * d + k[None, :]  # n x d may exceed int32
+    return tl.load(at, mask=(index < limit)[:, None] & (k < d)[None, :], other=0.0)
+
+
+@triton.jit
+def _tile_of_logits(
+    rows, columns, row, row_end, column, column_end, scale, d, DEPTH: tl.constexpr, UPCAST: tl.constexpr
+):
+    s = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for begin in range(0, d, DEPTH):
+        k = begin + tl.arange(0, DEPTH)
+        x, c = _load(rows, row, row_end, k, d), _load(columns, column, column_end, k, d)
+        if UPCAST:  # the interpreter's bf16 products are wrong
+            x, c = x.to(tl.float32), c.to(tl.float32)
+        s = tl.dot(x, tl.trans(c), s, input_precision="ieee")
+    return s * tl.load(scale)
+
+
+@triton.jit
+def _exponentials(u, BETA: tl.constexpr):
+    """_powers in a kernel."""
+    if BETA == 0.0:
+        big = tl.exp(u)
+        small = big
+    elif BETA == 0.5:
+        small = tl.exp(0.5 * u)
+        big = small * small * small
+    else:
+        big = tl.exp((1 + BETA) * u)
+        small = tl.exp(BETA * u)
+    return big, small
+
+
+@triton.jit
+def _sums_kernel(
+    rows, columns, label, scale, row_out, column_out, r, m, d, first_row, first_column, tile, per_split,
+    BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """o, S and T of a tile of rows over one split of the columns, (splits, 3, R), and of those columns over the tile,
+    (tiles of this launch, 3, M): partial results, merged in a fixed order outside."""
+    LOWEST: tl.constexpr = -1e37  # finite: -inf less itself is NaN
+    row, row_end, _ = _span(tile + tl.program_id(0), 0, first_row, r, ROWS)
+    row += tl.arange(0, ROWS)
+    own = tl.load(label + row, mask=row < row_end, other=-1)
+    start, stop, _ = _span(tl.program_id(1), 0, first_column, m, per_split)
+    stop = tl.minimum(start + per_split, stop)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    big, small = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for begin in range(start, stop, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        s = _tile_of_logits(rows, columns, row, row_end, column, stop, scale, d, DEPTH, UPCAST)
+        negative = (row < row_end)[:, None] & (column < stop)[None, :] & (own[:, None] != column[None, :])
+        s = tl.where(negative, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        fade_big, fade_small = _exponentials(top - higher, BETA)
+        new_big, new_small = _exponentials(s - higher[:, None], BETA)
+        big, small = big * fade_big + tl.sum(new_big, 1), small * fade_small + tl.sum(new_small, 1)
+        top = higher
+        column_top = tl.maximum(tl.max(s, 0), LOWEST)
+        new_big, new_small = _exponentials(s - column_top[None, :], BETA)
+        out = column_out + tl.program_id(0).to(tl.int64) * 3 * m + column
+        tl.store(out, column_top, mask=column < stop)
+        tl.store(out + m, tl.sum(new_big, 0), mask=column < stop)
+        tl.store(out + 2 * m, tl.sum(new_small, 0), mask=column < stop)
+    out = row_out + tl.program_id(1).to(tl.int64) * 3 * r + row
+    tl.store(out, top, mask=row < row_end)
+    tl.store(out + r, big, mask=row < row_end)
+    tl.store(out + 2 * r, small, mask=row < row_end)
+
+
+@triton.jit
+def _one_bracket(s, vectors, n, inside, index, limit, BETA: tl.constexpr, AXIS: tl.constexpr):
+    at = vectors + inside * 3 * n + index
+    offset = tl.expand_dims(tl.load(at, mask=index < limit, other=float("inf")), AXIS)
+    big = tl.expand_dims(tl.load(at + n, mask=index < limit, other=0.0), AXIS)
+    small = tl.expand_dims(tl.load(at + 2 * n, mask=index < limit, other=0.0), AXIS)
+    e_big, e_small = _exponentials(s - offset, BETA)
+    return big * e_big - small * e_small
+
+
+@triton.jit
+def _tile_of_gradients(
+    s, row, row_end, column, column_end, inside, row_vectors, column_vectors, r, m, row_label, column_label,
+    row_own, column_own, BETA: tl.constexpr,
+):  # fmt: skip
+    """dL/ds of a tile. At a positive (equal labels) it is the sum of the two `own`, one of which is zero."""
+    in_rows, in_columns = row < row_end, column < column_end
+    g = _one_bracket(s, row_vectors, r, inside, row, row_end, BETA, 1)
+    g += _one_bracket(s, column_vectors, m, inside, column, column_end, BETA, 0)
+    left, right = (
+        tl.load(row_label + row, mask=in_rows, other=-2),
+        tl.load(column_label + column, mask=in_columns, other=-3),
+    )
+    own = tl.load(row_own + row, mask=in_rows, other=0.0)[:, None]
+    own = own + tl.load(column_own + column, mask=in_columns, other=0.0)[None, :]
+    g = tl.where(left[:, None] == right[None, :], own, g)
+    return tl.where(in_rows[:, None] & in_columns[None, :], g, 0.0)
+
+
+@triton.jit
+def _flash_gradient_kernel(
+    rows, columns, row_vectors, column_vectors, row_label, column_label, row_own, column_own, scale, out,
+    r, m, d, begin_row, first_row, begin_column, first_column,
+    BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dL/d(rows) (R - begin_row, D): the logits again, their gradients, times the columns; WIDTH >= D."""
+    row, row_end, row_first = _span(tl.program_id(0), begin_row, first_row, r, ROWS)
+    row += tl.arange(0, ROWS)
+    k = tl.arange(0, WIDTH)
+    x = _load(rows, row, row_end, k, d)
+    if UPCAST:
+        x = x.to(tl.float32)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    tiles = tl.cdiv(first_column - begin_column, COLUMNS) + tl.cdiv(m - first_column, COLUMNS)
+    for tile in range(0, tiles):
+        column, column_end, column_first = _span(tile, begin_column, first_column, m, COLUMNS)
+        column += tl.arange(0, COLUMNS)
+        inside = (row_first & column_first).to(tl.int32)
+        c = _load(columns, column, column_end, k, d)
+        if UPCAST:
+            c = c.to(tl.float32)
+        s = tl.dot(x, tl.trans(c), input_precision="ieee") * tl.load(scale)
+        g = _tile_of_gradients(
+            s, row, row_end, column, column_end, inside, row_vectors, column_vectors, r, m, row_label, column_label,
+            row_own, column_own, BETA,
+        )  # fmt: skip
+        total = tl.dot(g.to(c.dtype), c, total, input_precision="ieee")
+    at = out + (row - begin_row).to(tl.int64)[:, None] * d + k[None, :]
+    tl.store(at, total * tl.load(scale), mask=(row < row_end)[:, None] & (k < d)[None, :])
+
+
+@triton.jit
+def _strip_gradient_kernel(
+    s, g, row_vectors, column_vectors, row_label, column_label, row_own, column_own, scale,
+    r, m, start, stop, first_row, first_column, BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Products s (stop - start, M) of the rows start.. -> dL/ds in g, which may be s itself."""
+    row = start + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column, column_end, column_first = _span(tl.program_id(1), 0, first_column, m, COLUMNS)
+    column += tl.arange(0, COLUMNS)
+    mask = (row < stop)[:, None] & (column < column_end)[None, :]
+    at = (row - start).to(tl.int64)[:, None] * m + column[None, :]
+    logits = tl.load(s + at, mask=mask, other=0.0) * tl.load(scale)
+    inside = ((start < first_row) & column_first).to(tl.int32)
+    gradient = _tile_of_gradients(
+        logits, row, stop, column, column_end, inside, row_vectors, column_vectors, r, m, row_label, column_label,
+        row_own, column_own, BETA,
+    )  # fmt: skip
+    tl.store(g + at, gradient.to(g.dtype.element_ty), mask=mask)
+
+
+def _tiles(begin: int, first: int, end: int, size: int) -> tuple[int, int]:
+    return triton.cdiv(first - begin, size), triton.cdiv(end - first, size)
+
+
+def _statistics_triton(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float):
+    """What _statistics returns (the bank's rows have sums too, which nobody reads)."""
+    r, m, d = len(x), len(c), x.size(1)
+    tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums")
+    row_tiles = _tiles(0, first_row, r, tile_rows)
+    wanted = max(1, _processors(x) // max(1, sum(row_tiles)))  # few rows: divide the columns
+    per_split = triton.cdiv(triton.cdiv(m, tile_columns), wanted) * tile_columns
+    splits = _tiles(0, first_column, m, per_split)
+    nothing = torch.zeros(3, 1, device=x.device)
+    nothing[0] = torch.finfo(torch.float32).min
+    row_out = nothing.expand(sum(splits), 3, r).clone()
+    columns = [nothing.expand(1, 3, m), nothing.expand(1, 3, m)]
+    for tile in range(0, sum(row_tiles), STRIP_TILES):
+        here = min(STRIP_TILES, sum(row_tiles) - tile)
+        column_out = torch.empty(here, 3, m, device=x.device)
+        with torch.cuda.device_of(x):
+            _sums_kernel[here, sum(splits)](
+                x, c, label, scale, row_out, column_out, r, m, d, first_row, first_column, tile, per_split,
+                beta, tile_rows, tile_columns, depth, not x.is_cuda, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        cut = min(max(row_tiles[0] - tile, 0), here)  # tiles of the first group
+        for group, part in enumerate((column_out[:cut], column_out[cut:])):
+            columns[group] = _merge(torch.cat([columns[group], part]), beta)[None]
+    groups = row_out.split(splits)
+    rows = [_merge(part, beta) if len(part) else nothing.expand(3, r) for part in groups]
+    return torch.stack(rows), torch.cat(columns)
+
+
+def _gradient_triton(
+    x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float, vectors, own
+):
+    """What _gradient returns, in fp32. Up to D = 256 logits are computed twice and never leave the registers; above,
+    a strip of them is written, turned into its gradient in place, and multiplied twice."""
+    of_rows, of_columns = (v.contiguous() for v in vectors)
+    unit = None
+    if x.dtype == torch.float16:  # gradients of a mean over many rows fall below its smallest number
+        unit = torch.stack([own.abs().amax(), of_rows[:, 1:].abs().amax(), of_columns[:, 1:].abs().amax()]).amax()
+        unit = unit.clamp_(min=1e-30)
+        of_rows, of_columns, own = of_rows.clone(), of_columns.clone(), own / unit
+        of_rows[:, 1:] /= unit
+        of_columns[:, 1:] /= unit
+    r, m, d = len(x), len(c), x.size(1)
+    row_own, column_own = torch.nn.functional.pad(own, (bank, 0)), own.new_zeros(m)
+    column_label = torch.arange(m, device=x.device)
+    dx, dc = (torch.empty(n, d, device=x.device) for n in (r - bank, m))
+    with torch.cuda.device_of(x):
+        if d <= 256:
+            rows, columns, warps, stages = _tile_sizes(x, "flash")
+            of_x = x, c, of_rows, of_columns, label, column_label, row_own, column_own, scale, dx, r, m, d
+            of_c = c, x, of_columns, of_rows, column_label, label, column_own, row_own, scale, dc, m, r, d
+            width = max(16, triton.next_power_of_2(d))
+            for arguments, spans, n in (
+                (of_x, (bank, first_row, 0, first_column), r),
+                (of_c, (0, first_column, 0, first_row), m),
+            ):
+                tiles = sum(_tiles(*spans[:2], n, rows))
+                constants = beta, rows, columns, width, not x.is_cuda
+                _flash_gradient_kernel[(tiles,)](*arguments, *spans, *constants, num_warps=warps, num_stages=stages)
+        else:
+            rows, columns, warps, _ = _tile_sizes(x, "strip")
+            dc.zero_()
+            for part in _blocks([0, bank, first_row, r], m, STRIP):
+                s = _product(x[part], c.T)
+                g = s if x.dtype == torch.float32 else torch.empty_like(s, dtype=x.dtype)
+                grid = triton.cdiv(len(s), rows), sum(_tiles(0, first_column, m, columns))
+                _strip_gradient_kernel[grid](
+                    s, g, of_rows, of_columns, label, column_label, row_own, column_own, scale,
+                    r, m, part.start, part.stop, first_row, first_column, beta, rows, columns, num_warps=warps,
+                )  # fmt: skip
+                dc += _product(g.T, x[part])
+                if part.start >= bank:
+                    dx[part.start - bank : part.stop - bank] = _product(g, c)
+            dx, dc = dx.mul_(scale), dc.mul_(scale)
+    return (dx, dc) if unit is None else (dx.mul_(unit), dc.mul_(unit))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, whatever the inputs."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def _tile_sizes(x: Tensor, kernel: str) -> tuple[int, ...]:
+    tiles = TILES.get(torch.cuda.get_device_capability(x.device), OTHER_TILES) if x.is_cuda else OTHER_TILES
+    return tiles.get(f"{kernel} fp32", tiles[kernel]) if x.dtype == torch.float32 else tiles[kernel]
 
 
 # ---- ranks ----
@@ -199,6 +493,20 @@ def _all_reduce_sums(part: Tensor, beta: float) -> Tensor:
 # ---- autograd ----
 
 
+def _path(rows: Tensor, columns: Tensor) -> tuple:
+    """The functions for these inputs, and the inputs as they want them. Logits are fp32 (fp64 for fp64) on every path;
+    the tensor cores take bf16 and fp16 as they are, their products being exact in fp32."""
+    work = _work(rows, columns)
+    if (rows.is_cuda or INTERPRET) and work == torch.float32:
+        work = rows.dtype if rows.dtype == columns.dtype else work
+        return _statistics_triton, _gradient_triton, rows.to(work), columns.to(work)
+    return _statistics, _gradient, rows.to(work), columns.to(work)
+
+
+def _work(x: Tensor, c: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, c.dtype), torch.float32)
+
+
 def _anchors(sums: Tensor, count: Tensor, own: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Losses of anchors and the shares h of their negatives, from (3, n) o, S, T, the number of negatives and s_i+."""
     top, big, small = sums
@@ -237,18 +545,18 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, c, bank, tau, label, first, counts, places, alpha, beta, detach_weights):
-        work = torch.promote_types(torch.promote_types(x.dtype, c.dtype), torch.float32)
+        work = _work(x, c)
         k = len(bank)
         rows = torch.cat([bank.to(x.dtype), x]) if k else x
         columns = c if places is None else _all_gather(c, places)
         scale = tau.to(x.device, work).reciprocal()
         shape = torch.cat([label.new_full((k,), -1), label]), k, k + first[0], first[1], scale, beta
-        wide = rows.to(work), columns.to(work)  # logits in fp32 at least: bf16 has three digits
         with full_precision(x.device):
-            row_parts, column_parts = _statistics(*wide, *shape)
+            statistics, _, *both = _path(rows, columns)
+            row_parts, column_parts = statistics(*both, *shape)
         if places is not None:
             column_parts = _all_reduce_sums(column_parts, beta)
-        s_own = (wide[0][k:] * wide[1][label]).sum(1) * scale
+        s_own = (rows[k:].to(work) * columns[label].to(work)).sum(1) * scale
         whole = _merge(row_parts, beta), _merge(column_parts, beta), len(x)
         terms = [(row_parts[0], column_parts[0], first[0]), whole][-len(counts) :]
         losses, saved = [], []
@@ -287,10 +595,10 @@ class _Contrast(torch.autograd.Function):
         if ctx.places is not None:
             dist.all_reduce(weights)
         vectors = [_vectors(terms, ctx.beta, ctx.detach_weights) for terms in (of_rows, of_columns)]
-        wide = rows.to(scale.dtype), columns.to(scale.dtype)
         with full_precision(rows.device):
-            dx, dc = _gradient(*wide, label, *ctx.shape, scale, ctx.beta, vectors, own)
-        dtau = -(wide[1].double() * dc).sum() / tau if ctx.needs_input_grad[3] else None
+            _, gradient, *both = _path(rows, columns)
+            dx, dc = gradient(*both, label, *ctx.shape, scale, ctx.beta, vectors, own)
+        dtau = -(columns.double() * dc).sum() / tau if ctx.needs_input_grad[3] else None
         if ctx.places is not None:
             dc = _reduce_scatter(dc, ctx.places)[: ctx.columns]
         dtau = None if dtau is None else dtau.to(tau)

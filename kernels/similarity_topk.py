@@ -4,25 +4,39 @@ score(i, j) = sum_d q_id g_jd. A product of two fp32 numbers is exact in float64
 by halving, in one fixed order, with elementwise additions only. So a score is the same bits on every device, for every
 block size and every number of ranks. Rows are sorted by score, descending; equal scores by index, ascending.
 
-Doing that for all N x M pairs is slow, so a fast fp32 product only *proposes* the best K' > k of each row, and exact
-scores of those K' decide. The proposal is certified row by row: an fp32 dot product, summed in any order, is off by at
-most
+Doing that for all N x M pairs is slow, so a fast low-precision product only *proposes* the best K' > k of each row, and
+exact scores of those K' decide. The proposal is certified row by row. An fp32 dot product (CPU), summed in any order,
+is off by at most
 
     bound_i = gamma |q_i| max_j |g_j|,    gamma = n u / (1 - n u),    u = 2^-24,    n = D + 8
 
-(n = D for the products and sums; 8 more cover the rounding of inputs given in float64). Whatever was not proposed
-scores at most (approximate K'-th) + bound_i, hence if (exact k-th) > (approximate K'-th) + bound_i, the k best are
-among the K'. A row without this certificate (many near ties) is scored again, over every column that could still be
-among its k best.
+(n = D for the products and sums; 8 more cover the rounding of inputs given in float64). A product of fp16 copies q', g'
+summed in fp32 (Triton) adds |q - q'| |g| + |q'| |g - g'| by Cauchy and Schwarz; both roundings are measured. Whatever
+was not proposed scores at most (approximate K'-th) + bound_i, hence if (exact k-th) > (approximate K'-th) + bound_i,
+the k best are among the K'. A row without this certificate (many near ties) is scored again, over every column that
+could still be among its k best.
+
+The N x M scores are never written. On CPU a tile of them exists at a time; where the queries are the gallery, only the
+tiles on and above the diagonal are computed, and each serves its rows and its columns. The Triton kernel keeps the best
+K' of its rows in registers while it walks over the gallery.
 """
 
+import os
 from contextlib import contextmanager
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1 << 25  # scores held at a time by the fp32 pass (128 MiB): N x M is never written
-EXACT_BLOCK = 1 << 20  # float64 products held at a time (8 MiB: stays in cache)
+TILE = 2048  # rows and columns of a tile of fp32 scores on CPU (16 MiB)
+EXACT_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # float64 products held at a time (2 MiB: stays in cache; 512 MiB)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take the Triton path
+
+# Tiles of the proposal kernel by compute capability: rows, columns and depth of a tile, warps, stages. Fixed, so that
+# all ranks propose alike. [ours] Not measured yet: the largest tiles whose accumulator and lists fit the registers.
+TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
+OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
 
 
 @contextmanager
@@ -74,34 +88,169 @@ def similarity_topk_reference(queries: Tensor, gallery: Tensor, k: int, exclude:
     return scores, indices
 
 
+# ---- Triton ----
+
+
+@triton.jit
+def _propose_kernel(
+    queries, gallery, exclude, values, columns, n, m, d, per_split,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The WIDTH best of ROWS rows among the columns of one split, in no order; LANES = WIDTH up to a power of two."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < n
+    at_row = row.to(tl.int64) * d  # N x D exceeds int32 at a million pictures
+    lane = tl.arange(0, LANES)
+    best = tl.where(lane[None, :] < WIDTH, float("-inf"), float("inf")) + tl.zeros([ROWS, LANES], tl.float32)
+    where = tl.full([ROWS, LANES], -1, tl.int32)
+    kth = tl.full([ROWS], float("-inf"), tl.float32)
+    own = tl.load(exclude + row, mask=in_rows, other=-1)
+    first = tl.program_id(1) * per_split
+    for start in range(first, tl.minimum(first + per_split, m), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        in_columns = column < m
+        at_column = column.to(tl.int64) * d
+        s = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for begin in range(0, d, DEPTH):
+            k = begin + tl.arange(0, DEPTH)
+            in_depth = k < d
+            q = tl.load(queries + at_row[:, None] + k[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0.0)
+            g = tl.load(
+                gallery + at_column[None, :] + k[:, None], mask=in_columns[None, :] & in_depth[:, None], other=0.0
+            )
+            if UPCAST:
+                q, g = q.to(tl.float32), g.to(tl.float32)
+            s = tl.dot(q, g, s, input_precision="ieee")
+        s = tl.where(in_columns[None, :] & (column[None, :] != own[:, None]), s, float("-inf"))
+        top = tl.max(s, 1)
+        while tl.max((top > kth).to(tl.int32), 0) > 0:  # as many rounds as the busiest row needs; most tiles none
+            j = tl.argmax(s, 1)
+            worst = tl.argmin(best, 1)
+            hit = (lane[None, :] == worst[:, None]) & (top > kth)[:, None]
+            best = tl.where(hit, top[:, None], best)
+            where = tl.where(hit, (start + j)[:, None], where)
+            kth = tl.min(best, 1)
+            s = tl.where(tl.arange(0, COLUMNS)[None, :] == j[:, None], float("-inf"), s)
+            top = tl.max(s, 1)
+    at = (tl.program_id(1) * n + row).to(tl.int64) * WIDTH
+    out = in_rows[:, None] & (lane[None, :] < WIDTH)
+    tl.store(values + at[:, None] + lane[None, :], best, mask=out)
+    tl.store(columns + at[:, None] + lane[None, :], where, mask=out)
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+    """x / unit in fp16, unit a power of two (no overflow), and the lengths of what the rounding took from each row."""
+    unit = torch.exp2(x.abs().amax().clamp_(min=1e-30).log2().ceil()).to(x.dtype)
+    half = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+    lost = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    step = max(1, (1 << 26) // x.size(1))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        half[rows] = x[rows] / unit
+        lost[rows] = torch.linalg.vector_norm(x[rows] - half[rows].to(x.dtype) * unit, dim=1, dtype=torch.float64)
+    return half, lost, unit
+
+
+def _propose_triton(queries: Tensor, gallery: Tensor, width: int, exclude: Tensor | None, symmetric: bool):
+    """What _propose returns, and the bound (N,) on the error of its scores."""
+    n, d, m = len(queries), queries.size(1), len(gallery)
+    q, q_lost, q_unit = _rounded(queries)
+    g, g_lost, g_unit = (q, q_lost, q_unit) if symmetric else _rounded(gallery)
+    own = torch.full((n,), -1, device=q.device) if exclude is None else exclude
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    rows, columns, depth, warps, stages = TILES.get(capability, OTHER_TILES)
+    programs = triton.cdiv(n, rows)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    splits = max(1, min(2 * processors // programs, triton.cdiv(m, 4 * columns)))  # few rows: divide the columns
+    per_split = triton.cdiv(triton.cdiv(m, columns), splits) * columns
+    splits = triton.cdiv(m, per_split)
+    values = torch.empty(splits, n, width, device=q.device)
+    found = torch.empty(splits, n, width, dtype=torch.int32, device=q.device)
+    shape = n, m, d, per_split, width, triton.next_power_of_2(width), rows, columns, depth, not q.is_cuda
+    with torch.cuda.device_of(q):
+        _propose_kernel[programs, splits](q, g, own, values, found, *shape, num_warps=warps, num_stages=stages)
+    values, order = values.transpose(0, 1).reshape(n, -1).topk(width, dim=1)
+    found = found.transpose(0, 1).reshape(n, -1).gather(1, order).long()
+    q_length, g_length = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (queries, gallery))
+    sums = _gamma(4 * (d + 8)) * (q_length + q_lost) * (g_length + g_lost).max()  # tensor cores may cut, not round
+    bound = q_lost * g_length.max() + (q_length + q_lost) * g_lost.max() + sums
+    return values * (q_unit * g_unit), found, bound
+
+
 # ---- PyTorch ----
 
 
-def _propose(queries: Tensor, gallery: Tensor, width: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-    """fp32 proposal: the `width` highest approximate scores of each row and their columns, (N, width) each, unordered
-    among equals; an excluded column has score -inf."""
-    block = max(1, BLOCK // len(gallery))
-    scores, indices = [], []
-    for start in range(0, len(queries), block):
-        rows = queries[start : start + block] @ gallery.T  # (block, M)
-        if exclude is not None:
-            _mask(rows, exclude[start : start + block])
-        top = rows.topk(width, dim=1)
-        scores.append(top.values)
-        indices.append(top.indices)
-    return torch.cat(scores), torch.cat(indices)
+def _gamma(n: int) -> float:
+    return n * 2.0**-24 / (1 - n * 2.0**-24)
 
 
-def _mask(rows: Tensor, exclude: Tensor) -> None:
-    at = exclude.ge(0).nonzero()[:, 0]
-    rows[at, exclude[at]] = -torch.inf
+def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: bool) -> None:
+    """Puts what the scores s of columns start.. have to offer into the lists (rows, K') of these rows, in place."""
+    kth = values[:, -1]
+    if transposed:  # s[j, i]: the rows of the lists are its columns
+        column, row = (s > kth).nonzero(as_tuple=True)
+        row, order = row.sort(stable=True)
+        column = column[order]
+        offered = s[column, row]
+    else:
+        row, column = (s > kth[:, None]).nonzero(as_tuple=True)
+        offered = s[row, column]
+    if len(row) == 0:
+        return
+    count = torch.bincount(row, minlength=len(values))
+    some = count.nonzero()[:, 0]
+    slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    at = torch.empty_like(count)
+    at[some] = torch.arange(len(some), device=row.device)
+    width, more = values.size(1), int(count.max())
+    both = torch.nn.functional.pad(values[some], (0, more), value=-torch.inf)
+    names = torch.nn.functional.pad(columns[some], (0, more), value=-1)
+    both[at[row], width + slot] = offered
+    names[at[row], width + slot] = column + start
+    values[some], order = both.topk(width, dim=1)
+    columns[some] = names.gather(1, order)
+
+
+def _propose(
+    queries: Tensor, gallery: Tensor, width: int, exclude: Tensor | None, symmetric: bool, tile: int, progress
+):
+    """fp32 proposal: the `width` highest approximate scores of each row, descending, and their columns, (N, width)
+    each; an excluded column has score -inf. symmetric: queries is gallery, and a row excludes itself or nothing."""
+    n, m = len(queries), len(gallery)
+    values = torch.full((n, width), -torch.inf)
+    columns = torch.full((n, width), -1)
+    order = [(i, j) for i in range(0, n, tile) for j in range(0, m, tile)]
+    if symmetric:  # the diagonal first: every row then has a threshold that few scores pass
+        order = [(i, i) for i in range(0, n, tile)] + [(i, j) for i, j in order if i < j]
+    buffer = torch.empty(min(tile, n) * min(tile, m))
+    for i, j in progress(order):
+        rows, others = slice(i, min(i + tile, n)), slice(j, min(j + tile, m))
+        shape = rows.stop - i, others.stop - j
+        s = buffer[: shape[0] * shape[1]].view(shape)
+        torch.mm(queries[rows], gallery[others].T, out=s)
+        if exclude is not None and (not symmetric or i == j):
+            own = exclude[rows]
+            at = ((own >= j) & (own < others.stop)).nonzero()[:, 0]
+            s[at, own[at] - j] = -torch.inf
+        if values[i, 0] == -torch.inf and shape[1] > width:  # nothing yet: all of s would pass
+            values[rows], columns[rows] = s.topk(width, dim=1)
+            columns[rows] += j
+        else:
+            _absorb(values[rows], columns[rows], s, j, False)
+        if symmetric and i < j:
+            _absorb(values[others], columns[others], s, i, True)
+    return values, columns
 
 
 def _exact_scores(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Float64 scores (P,) of P pairs (row, column)."""
-    block = max(1, EXACT_BLOCK // gallery.size(1))
-    pairs = zip(rows.split(block), columns.split(block), strict=True)
-    return torch.cat([exact_dot(queries[r], gallery[c]) for r, c in pairs])
+    block = max(1, EXACT_BLOCK[queries.device.type] // gallery.size(1))
+    scores = torch.empty(len(rows), dtype=torch.float64, device=queries.device)
+    for start in range(0, len(rows), block):
+        part = slice(start, start + block)
+        scores[part] = exact_dot(queries.index_select(0, rows[part]), gallery.index_select(0, columns[part]))
+    return scores
 
 
 def _decide(queries: Tensor, gallery: Tensor, k: int, approximate: Tensor, columns: Tensor, bound: Tensor):
@@ -117,26 +266,42 @@ def _decide(queries: Tensor, gallery: Tensor, k: int, approximate: Tensor, colum
     return exact[:, :k], columns.gather(1, order)[:, :k]
 
 
-def _scan(query: Tensor, gallery: Tensor, k: int, exclude: Tensor | None, kth: Tensor, bound: Tensor):
-    """One row (1, D) without certificate: every column that could still reach kth is scored exactly."""
-    row = query.float() @ gallery.float().T
+def _rescan(queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | None, kth: Tensor, bound: Tensor):
+    """Rows (B, D) without certificate: every column that could still reach kth (B,) is scored exactly."""
+    s = queries.float() @ gallery.float().T
     if exclude is not None:
-        _mask(row, exclude)
-    columns = (row[0].double() >= kth - bound).nonzero()[:, 0]  # ascending
-    exact = _exact_scores(query, gallery, torch.zeros_like(columns), columns)
-    exact, order = exact.sort(descending=True, stable=True)
-    return exact[:k], columns[order[:k]]
+        at = exclude.ge(0).nonzero()[:, 0]
+        s[at, exclude[at]] = -torch.inf
+    rows, columns = ((s.double() >= (kth - bound)[:, None]) & (s > -torch.inf)).nonzero(as_tuple=True)
+    exact, order = _exact_scores(queries, gallery, rows, columns).sort(descending=True, stable=True)
+    rows, by_row = rows[order].sort(stable=True)  # within a row: by score, then by column
+    exact, columns = exact[by_row], columns[order][by_row]
+    count = torch.bincount(rows, minlength=len(queries))
+    place = torch.arange(k, device=rows.device).expand(len(queries), k)
+    take = (place + (count.cumsum(0) - count)[:, None]).clamp_(max=max(0, len(rows) - 1))
+    short = place >= count[:, None]
+    return exact[take].masked_fill(short, -torch.inf), columns[take].masked_fill(short, -1)
 
 
 # ---- public ----
 
 
-@torch.no_grad()
 def similarity_topk(queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """queries (N, D), gallery (M, D) -> scores (N, k) fp32, indices (N, k) int64; by score descending, index ascending.
 
     exclude (N,) int64: one gallery index a row may not return (its own image, its reference), -1 for none.
     Rows with fewer than k columns are padded: score -inf, index -1. ValueError for wrong shapes, NaN and infinity."""
+    scores, indices = exact_topk(queries, gallery, k, exclude)
+    return scores.float(), indices
+
+
+@torch.no_grad()
+def exact_topk(
+    queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | None = None, tile: int = TILE, progress=iter
+) -> tuple[Tensor, Tensor]:
+    """similarity_topk with the float64 scores. Give the gallery itself as queries where it is: half the work on CPU.
+
+    tile: rows and columns of a tile of scores on CPU. progress: wraps the list of tiles (a progress bar)."""
     if queries.ndim != 2 or gallery.ndim != 2 or queries.size(1) != gallery.size(1) or queries.size(1) == 0:
         raise ValueError(f"queries (N, D) and gallery (M, D) wanted, found {(*queries.shape,)} and {(*gallery.shape,)}")
     if k < 1:
@@ -157,15 +322,23 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | 
     indices = torch.full((n, k), -1, dtype=torch.int64, device=queries.device)
     if n and m:
         found = min(k, m)
-        terms = (queries.size(1) + 8) * 2.0**-24
-        bound = terms / (1 - terms) * lengths[0] * lengths[1].max()  # (N,)
-        wide = min(m, 2 * k + 32)  # K': a certificate fails only if 32 + k scores lie within the bound of the k-th
+        wide = min(m, max(32, k + k // 2 + 2))  # K'; a certificate fails if the last K' - k lie within the bound
+        itself = torch.arange(n, device=queries.device)
+        symmetric = queries is gallery and (exclude is None or torch.equal(exclude, itself))
+        fp32 = _gamma(queries.size(1) + 8) * lengths[0] * lengths[1].max()  # (N,)
+        narrow = queries.float(), gallery.float()
         with full_precision(queries.device):
-            proposal, columns = _propose(queries.float(), gallery.float(), wide, exclude)
+            if queries.is_cuda or INTERPRET:
+                proposal, columns, bound = _propose_triton(*narrow, wide, exclude, symmetric)
+            else:
+                proposal, columns = _propose(*narrow, wide, exclude, symmetric, tile, progress)
+                bound = fp32
             scores[:, :found], indices[:, :found] = _decide(queries, gallery, found, proposal, columns, bound)
-            doubtful = scores[:, -1] <= proposal.amin(1).double() + bound if wide < m else torch.zeros(0)
-            for i in doubtful.nonzero()[:, 0].tolist():
-                own = None if exclude is None else exclude[i : i + 1]
-                scores[i], indices[i] = _scan(queries[i : i + 1], gallery, k, own, scores[i, -1], bound[i])
+            doubtful = torch.zeros(0, dtype=torch.int64)
+            if wide < m:
+                doubtful = (scores[:, -1] <= proposal.amin(1).double() + bound).nonzero()[:, 0]
+            for rows in doubtful.split(max(1, tile * tile // m)) if len(doubtful) else ():
+                own = None if exclude is None else exclude[rows]
+                scores[rows], indices[rows] = _rescan(queries[rows], gallery, k, own, scores[rows, -1], fp32[rows])
     indices[scores == -torch.inf] = -1
-    return scores.float(), indices
+    return scores, indices

@@ -80,7 +80,7 @@ def stage_rule(embeddings, top_k, max_score, min_gap, group, max_shared, block=1
     n = len(embeddings)
     found = []
     for cut in range(cuts):
-        rows = list(range(n * cut // cuts, n * (cut + 1) // cuts))
+        rows = range(n * cut // cuts, n * (cut + 1) // cuts)
         found += mine_pairs.candidates(embeddings, rows, top_k, max_score, min_gap, group, block)[0]
     return mine_pairs.drop_overlapping(found, max_shared)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels import similarity_topk as module
-from kernels.similarity_topk import exact_dot, full_precision, similarity_topk, similarity_topk_reference
+from kernels.similarity_topk import exact_dot, exact_topk, full_precision, similarity_topk, similarity_topk_reference
 
 
 def oracle(queries, gallery, k, exclude=None):
@@ -62,8 +62,8 @@ def test_near_ties_inside_the_shortlist():
 def test_near_ties_wider_than_the_shortlist(copies, noise, monkeypatch):
     """Hundreds of (nearly) equal images: fp32 cannot order them, the shortlist cannot hold them: no certificate."""
     scanned = []
-    scan = module._scan
-    monkeypatch.setattr(module, "_scan", lambda *args: scanned.append(1) or scan(*args))
+    scan = module._rescan
+    monkeypatch.setattr(module, "_rescan", lambda *args: scanned.extend(args[0]) or scan(*args))
     base = unit(1, 64, 0).double()
     jitter = torch.randn(copies, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * noise
     gallery = torch.cat([unit(50, 64, 2), (base + jitter).float(), unit(50, 64, 3)])
@@ -83,19 +83,46 @@ def test_near_ties_wider_than_the_shortlist(copies, noise, monkeypatch):
 
 
 def test_no_certificate_needed_on_ordinary_galleries(monkeypatch):
-    monkeypatch.setattr(module, "_scan", lambda *args: pytest.fail("an ordinary row was scanned"))
+    monkeypatch.setattr(module, "_rescan", lambda *args: pytest.fail("an ordinary row was scanned"))
     similarity_topk(unit(40, 128, 0), unit(2000, 128, 1), 20)
 
 
-def test_block_size_and_row_split_change_nothing(monkeypatch):
+def test_tiles_and_row_split_change_nothing(monkeypatch):
     queries, gallery = unit(50, 96, 5), unit(700, 96, 6)
-    scores, indices = similarity_topk(queries, gallery, 10)
-    for block, exact_block in ((1, 1), (700 * 7, 96 * 13), (1 << 30, 1 << 30)):
-        monkeypatch.setattr(module, "BLOCK", block)
-        monkeypatch.setattr(module, "EXACT_BLOCK", exact_block)
-        parts = [similarity_topk(queries[i : i + 13], gallery, 10) for i in range(0, 50, 13)]
+    scores, indices = exact_topk(queries, gallery, 10)
+    for tile, exact_block in ((1, 1), (7, 96 * 13), (64, 1 << 20), (1 << 30, 1 << 30)):
+        monkeypatch.setattr(module, "EXACT_BLOCK", {"cpu": exact_block})
+        parts = [exact_topk(queries[i : i + 13], gallery, 10, tile=tile) for i in range(0, 50, 13)]
         assert torch.equal(torch.cat([p[0] for p in parts]), scores)
         assert torch.equal(torch.cat([p[1] for p in parts]), indices)
+
+
+def resnet_like(n, d, seed):
+    """Non-negative, crowded cosines around 0.6, some exact and some near duplicates."""
+    x = torch.rand(n, d, generator=torch.Generator().manual_seed(seed)) ** 4
+    x[n // 2 : n // 2 + n // 10] = x[: n // 10]
+    x[-(n // 10) - 1 :] = x[0] + 1e-6 * x[-(n // 10) - 1 :]
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+@pytest.mark.parametrize("make", [unit, grid, resnet_like])
+@pytest.mark.parametrize("n, tile", [(1, 8), (2, 8), (21, 8), (130, 32), (333, 50)])
+def test_gallery_against_itself_computes_half(make, n, tile, monkeypatch):
+    """The symmetric path: every tile on and above the diagonal once, the same answer as the dense one."""
+    gallery = make(n, 40, n)
+    tiles = []
+    for exclude in (None, torch.arange(n)):
+        scores, indices = exact_topk(gallery, gallery, 20, exclude, tile, lambda order: tiles.extend(order) or order)
+        wanted = similarity_topk_reference(gallery, gallery, 20, exclude)
+        assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
+        dense = exact_topk(gallery.clone(), gallery, 20, exclude, tile)
+        assert torch.equal(indices, dense[1]) and torch.equal(scores, dense[0])
+    side = -(-n // tile)
+    assert len(tiles) == len(set(tiles)) * 2 == side * (side + 1)
+    shifted = (torch.arange(n) + 1) % n  # excludes another than itself: not symmetric
+    assert torch.equal(
+        exact_topk(gallery, gallery, 5, shifted, tile)[1], similarity_topk_reference(gallery, gallery, 5, shifted)[1]
+    )
 
 
 def test_exact_dot_is_exact_and_order_fixed():

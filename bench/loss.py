@@ -1,0 +1,168 @@
+"""HN-NCE in both directions, value and gradients, beside the same loss with autograd and beside open_clip's ClipLoss.
+
+    python bench/loss.py                    # CPU, B = 8,192, D = 256
+    python bench/loss.py --device cuda      # GPU, D = 768, B = 65,536, and the paper's 512 + 512 in a CUDA graph
+
+The floor is 8 B^2 D floating-point operations, four products of (B, D) and (B, B), at the speed of torch.mm in this
+run. Memory is what a step takes above the embeddings. ClipLoss is less work: no hard-negative weights.
+"""
+
+import sys
+
+import measure
+
+TAU, BETA = 0.01, 0.5  # [S3.3], BLIP
+
+
+def batch(b: int, d: int, device: str):
+    """x, c (B, D): normalised, row i of one near row i of the other, as after some training."""
+    import torch
+
+    generator = torch.Generator().manual_seed(b + d)
+    x = torch.nn.functional.normalize(torch.randn(b, d, generator=generator), dim=1)
+    c = torch.nn.functional.normalize(x + 2 * d**-0.5 * torch.randn(b, d, generator=generator), dim=1)
+    return x.to(device).requires_grad_(), c.to(device).requires_grad_()
+
+
+def ours(x, c):
+    from kernels.contrastive import l_tcc
+
+    return l_tcc(x, c, len(x), TAU, 1.0, BETA)
+
+
+def eager(x, c):
+    """The definition in the log domain, left to autograd (what a user would write)."""
+    import math
+
+    import torch
+
+    s = (x @ c.T) / TAU
+    own = torch.diagonal(s)
+    negative = s.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -torch.inf)
+    loss = 0.0
+    for dim in (1, 0):
+        weights = BETA * negative - torch.logsumexp(BETA * negative, dim, keepdim=True) + math.log(len(x) - 1)
+        loss = loss + (torch.logaddexp(own, torch.logsumexp(negative + weights, dim)) - own).mean()
+    return loss
+
+
+def clip_loss(x, c):
+    """open_clip's ClipLoss on one GPU: two products, two cross entropies (summed here, as ours)."""
+    import torch
+
+    label = torch.arange(len(x), device=x.device)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return cross_entropy((x / TAU) @ c.T, label) + cross_entropy((c / TAU) @ x.T, label)
+
+
+def products(x, c):
+    """The floor: the four products and nothing else, a block of rows at a time."""
+    import torch
+
+    with torch.no_grad():
+        held, dx, dc = torch.empty(256, len(c)), torch.empty_like(x), torch.zeros_like(c)
+        for start in range(0, len(x), 256):
+            part = x[start : start + 256]
+            s = held[: len(part)]
+            for _ in range(2):
+                torch.mm(part, c.T, out=s)
+            torch.mm(s, c, out=dx[start : start + 256])
+            dc.addmm_(s.T, part)
+
+
+CONTESTANTS = {f.__name__: f for f in (ours, eager, clip_loss, products)}
+
+
+def step(name: str, x, c):
+    def run():
+        x.grad = c.grad = None
+        loss = CONTESTANTS[name](x, c)
+        if loss is not None:
+            loss.backward()
+        return loss
+
+    return run
+
+
+def serve(name: str, b: int, d: int) -> None:
+    x, c = batch(b, d, "cpu")
+    run = step(name, x, c)
+    step(name, *batch(64, d, "cpu"))()  # threads and libraries are up before memory is measured
+    peak = measure.peak_bytes(run)
+    loss = run()
+    sums = [] if loss is None else [loss.item(), x.grad.norm().item(), c.grad.norm().item()]
+    x.grad = c.grad = None
+    measure.serve(run, {"bytes": peak, "check": sums})
+
+
+def on_cpu(b: int, d: int, repeats: int) -> list[dict]:
+    import torch
+
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    labels = {"ours": "ours", "eager": "eager HN-NCE", "clip_loss": "open_clip's form", "products": "products alone"}
+    processes = {n: measure.Contestant(__file__, "--serve", n, str(b), str(d), env=threads) for n in labels}
+    for mine, theirs in zip(processes["ours"].ready["check"], processes["eager"].ready["check"], strict=True):
+        assert abs(mine - theirs) <= 1e-4 * abs(theirs), f"ours and eager differ: {mine}, {theirs}"
+    seconds = measure.interleave(dict(processes), repeats)
+    for process in processes.values():
+        process.close()
+    sizes, rows, floor = f"B={b} D={d} beta={BETA}", [], sorted(seconds["products"])[repeats // 2]
+    memory = {name: process.ready["bytes"] / 2**20 for name, process in processes.items()}
+    for name, label in labels.items():
+        rows.append(measure.row(f"loss: {label}", sizes, "cpu", sorted(seconds[name])[repeats // 2], "s", floor))
+    for name in ("ours", "eager", "clip_loss"):
+        rows.append(measure.row(f"loss: {labels[name]}, memory", sizes, "cpu", memory[name], "MiB"))
+    for name in ("eager", "clip_loss"):
+        value, note = measure.ratio(seconds[name], seconds["ours"])
+        rows.append(measure.row(f"loss: {labels[name]} / ours", sizes, "cpu", value, "x", note=note))
+        saved = memory[name] / memory["ours"]
+        rows.append(measure.row(f"loss: {labels[name]} / ours, memory", sizes, "cpu", saved, "x"))
+    return rows
+
+
+def on_gpu(b: int, d: int, repeats: int) -> list[dict]:
+    import torch
+
+    from kernels.contrastive import l_tcc
+
+    rows, sizes = [], f"B={b} D={d} beta={BETA} bf16"
+    x, c = (t.detach().bfloat16().requires_grad_() for t in batch(b, d, "cuda"))
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    runs = {
+        "ours": lambda: measure.clock(step("ours", x, c), "cuda"),
+        "mm": lambda: measure.clock(lambda: a @ a, "cuda"),
+    }
+    memory = measure.peak_bytes(step("ours", x, c), "cuda") / 2**20
+    seconds = measure.interleave(runs, repeats)
+    took, speed = sorted(seconds["ours"])[repeats // 2], 2 * 8192**3 / sorted(seconds["mm"])[repeats // 2]
+    rows.append(measure.row("loss: ours", sizes, "cuda", took, "s", 8 * b * b * d / speed))
+    rows.append(measure.row("loss: ours", sizes, "cuda", 8e-12 * b * b * d / took, "TFLOP/s", speed * 1e-12))
+    rows.append(measure.row("loss: ours, memory", sizes, "cuda", memory, "MiB"))
+
+    x, c = batch(1024, 256, "cuda")
+    tau = torch.tensor(TAU, device="cuda", requires_grad=True)
+    both = lambda: torch.autograd.grad(l_tcc(x, c, 512, tau, 1.0, BETA), (x, c, tau))  # noqa: E731
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            both()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    for got, want in zip(captured, both(), strict=True):
+        torch.testing.assert_close(got, want)
+    took = sorted(measure.clock(graph.replay, "cuda", calls=100) for _ in range(repeats))[repeats // 2]
+    sizes = f"B=512+512 D=256 beta={BETA} fp32, CUDA graph"
+    rows.append(measure.row("loss: ours", sizes, "cuda", took * 1e6, "us"))
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        found = measure.arguments(__doc__, b=0, d=0, repeats=5)
+        run, b, d = (on_gpu, 65_536, 768) if found.device == "cuda" else (on_cpu, 8192, 256)
+        measure.publish(run(found.b or b, found.d or d, found.repeats))

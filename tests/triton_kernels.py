@@ -1,0 +1,163 @@
+"""The Triton kernels against float64: on the GPU where there is one, else run with TRITON_INTERPRET=1 on CPU.
+
+TRITON_INTERPRET=1 python -m pytest tests/triton_kernels.py
+python -m pytest tests/triton_kernels.py                        # on a GPU; bench/gpu.sh does
+"""
+
+import pytest
+import torch
+
+from kernels import contrastive
+from kernels import similarity_topk as topk
+from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
+from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+assert DEVICE == "cuda" or topk.INTERPRET, "no GPU: set TRITON_INTERPRET=1"
+
+
+def unit(n, d, seed):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the Triton functions that ran."""
+    names = set()
+    for module, name in (
+        (topk, "_propose_triton"),
+        (contrastive, "_statistics_triton"),
+        (contrastive, "_gradient_triton"),
+    ):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: names.add(name) or real(*a))
+    return names
+
+
+# ---- top-k ----
+
+
+@pytest.mark.parametrize(
+    "n, m, d, k", [(1, 1, 1, 1), (3, 70, 5, 2), (35, 131, 33, 20), (40, 130, 40, 40), (5, 9, 70, 20)]
+)
+def test_topk_equals_float64(used, n, m, d, k):
+    queries, gallery = unit(n, d, 0).float().to(DEVICE), unit(m, d, 1).float().to(DEVICE)
+    exclude = torch.arange(n, device=DEVICE) % (m + 1) - 1
+    for own in (None, exclude):
+        scores, indices = similarity_topk(queries, gallery, k, own)
+        wanted = similarity_topk_reference(queries, gallery, k, own)
+        assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0].float())
+    assert used == {"_propose_triton"}
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_topk_of_duplicates_ties_and_any_scale(scale):
+    gallery = unit(150, 48, 2).float()
+    gallery[40:90] = gallery[3]  # more copies than K': no certificate
+    gallery[100:110] = gallery[3] * (1 + 1e-6)
+    gallery = (gallery * scale).to(DEVICE)
+    itself = torch.arange(150, device=DEVICE)
+    scores, indices = exact_topk(gallery, gallery, 20, itself)
+    wanted = similarity_topk_reference(gallery, gallery, 20, itself)
+    assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
+
+
+def test_error_of_a_proposal_is_within_its_bound():
+    queries, gallery = unit(40, 300, 3).float().to(DEVICE), (unit(90, 300, 4) * 7).float().to(DEVICE)
+    approximate, columns, bound = topk._propose_triton(queries, gallery, 32, None, False)
+    exact = (queries.double() @ gallery.double().T).gather(1, columns)
+    error = (approximate.double() - exact).abs().amax(1)
+    assert (error <= bound).all() and error.max() > 1e-6  # fp16 it is
+    assert (bound < 50 * error.mean()).all()  # and the bound is of some use
+
+
+# ---- HN-NCE ----
+
+
+def value_and_gradients(loss, *inputs):
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+def close(found, wanted, tolerance):
+    for got, want in zip(found, wanted, strict=True):
+        error, size = (got.double().cpu() - want).abs().max(), want.abs().max()
+        assert error <= tolerance * size, (error / size, got.shape)
+
+
+@pytest.mark.parametrize("alpha, beta, tau", [(1.0, 0.0, 0.07), (1.0, 0.5, 0.07), (1.0, 0.5, 0.01), (0.5, 0.25, 0.1)])
+@pytest.mark.parametrize("n, m, d", [(7, 7, 6), (37, 70, 33), (50, 41, 257)])  # the last: shared positives, strips
+def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, monkeypatch):
+    monkeypatch.setattr(contrastive, "STRIP", 13 * m)
+    monkeypatch.setattr(contrastive, "STRIP_TILES", 1)
+    generator = torch.Generator().manual_seed(n)
+    positive = torch.randperm(m, generator=generator)[:n] if n <= m else torch.randint(m, (n,), generator=generator)
+    weight = torch.randn(2, n, generator=generator, dtype=torch.float64)
+
+    def run(function, dtype, device):
+        x, c = (t.to(device, dtype).requires_grad_() for t in (unit(n, d, 10), unit(m, d, 11)))
+        t = torch.tensor(tau, dtype=dtype, device=device, requires_grad=True)
+        rows, columns = function(x, c, positive.to(device), t, alpha, beta)
+        w = weight.to(device, dtype)
+        return rows, columns, *torch.autograd.grad((w[0] * rows).sum() + (w[1] * columns).sum(), (x, c, t))
+
+    wanted = run(hn_nce_reference, torch.float64, "cpu")
+    close(run(hn_nce, torch.float32, DEVICE), wanted, 1e-5)
+    assert used == {"_statistics_triton", "_gradient_triton"}
+
+
+@pytest.mark.parametrize("d", [24, 260])
+@pytest.mark.parametrize("n_human, k, detach", [(20, 0, False), (33, 5, True), (1, 40, False), (50, 3, False)])
+def test_l_tcc_with_bank(n_human, k, detach, d, monkeypatch):
+    monkeypatch.setattr(contrastive, "STRIP", 9 * 50)
+    monkeypatch.setattr(contrastive, "STRIP_TILES", 2)
+    results = []
+    for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
+        x, c = (unit(50, d, seed).to(device, dtype).requires_grad_() for seed in (20, 21))
+        tau = torch.tensor(0.05, device=device, dtype=dtype, requires_grad=True)
+        bank = unit(k, d, 22).to(device, dtype) if k else None
+        results.append(value_and_gradients(l_tcc(x, c, n_human, tau, 1.0, 0.5, detach, bank), x, c, tau))
+    close(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("d", [24, 260])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1.2e-2)])
+def test_half_precision_inputs(dtype, tolerance, d):
+    """The loss is that of the rounded inputs; gradients carry the rounding of dL/ds and of themselves."""
+    x, c = (unit(70, d, seed).to(DEVICE, dtype).requires_grad_() for seed in (30, 31))
+    found = value_and_gradients(1e-3 * l_tcc(x, c, 30, 0.02, 1.0, 0.5), x, c)
+    x, c = (t.detach().double().cpu().requires_grad_() for t in (x, c))
+    wanted = value_and_gradients(1e-3 * l_tcc(x, c, 30, 0.02, 1.0, 0.5), x, c)
+    close(found[:1], wanted[:1], 1e-5)
+    close(found[1:], wanted[1:], tolerance)
+    assert found[1].dtype == dtype
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_step_is_captured_in_a_graph():
+    x, c = (unit(96, 64, seed).float().to(DEVICE).requires_grad_() for seed in (40, 41))
+    tau = torch.tensor(0.05, device=DEVICE, requires_grad=True)
+
+    def step():
+        return value_and_gradients(l_tcc(x, c, 40, tau, 1.0, 0.5), x, c, tau)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x += 0.1 * c
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.mem_get_info()[1] < 60 << 30, reason="needs a GPU of 64 GB")
+def test_offsets_past_two_to_the_31():
+    x = torch.nn.functional.normalize(torch.randn(1_100_000, 2048, device=DEVICE), dim=1)
+    queries = x[-300:].clone()
+    scores, indices = similarity_topk(queries, x, 5)
+    assert torch.equal(indices[:, 0].cpu(), torch.arange(1_099_700, 1_100_000))
