@@ -20,6 +20,7 @@ import common
 common.early_help(__name__, __file__)  # answers --help before torch is imported
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -222,20 +223,21 @@ def require_images(benchmark: data.Benchmark, names: tuple[str, ...]) -> None:
 # ---- embedding and measuring ----
 
 
-@torch.no_grad()
 def encode(model: torch.nn.Module, images: data.ImageStore, names: list, batch: int, device, dtype, workers, what: str):
     """(rows, tokens, targets) of the pictures, a batch at a time, in eval mode and autocast; dealt to the ranks."""
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     place, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
     modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
     model.eval()
-    for start in common.progress(range(0, len(names), batch)[place::size], what):
-        rows = range(start, min(start + batch, len(names)))
-        pixels = data.load_pixels(images, [names[i] for i in rows], model.preprocess, workers).to(device)
-        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-            yield rows, *model.image(pixels)
-    for module, mode in modes:
-        module.training = mode
+    try:
+        for start in common.progress(range(0, len(names), batch)[place::size], what):
+            rows = range(start, min(start + batch, len(names)))
+            pixels = data.load_pixels(images, [names[i] for i in rows], model.preprocess, workers).to(device)
+            with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+                yield rows, *model.image(pixels)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def asked(places: list[list[int]]) -> dict[int, list[int]]:
@@ -247,6 +249,7 @@ def asked(places: list[list[int]]) -> dict[int, list[int]]:
     return asks
 
 
+@torch.no_grad()
 def embed(
     model: torch.nn.Module,
     benchmark: data.Benchmark,
@@ -273,6 +276,7 @@ def embed(
     return tuple(_merge(rows, what, benchmark).to(device) for what, rows in (("query", queries), ("image", images)))
 
 
+@torch.no_grad()
 def rerank(
     model: torch.nn.Module,
     images: data.ImageStore,
@@ -456,10 +460,10 @@ def folder_features(
 ) -> tuple[torch.Tensor, list[str]]:
     """-> features (M, D) of the pictures and the sha256 of each; kept in FOLDER.KEY.safetensors, by content.
 
-    A picture that was added or changed is encoded, the others are read; key: of the checkpoint."""
+    A picture that was added or changed is encoded, the others are read; key: of the checkpoint and the dtype."""
     store = data.ImageStore(folder)
     hashes = [common.file_sha256(store.path(name)) for name in names]
-    file, kept = f"{os.path.abspath(folder)}.{key[:16]}.safetensors", {}
+    file, kept = f"{os.path.abspath(folder)}.{key}.safetensors", {}
     if os.path.exists(file):
         try:
             cache = load_file(file)
@@ -478,13 +482,14 @@ def folder_features(
     return torch.stack([kept[digest] for digest in hashes]), hashes
 
 
+@torch.no_grad()
 def search(model, reference: str, text: str, folder: str, key: str, top: int, k: int, tau, weight, how, out: str):
     """Ranks the pictures of a folder for one query: prints names, writes OUT/query.png and OUT/query.html."""
     names, (_, device, dtype, _) = data.list_images(folder), how
-    features, hashes = folder_features(model, folder, names, key, how)
+    features, hashes = folder_features(model, folder, names, f"{key[:16]}-{str(dtype).removeprefix('torch.')}", how)
     place, name = os.path.split(os.path.abspath(reference))
     ((_, tokens, _),) = encode(model, data.ImageStore(place), [name], 1, device, dtype, 0, "reference")
-    with torch.no_grad(), torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
         c = F.normalize(model.eval().compose(tokens, [text]).float(), dim=1)
     ((_, scores),) = score_blocks(c.cpu(), features)  # (1, M)
     own = common.file_sha256(reference)
@@ -492,21 +497,13 @@ def search(model, reference: str, text: str, folder: str, key: str, top: int, k:
     order = best(scores, min(max(top, k), int((scores > -torch.inf).sum())))
     if k:
         cosines = scores.gather(1, order[:, :k])
-        order = rerank(model, data.ImageStore(folder), names, [text], cosines, order[:, :k], tau, weight, how)
+        first = rerank(model, data.ImageStore(folder), names, [text], cosines, order[:, :k], tau, weight, how)
+        order = torch.cat([first, order[:, k:]], dim=1)
     found = [(os.path.join(folder, names[j]), f"{n} · {names[j]}") for n, j in enumerate(order[0, :top].tolist(), 1)]
     for n, j in enumerate(order[0, :top].tolist(), 1):
         common.say(f"{n:3d}  {scores[0, j]:.4f}  {names[j]}")
     pages.write_answer(reference, text, found, out, f"In {folder}")
     common.say(f"wrote {out}/query.png and query.html")
-
-
-# ---- reading and checking ----
-
-
-def one_of(flag: str, value: str, *allowed: str) -> None:
-    """UserError for a flag with another value."""
-    if value not in allowed:
-        raise common.UserError(f"--{flag} is {value!r}; wanted one of {', '.join(allowed)}")
 
 
 # ---- what is shown ----
@@ -584,38 +581,49 @@ def report(results: list[dict], sections: list, dataset: str, split: str, says: 
 # ---- main ----
 
 
-def load(checkpoint: str, baseline: str, backbone: str, device) -> tuple[torch.nn.Module, str, str, float]:
-    """The model, what it is called, the sha256 of its weights and its temperature."""
+def load(checkpoint: str, baseline: str, backbone: str, match: bool, device) -> tuple[torch.nn.Module, str, str, float]:
+    """The model, what it is called, the sha256 of its weights and its temperature; match: it must have a tdm head."""
     import train_cir  # here: train_cir imports this file for its ranking
 
     if not baseline:
         model, config = train_cir.load_cir(checkpoint, device), os.path.join(checkpoint, "config.json")
+        if match and not hasattr(model, "match"):
+            raise common.UserError("--rerank wants a checkpoint of --model blip_tdm: only it has a tdm head")
         tau = common.read_json(config).get("tau", 1.0) if os.path.exists(config) else 1.0
         return model, checkpoint, common.file_sha256(os.path.join(checkpoint, "model.safetensors")), tau
+    if match:
+        raise common.UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
     backbone = backbone or train_cir.HUB["sum"]
     kind = "blip_tdm" if train_cir.model_type(backbone) == "blip" else "sum"
     model = train_cir.build_cir(kind, backbone).eval().to(device)
-    file = os.path.join(backbone, "model.safetensors")
-    digest = common.file_sha256(file) if os.path.exists(file) else "of a hub id or shards: not computed"
-    return Baseline(model, baseline), f"plain {backbone}, {baseline}", digest, 1.0
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(name.encode() + p.detach().cpu().numpy().tobytes())
+    return Baseline(model, baseline), f"plain {backbone}, {baseline}", digest.hexdigest(), 1.0
 
 
 def main() -> None:
     world = common.init_world(DEVICE)
-    one_of("dataset", DATASET, "cirr", "fashioniq", "circo")
-    one_of("category", CATEGORY, "all", *data.FASHIONIQ_CATEGORIES)
-    one_of("cirr_protocol", CIRR_PROTOCOL, "split", "references")
-    one_of("fashioniq_protocol", FASHIONIQ_PROTOCOL, "original", "val")
-    one_of("baseline", BASELINE, "", "image", "text", "sum")
+    for flag, value, allowed in (
+        ("dataset", DATASET, ("cirr", "fashioniq", "circo")),
+        ("category", CATEGORY, ("all", *data.FASHIONIQ_CATEGORIES)),
+        ("cirr_protocol", CIRR_PROTOCOL, ("split", "references")),
+        ("fashioniq_protocol", FASHIONIQ_PROTOCOL, ("original", "val")),
+        ("baseline", BASELINE, ("", "image", "text", "sum")),
+    ):
+        if value not in allowed:
+            raise common.UserError(f"--{flag} is {value!r}; wanted one of {', '.join(filter(None, allowed))}")
     dtype = common.pick_dtype(DTYPE, world.device)
     how = (BATCH, world.device, dtype, WORKERS)
     if bool(REFERENCE) != bool(GALLERY) or (REFERENCE and world.size > 1):
         raise common.UserError("one query wants --reference, --text and --gallery together, and one process")
+    if REVERSE_TEXT and not REVERSED:
+        raise common.UserError("--reverse_text is the text of reversed queries: add --reversed")
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
         raise common.UserError("--checkpoint is empty; name a folder written by train_cir.py, or take a --baseline")
     if REFERENCE:
         common.lock_folder(OUT)
-        model, _, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, world.device)
+        model, _, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, RERANK > 0, world.device)
         return search(model, REFERENCE, TEXT, GALLERY, digest, TOP, RERANK, tau, RERANK_WEIGHT, how, OUT)
 
     # ---- the protocol, and every image that it needs, before a model loads
@@ -644,9 +652,7 @@ def main() -> None:
     common.lock_folder(OUT)
 
     # ---- embed, rank, report
-    model, name, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, world.device)
-    if RERANK and not hasattr(model, "match"):
-        raise common.UserError("--rerank wants a checkpoint of --model blip_tdm: only it has a tdm head")
+    model, name, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, RERANK > 0, world.device)
     results, sections = [], []
     for benchmark, at in zip(benchmarks, indices, strict=True):
         # with a text that leads back, the query is a forward one

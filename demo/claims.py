@@ -75,7 +75,7 @@ def one_run(name: str, demo: str, folder: str, seed: str) -> dict[str, float]:
     checkpoint, log = f"{folder}/cir/{name}", f"{folder}/logs/{name}.log"
     if not os.path.exists(f"{checkpoint}/model.safetensors"):
         words = f"train_cir.py --model {model} --backbone {MODELS}/clip --dataset cirr --root {demo}/world/cirr"
-        words += f" --steps 80 --batch 48 --lr 5e-4 --tau 0.05 --views 2 --val_split dev --val_every 5 --seed {seed}"
+        words += f" --steps 80 --batch 48 --lr 5e-4 --tau 0.05 --views 2 --val_split dev --val_every 10 --seed {seed}"
         words += f" --out {checkpoint} " + flags.format(alpha=ALPHA, folder=folder)
         stage(words.split(), log)
     asked = {kind: how.format(folder=folder) for kind, how in QUERIES.items()}
