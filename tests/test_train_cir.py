@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import common
 import data
 import train_cir
+from kernels import negatives
 
 WORDS = ["make it red", "has two dogs", "remove the hat and add a ball", "is blue", "more of them", "a cat instead"]
 DEFAULTS = common.constants_of(vars(train_cir))
@@ -194,7 +195,7 @@ def test_negatives_are_hard_and_never_the_same_image():
     counts = torch.zeros(2, 6, 6)
     draws = torch.Generator().manual_seed(0)
     for _ in range(400):
-        rows, hard_target, hard_delta = train_cir.draw_negatives(target, c, images, 0.2, draws)
+        rows, hard_target, hard_delta = negatives.draw_negatives(target, c, images, 0.2, draws)
         assert rows.tolist() == list(range(6))
         assert not same[rows, hard_target].any() and not same[rows, hard_delta].any()
         counts[0, rows, hard_target] += 1
@@ -202,7 +203,7 @@ def test_negatives_are_hard_and_never_the_same_image():
     for count, logits in zip(counts, (z.T, z), strict=True):  # row i of z.T: which target is near delta i
         wanted = (logits / 0.2).masked_fill(same, -torch.inf).softmax(1)
         assert (count / 400 - wanted).abs().max() < 0.1  # 4 standard deviations; without the temperature 0.3 off
-    none = train_cir.draw_negatives(target[:2], c[:2], [(0, "a"), (0, "a")], 0.01, draws)
+    none = negatives.draw_negatives(target[:2], c[:2], [(0, "a"), (0, "a")], 0.01, draws)
     assert [len(part) for part in none] == [0, 0, 0]
 
 
@@ -286,7 +287,7 @@ def test_candidates_are_the_own_target_then_hard_ones():
     target, c = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
     draws, counts = torch.Generator().manual_seed(0), torch.zeros(6, 6)
     for _ in range(300):
-        found = train_cir.draw_candidates(target, c, images, 0.2, 2, draws)
+        found = negatives.draw_candidates(target, c, images, 0.2, 2, draws)
         assert found.shape == (6, 3) and found[:, 0].tolist() == list(range(6))
         for i, row in enumerate(found.tolist()):
             assert len(set(row)) == 3 and all(images[j] != images[i] for j in row[1:])
@@ -294,8 +295,8 @@ def test_candidates_are_the_own_target_then_hard_ones():
     same = torch.tensor([[p == q for q in images] for p in images])
     wanted = (target @ c.T / 0.2).T.masked_fill(same, -torch.inf).softmax(1)
     assert (counts / 300 - wanted).abs().max() < 0.12  # the first of them is a draw from the softmax
-    assert train_cir.draw_candidates(target, c, images, 0.2, 99, draws).shape == (6, 1 + 4)  # "a" has four others
-    every = train_cir.draw_candidates(target, c, images, 0.2, 0, draws)
+    assert negatives.draw_candidates(target, c, images, 0.2, 99, draws).shape == (6, 1 + 4)  # "a" has four others
+    every = negatives.draw_candidates(target, c, images, 0.2, 0, draws)
     assert every[:, 0].tolist() == list(range(6)) and (every.sort(1).values == torch.arange(6)).all()
 
 
