@@ -359,7 +359,8 @@ def test_a_run_saves_trained_weights_only_and_reloads(world, zoo, tmp_path, mode
 
 @pytest.mark.parametrize("model", ["combiner", "blip_tdm"])
 def test_six_steps_equal_three_and_resume_and_three(world, zoo, tmp_path, monkeypatch, model):
-    more = {"combiner_dropout": 0.5, "learn_tau": True} if model == "combiner" else {"val_split": "val", "val_every": 2}
+    more = {"combiner_dropout": 0.5, "learn_tau": True, "bidirectional": 0.5, "bank": True}
+    more = more if model == "combiner" else {"val_split": "val", "val_every": 2}
     train(arguments(world, zoo, tmp_path / "whole", model, **more))
     asked = []
     monkeypatch.setattr(common, "stop_requested", lambda: asked.append(1) or len(asked) == 3)
