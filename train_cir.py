@@ -33,6 +33,7 @@ from kernels.reversed import reversed_combiner, reversed_sum
 # ---- model ----
 MODEL = "blip_tdm"  # "combiner" (CLIP + Combiner), "blip_tdm" [S3.3], or "sum" (CLIP, image + text: stage I of [Bi])
 BACKBONE = ""  # folder or hub id; empty: openai/clip-vit-large-patch14 or Salesforce/blip-itm-large-coco [S6.1]
+START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)
 FIRST_TOKEN = "enc"  # blip_tdm: "enc" as BLIP was trained, "cls" as Hugging Face feeds and the release does
 TRAIN_TEXT = True  # the text encoder [S3.3]; false: only what is behind it (CLIP4Cir's stage II)
@@ -53,7 +54,7 @@ PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
 WORKERS = 4  # threads that decode and augment images
 
 # ---- optimisation ----
-EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for blip_tdm, 10 for combiner [S6.1]
+EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for blip_tdm, 10 for CLIP [S6.1]
 STEPS = 0  # optimiser steps instead of EPOCHS; 0 = by EPOCHS
 BATCH = 64  # triplets per GPU, of B and of B' each [S6.1]
 LR = 1e-4  # learning rate, cosine to zero [S6.1]
@@ -62,7 +63,7 @@ WEIGHT_DECAY = 0.05  # AdamW [S6.1]
 TAU = 0.01  # temperature of Eq. 2 [S6.1]; with LEARN_TAU where it starts (release: 0.07)
 LEARN_TAU = False  # learn the temperature, clamped to [0.001, 0.5], as the release
 ALPHA = 1.0  # weight of the positive in the denominator of Eq. 2 [S6.1]
-BETA = "auto"  # hardness of negatives in Eq. 2; auto = 0 for combiner, 0.5 for blip_tdm [S6.1]
+BETA = "auto"  # hardness of negatives in Eq. 2; auto = 0 for CLIP, 0.5 for blip_tdm [S6.1]
 
 # ---- ablations and options of the loss ----
 CONCAT = True  # second term of L_tcc over B + B' [Eq. 2]; false: over B' alone
@@ -355,16 +356,25 @@ def build_cir(
     text_length: int = 0,
     train_text: bool = True,
     directions: bool = False,
+    start: str = "",
 ) -> CirModel:
-    """A model before CIR training, fp32 on the CPU; a new Combiner and directions draw from torch's generator."""
+    """A model before CIR training, fp32 on the CPU; a new Combiner and directions draw from torch's generator.
+
+    start: a checkpoint whose weights replace those of the same names, frozen or not."""
     if model not in HUB:
         raise common.UserError(f"--model {model}: one of {', '.join(HUB)}")
-    backbone = backbone or HUB[model]
+    backbone, shared = backbone or HUB[model], (text_length, train_text, directions)
     if model == "sum":
-        return SumModel(backbone, text_length, train_text, directions)
-    if model == "combiner":
-        return CombinerModel(backbone, p, h, dropout, text_length, train_text, directions)
-    return BlipTdm(backbone, first_token, train_tdm_head, text_length, train_text, directions)
+        built = SumModel(backbone, *shared)
+    elif model == "combiner":
+        built = CombinerModel(backbone, p, h, dropout, *shared)
+    else:
+        built = BlipTdm(backbone, first_token, train_tdm_head, *shared)
+    if start:
+        own = dict(built.named_parameters())
+        tensors = common.load_tensors(start, "model.safetensors")
+        put_weights({name: own[name] for name in own.keys() & tensors.keys()}, tensors, start)
+    return built
 
 
 def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
@@ -382,10 +392,13 @@ def get_trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def put_trained(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Overwrites exactly the trained weights; UserError naming the first difference."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    put_weights({name: p for name, p in model.named_parameters() if p.requires_grad}, tensors, where)
+
+
+@torch.no_grad()
+def put_weights(own: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], where: str) -> None:
     odd = sorted(own.keys() ^ tensors.keys())
     odd += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if odd:
@@ -482,7 +495,7 @@ def main() -> None:
     # ---- model
     backbone = os.path.abspath(BACKBONE) if os.path.isdir(BACKBONE) else BACKBONE or HUB.get(MODEL, "")
     build = {"model": MODEL, "backbone": backbone, "text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
-    build |= {"directions": bool(BIDIRECTIONAL) and token}
+    build |= {"directions": bool(BIDIRECTIONAL) and token, "start": os.path.abspath(START) if START else ""}
     if MODEL == "combiner":
         build |= {"p": COMBINER_P, "h": COMBINER_H, "dropout": COMBINER_DROPOUT}
     elif MODEL == "blip_tdm":

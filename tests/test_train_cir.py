@@ -359,8 +359,8 @@ def test_a_run_saves_trained_weights_only_and_reloads(world, zoo, tmp_path, mode
 
 @pytest.mark.parametrize("model", ["combiner", "blip_tdm"])
 def test_six_steps_equal_three_and_resume_and_three(world, zoo, tmp_path, monkeypatch, model):
-    more = {"combiner_dropout": 0.5, "learn_tau": True, "bidirectional": 0.5, "bank": True}
-    more = more if model == "combiner" else {"val_split": "val", "val_every": 2}
+    loss = {"combiner_dropout": 0.5, "learn_tau": True, "bidirectional": 0.5, "bank": True}
+    more = loss if model == "combiner" else {"val_split": "val", "val_every": 2}
     train(arguments(world, zoo, tmp_path / "whole", model, **more))
     asked = []
     monkeypatch.setattr(common, "stop_requested", lambda: asked.append(1) or len(asked) == 3)
@@ -453,6 +453,21 @@ def test_ablations_and_frozen_text(world, zoo, tmp_path):
         train(arguments(world, zoo, tmp_path / "x", "sum", train_text=False))
     with pytest.raises(common.UserError, match="no triplet has a reverse_delta"):
         train(arguments(world, zoo, tmp_path / "x", "sum", bidirectional=0.5, reversed_text="delta"))
+
+
+def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
+    """The Combiner behind stage I's text encoder, frozen; the checkpoint finds it again."""
+    how = {"steps": 2, "bidirectional": 0.5, "pseudo": ""}
+    train(arguments(world, zoo, tmp_path / "one", "sum", **how))
+    train(arguments(world, zoo, tmp_path / "two", "combiner", start=tmp_path / "one", train_text=False, **how))
+    saved, first = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert all(name.startswith("combiner.") or "directions" in name for name in saved)
+    model = train_cir.load_cir(str(tmp_path / "two"))
+    state = model.state_dict()
+    assert all(torch.equal(state[name], first[name]) for name in first if "directions" not in name)
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    with pytest.raises(common.UserError, match="do not fit"):  # stage I had directions, this has none
+        train(arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "one", pseudo="", steps=1))
 
 
 def test_reversed_training_teaches_reversed_queries(world, zoo, tmp_path):
