@@ -304,7 +304,7 @@ def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: s
 
 def write_answer(reference: str | os.PathLike, text: str, found: list, out: str | os.PathLike, where: str) -> None:
     """OUT/query.png and OUT/query.html: a picture, what to change, and what was found as (path, label), best first."""
-    cells = [(reference, f"reference: {text}"), *found]
-    contact_sheet([cells[i : i + 6] for i in range(0, len(cells), 6)], f"{out}/query.png")
+    cells = [(reference, "reference"), *found]
+    contact_sheet([cells[i : i + 6] for i in range(0, len(cells), 6)], f"{out}/query.png", title=text)
     body = page("What the model found", [(where, panel((reference, "reference"), text, found))])
     Path(out, "query.html").write_text(body, encoding="utf-8")

@@ -171,3 +171,21 @@ print(measure.peak_bytes(lambda: bench.factorised(leaves, positive).backward()) 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 120  # MiB; one B x B x h array alone takes 80, and the plain form keeps several
+
+
+def test_half_precision_products_stay_near():
+    """As under autocast: the pairs' products in bf16, lengths and logits in fp32."""
+    leaves, positive = features(24, 24, 32, torch.float32)
+    w = layers(32, 16, 48, torch.float32)
+    exact = factorised(w, *leaves[:3], positive, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        p = 16
+        t, v = F.relu(F.linear(leaves[1], *w["t"])), F.relu(F.linear(leaves[2], *w["v"]))
+        hidden, gate = ((F.linear(t, w[n][0][:, :p], w[n][1]), F.linear(v, w[n][0][:, p:])) for n in "ul")
+        out, gate_out = ((w[n][0].bfloat16(), w[n][1]) for n in "ow")
+        gate_out = gate_out[0][0], gate_out[1][0]
+        found = ours.reversed_combiner(*leaves[:3], hidden, gate, out, gate_out, positive, 0.2)
+    assert hidden[0].dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=0.01)
+    for a, b in zip(*(torch.autograd.grad(loss, [leaves[1], w["u"][0]]) for loss in (found, exact)), strict=True):
+        assert (a - b).norm() < 0.05 * b.norm()
