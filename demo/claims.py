@@ -28,16 +28,18 @@ MODELS = "demo/models"  # stand-in backbones
 JOBS = 2  # runs at a time, one thread each
 ALPHA = 0.5  # weight of the reversed loss; [Bi] takes 0.4 and 0.5 on FashionIQ
 
-BACK, VDG = "--bidirectional {alpha} ", "--reversed_text delta --same_pairs {folder}/train.jsonl"
+BACK, VDG = "--bidirectional {alpha} ", "--reversed_text delta --same_pairs {folder}/train.jsonl "
+(STAGE2,) = ("--train_text false --start {folder}/cir/",)  # the Combiner behind stage I's text encoder, as in [Bi]
 RUNS = {  # row of the table, model, flags; on the human triplets alone
     "sum": ("sum, forward only", "sum", ""),
+    "combiner": ("combiner, forward only", "combiner", STAGE2 + "sum"),
+    "combiner-bank": ("combiner, forward only, bank of negatives", "combiner", "--bank " + STAGE2 + "sum"),
     "sum-token": ("sum, bi-directional, [BACKWARD] + human text", "sum", BACK),
+    "combiner-token": ("combiner, bi-directional, [BACKWARD] + human text", "combiner", BACK + STAGE2 + "sum-token"),
     "sum-vdg": ("sum, bi-directional, VDG's reversed text", "sum", BACK + VDG),
-    "combiner": ("combiner, forward only", "combiner", ""),
-    "combiner-token": ("combiner, bi-directional, [BACKWARD] + human text", "combiner", BACK),
-    "combiner-vdg": ("combiner, bi-directional, VDG's reversed text", "combiner", BACK + VDG),
-    "combiner-bank": ("combiner, forward only, bank of negatives", "combiner", "--bank"),
+    "combiner-vdg": ("combiner, bi-directional, VDG's reversed text", "combiner", BACK + VDG + STAGE2 + "sum-vdg"),
 }
+CHAINS = [("sum", "combiner", "combiner-bank"), ("sum-token", "combiner-token"), ("sum-vdg", "combiner-vdg")]
 QUERIES = {"forward": "", "backward": "--reversed", "vdg": "--reversed --reverse_text {folder}/val/pseudo.jsonl"}
 RERANKED = {"plain": "", "reranked": "--rerank 50"}
 
@@ -82,6 +84,11 @@ def one_run(name: str, demo: str, folder: str, seed: str) -> dict[str, float]:
     return {kind: evaluation(checkpoint, demo, f"{folder}/eval/{name}-{kind}", how) for kind, how in asked.items()}
 
 
+def one_chain(names: tuple[str, ...], demo: str, folder: str, seed: str) -> dict[str, dict[str, float]]:
+    """Runs of which the later start from the first."""
+    return {name: one_run(name, demo, folder, seed) for name in names}
+
+
 def evaluation(checkpoint: str, demo: str, out: str, flags: str) -> float:
     """Mean of R@1, R@5 and R@10 on val."""
     if not os.path.exists(f"{out}/metrics.json"):
@@ -107,11 +114,12 @@ def main() -> None:
         reversed_texts(demo, folder, seed)
         blip = f"{demo}/cir/blip_tdm-auxiliary"
         with ThreadPoolExecutor(JOBS) as pool:
-            jobs = {name: pool.submit(one_run, name, demo, folder, seed) for name in RUNS}
+            chains = [pool.submit(one_chain, names, demo, folder, seed) for names in CHAINS]
             shown = RERANKED.items() if os.path.exists(f"{blip}/config.json") else ()
             ranked = {name: pool.submit(evaluation, blip, demo, f"{folder}/eval/{name}", how) for name, how in shown}
-            for name, job in jobs.items():
-                for kind, value in job.result().items():
+            done = {name: kinds for job in chains for name, kinds in job.result().items()}
+            for name in RUNS:
+                for kind, value in done[name].items():
                     found.setdefault(name, {}).setdefault(kind, []).append(value)
             for name, job in ranked.items():
                 found.setdefault(name, {}).setdefault("forward", []).append(job.result())
