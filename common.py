@@ -135,6 +135,8 @@ def parse_flags(flags: list[Flag], argv: list[str]) -> dict[str, Any]:
             if not has_value and not isinstance(flag.default, bool):
                 raise UserError(f"{shown} wants a value, such as {shown} {_show(flag.default)} (its default)")
             value = rest.pop(0) if has_value else "true"
+            while isinstance(flag.default, tuple | list) and rest and not rest[0].startswith("--"):
+                value += "," + rest.pop(0)  # --score a.json b.json
         try:
             values[name] = _convert(value, flag.default)
         except ValueError as error:
@@ -650,9 +652,14 @@ def _difference(found: dict, wanted: dict) -> str:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _digest(path: Path) -> dict:
+def file_sha256(path: str | Path) -> str:
+    """The hex digest of a file's bytes."""
     with open(path, "rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(path: Path) -> dict:
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
 
 def _verify(path: Path) -> dict:

@@ -15,8 +15,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -33,15 +33,20 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # tried in this order behind a 
 MAX_PIXELS = 64_000_000  # a 65-byte PNG can claim 400 million
 MAX_ASPECT = 20  # a 1 x 5000 picture becomes 250 million pixels when its shortest edge is resized to 224
 MAX_NAME = 1024  # characters of a name in an annotation file
+SERVER_LIMIT = 5 * 10**6  # bytes of one upload to CIRR's server
 GREY = (128, 128, 128)  # what rotation and translation uncover
 
 # ---- the benchmarks as published ----
 FASHIONIQ_CATEGORIES = ("dress", "shirt", "toptee")
-# (queries, gallery images); FashionIQ under the "original" protocol, with a fourth key "val" under the other
+# (queries, gallery images); FashionIQ "original" and CIRR "split", the other protocol's name as the last key
 OFFICIAL = {
     ("cirr", "train"): (28225, 16939),
     ("cirr", "val"): (4181, 2297),
     ("cirr", "test1"): (4148, 2315),
+    ("cirr", "val", "references"): (4181, 2165),
+    ("cirr", "test1", "references"): (4148, 2178),
+    ("circo", "val"): (220, 123403),
+    ("circo", "test"): (800, 123403),
     ("fashioniq", "val", "dress"): (2017, 3817),
     ("fashioniq", "val", "shirt"): (2038, 6346),
     ("fashioniq", "val", "toptee"): (1961, 5373),
@@ -258,6 +263,11 @@ class Benchmark:
     gallery: tuple[str, ...]
     images: ImageStore
 
+    @property
+    def title(self) -> str:
+        """'cirr val', 'fashioniq val dress'."""
+        return " ".join(part for part in (self.dataset, self.split, self.category) if part)
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -362,6 +372,39 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
     return Benchmark("cirr", split, None, tuple(queries), tuple(table), _store(images, places, table))
 
 
+def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, list[str]]:
+    """A file in the server's format, metric "recall" or "recall_subset" -> pairid -> names; UserError if it is not."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: {what}")
+
+    size = os.path.getsize(path)
+    require(size <= SERVER_LIMIT, f"{size:,} bytes, the server takes {SERVER_LIMIT:,}: write it without indentation")
+    record = read_json(path)
+    require(isinstance(record, dict), f"found a {type(record).__name__}, wanted an object of pairid: names")
+    for key, wanted in (("version", "rc2"), ("metric", metric)):
+        require(record.get(key) == wanted, f"{key} is {record.get(key)!r}, wanted {wanted!r}")
+    lists = {key: value for key, value in record.items() if key not in ("version", "metric")}
+    asked = {str(query.id): query for query in benchmark.queries}
+    for what, ids in (("lacks", asked.keys() - lists.keys()), ("has unknown", lists.keys() - asked.keys())):
+        require(not ids, f"{what} {len(ids)} of the {len(asked)} pairids of {benchmark.title}: {sorted(ids)[:3]}")
+    gallery = set(benchmark.gallery)
+    for pairid, query in asked.items():
+        names = lists[pairid]
+        strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        require(strings, f"pairid {pairid}: wanted a list of image names, found {str(names)[:80]}")
+        allowed = (gallery if metric == "recall" else set(query.members)) - {query.reference}
+        wanted = min(50 if metric == "recall" else 3, len(allowed))
+        require(len(names) == wanted, f"pairid {pairid}: {len(names)} names, wanted {wanted}")
+        require(len(set(names)) == len(names), f"pairid {pairid}: a name stands twice")
+        require(query.reference not in names, f"pairid {pairid}: lists the query's own reference {query.reference!r}")
+        stray = [name for name in names if name not in allowed]
+        place = "the gallery" if metric == "recall" else "the query's img_set"
+        require(not stray, f"pairid {pairid}: {stray[:1]} is not in {place}")
+    return lists
+
+
 def with_text(triplets: list[Triplet], file: str) -> list[Triplet]:
     """Generated triplets that say something; empty deltas are counted and left out, flagged ones counted and kept."""
     kept = [t for t in triplets if t.delta.strip()]
@@ -397,6 +440,43 @@ def write_cirr_captions(folder: str | os.PathLike, split: str, records: Iterable
     names = dict.fromkeys(name for triplet in written for name in triplet["img_set"]["members"])
     write_json(os.path.join(folder, "captions", f"cap.rc2.{split}.json"), written)
     write_json(os.path.join(folder, "image_splits", f"split.rc2.{split}.json"), {name: f"./{name}" for name in names})
+
+
+# ---- CIRCO ----
+def read_circo(root: str, split: str, images: str | Sequence[str] | None = None) -> Benchmark:
+    """CIRCO: annotations/{val,test}.json over COCO's 123,403 unlabelled images of 2017, all of which is the gallery.
+
+    `root` holds annotations/ and COCO2017_unlabeled/ as its authors lay them out. An image is named by its twelve
+    digits. A query's delta is its relative caption; extra holds "truths", all right answers, the target first.
+    """
+    coco = os.path.join(root, "COCO2017_unlabeled")
+    listing, info = _annotation(coco, "annotations", "image_info_unlabeled2017.json")
+    if not isinstance(info, dict):
+        raise UserError(f'{listing}: found {shown(info)}, wanted an object with "images"')
+    gallery = tuple(f"{_get(r, 'id', int, w):012d}" for w, r in _records(listing, info.get("images")))
+    _unique(gallery, listing, "image")
+    known = set(gallery)
+    path, records = _annotation(root, "annotations", f"{split}.json")
+    queries = []
+    for where, record in _records(path, records):
+        ids = record.get("gt_img_ids", [])
+        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+            raise UserError(f'{where}: "gt_img_ids" is {shown(ids)}, wanted a list of image ids')
+        truths = tuple(f"{i:012d}" for i in dict.fromkeys(ids))
+        target = f"{_get(record, 'target_img_id', int, where):012d}" if "target_img_id" in record else None
+        reference = f"{_get(record, 'reference_img_id', int, where):012d}"
+        for name in (reference, *truths, *(() if target is None else (target,))):
+            if name not in known:
+                raise UserError(f"{where}: image {name} is not in {listing}")
+        if target is not None and target not in truths:
+            raise UserError(f"{where}: target {target} is not among its gt_img_ids")
+        extra = {"truths": truths, "shared_concept": record.get("shared_concept", "")}
+        delta, id = _get(record, "relative_caption", str, where), _get(record, "id", int, where)
+        queries.append(Triplet(reference, target, delta, id, extra=extra))
+    _unique((query.id for query in queries), path, "id")
+    return Benchmark(
+        "circo", split, None, tuple(queries), gallery, _store(images, [os.path.join(coco, "unlabeled2017")])
+    )
 
 
 # ---- FashionIQ ----
@@ -457,6 +537,36 @@ def write_fashioniq_captions(folder: str | os.PathLike, split: str, records: lis
         write_json(os.path.join(folder, "image_splits", f"split.{kind}.{split}.json"), names)
 
 
+# ---- any benchmark ----
+def read_benchmarks(dataset: str, root: str, split: str, category: str, images: str, protocol: str) -> list[Benchmark]:
+    """One benchmark of CIRR (protocol "split" or "references") or CIRCO, or one a category of FashionIQ."""
+    if not root:
+        raise UserError("--root is empty; name the folder that holds the annotations")
+    if dataset == "circo":
+        return [read_circo(root, split, images or None)]
+    if dataset == "fashioniq":
+        chosen = FASHIONIQ_CATEGORIES if category == "all" else (category,)
+        return [read_fashioniq(root, split, one, images or None, protocol) for one in chosen]
+    benchmark = read_cirr(root, "test1" if split == "test" else split, images or None)
+    if protocol == "references":
+        references = {query.reference for query in benchmark.queries}
+        gallery = tuple(name for name in benchmark.gallery if name in references)
+        benchmark = replace(benchmark, gallery=gallery)
+    return [benchmark]
+
+
+def require_official(benchmark: Benchmark, protocol: str) -> None:
+    """Queries and gallery must be as many as published: UserError otherwise."""
+    found = (len(benchmark.queries), len(benchmark.gallery))
+    key = tuple(part for part in (benchmark.dataset, benchmark.split, benchmark.category) if part)
+    key += (protocol,) if protocol in ("val", "references") else ()
+    wanted = OFFICIAL.get(key)
+    if found != wanted:
+        has = f"{benchmark.title} ({protocol}): found {found[0]:,} queries and {found[1]:,} gallery images"
+        want = f"the published ones are {wanted[0]:,} and {wanted[1]:,}" if wanted else "no such split is published"
+        raise UserError(f"{has}, {want}; --official false for other data in the same layout")
+
+
 # ---- other files ----
 def read_chat(path: str | os.PathLike) -> list[Caption]:
     """LLaVA's chat.json: one picture, one instruction with <image> before or after it, one caption a record."""
@@ -514,6 +624,100 @@ def training_triplets(
     return triplets, benchmarks[0].images
 
 
+# ---- items to train a CIR model on ----
+class Item(NamedTuple):
+    """A triplet to train on; images as (store, name), deltas in groups: a group is drawn, then one of it."""
+
+    reference: tuple[int, str]
+    target: tuple[int, str]
+    deltas: tuple[tuple[str, ...], ...]
+    back: tuple[str, ...] = ()  # texts that lead from the target back to the reference, where VDG wrote any
+
+
+class Draw(NamedTuple):
+    """An item of one step, with the key of its randomness."""
+
+    reference: tuple[int, str]
+    target: tuple[int, str]
+    delta: str
+    key: tuple[int, int, int]  # stream (0 human, 1 auxiliary), epoch, item
+    back: str = ""
+
+
+def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
+    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
+    if dataset != "fashioniq":
+        return (triplet.delta,)
+    one, two = triplet.alternatives
+    alone = (text.strip(".?, ").capitalize() for text in (one, two))
+    return join_captions(one, two), join_captions(two, one), *alone
+
+
+def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
+    """The reverse_delta of each that has one which says something."""
+    texts = ((t.extra or {}).get("reverse_delta") for t in triplets)
+    return tuple(text for text in texts if isinstance(text, str) and text.strip())
+
+
+def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet]) -> list[Item]:
+    """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn)."""
+    also: dict[tuple[str, str], list[Triplet]] = {}
+    for t in generated:
+        also.setdefault((t.reference, t.target), []).append(t)
+    items = []
+    for t in triplets:
+        groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
+        if dataset == "jsonl" and t.alternatives:
+            groups.append(t.alternatives[1:])  # the VDG release's [human, generated]
+        if same:
+            groups.append(tuple(other.delta for other in same))
+        items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same])))
+    without = sum((t.reference, t.target) not in also for t in triplets)
+    if generated and without == len(triplets):
+        raise UserError("--same_pairs: none of its (reference, target) pairs is a human triplet's; wrong file?")
+    if generated and without:
+        common.say(f"{without:,} of {len(triplets):,} human triplets have no generated delta in --same_pairs")
+    return items
+
+
+def training_items(
+    dataset: str, root: str, split: str, images: str, same_pairs: str, pseudo: str, pseudo_images: str, human: bool
+) -> tuple[list[ImageStore], list[list[Item]]]:
+    """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
+    stores, streams = [ImageStore([]), ImageStore([])], [[], []]
+    if human:
+        if not root:
+            raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
+        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
+        same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
+        streams[0] = human_items(triplets, dataset, same)
+    if pseudo:
+        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
+        kept = with_text(triplets, pseudo)
+        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept]
+    for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
+        if wanted and not items:
+            raise UserError(f"{file} holds no triplet to train on")
+    if not human and not pseudo:
+        raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
+    return stores, streams
+
+
+def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> list[Draw]:
+    """A step's global batch: a function of its arguments alone, so resume needs no state and every rank knows all."""
+    per_epoch = len(items) // batch  # the last, short batch of an epoch is left out: another each epoch
+    epoch, at = divmod(step, per_epoch)
+    draws = []
+    for i in _order_of(len(items), seed + stream, epoch)[at * batch : (at + 1) * batch]:
+        rng = common.rng(seed, "delta", stream, epoch, i)
+        group = items[i].deltas[rng.integers(len(items[i].deltas))]
+        delta = group[rng.integers(len(group))]
+        back = items[i].back[rng.integers(len(items[i].back))] if items[i].back else ""
+        draws.append(Draw(items[i].reference, items[i].target, delta, (stream, epoch, i), back))
+    return draws
+
+
+# ---- what is there ----
 def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
@@ -529,17 +733,20 @@ def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str)
     return kept
 
 
+def names_of(benchmark: Benchmark) -> list[str]:
+    """Every image of a benchmark, once: the gallery, then references, targets and members outside it."""
+    asked = [(q.reference, q.target, *(q.members or ())) for q in benchmark.queries]
+    return list(dict.fromkeys([*benchmark.gallery, *(name for names in asked for name in names if name is not None)]))
+
+
 def check_report(what: Benchmark | Iterable[str], images: ImageStore | None = None) -> tuple[str, bool]:
     """One line for --check: images expected, present, unreadable, missing, with first names; and whether all is well.
 
     Looks at headers and checksums only: a JPEG that is cut short shows when it is decoded.
     """
-    names = what
     if isinstance(what, Benchmark):
-        images = images or what.images
-        asked = (name for query in what.queries for name in (query.reference, query.target) if name is not None)
-        names = (*what.gallery, *asked)
-    names, missing, unreadable = list(dict.fromkeys(names)), [], []
+        images, what = images or what.images, names_of(what)
+    names, missing, unreadable = list(dict.fromkeys(what)), [], []
     for name in names:
         try:
             path = images.find(name)
@@ -557,6 +764,34 @@ def check_report(what: Benchmark | Iterable[str], images: ImageStore | None = No
     if unreadable:
         text += f"; first unreadable: {unreadable[0]}"
     return text, not missing and not unreadable
+
+
+def check_benchmarks(benchmarks: list[Benchmark]) -> str:
+    """Prints expected, present and unreadable images; returns one line of complaint, empty when all are there."""
+    bad = []
+    for benchmark in benchmarks:
+        text, ok = check_report(benchmark)
+        counts = f"{len(benchmark.queries):,} queries, {len(benchmark.gallery):,} gallery images"
+        common.say(f"{benchmark.title}: {counts}; {text}")
+        if not ok:
+            bad.append((benchmark.title, benchmark.images.missing(names_of(benchmark))))
+    if len(benchmarks) > 1:
+        common.say(f"together: {sum(len(benchmark.queries) for benchmark in benchmarks):,} queries")
+    named = "; ".join(f"{title}: " + (f"first {m[0]!r}" if m else "unreadable files") for title, m in bad)
+    count = sum(len(missing) for _, missing in bad)
+    return f"{count:,} images missing ({named}); add them or name their folder with --images" if bad else ""
+
+
+def check_items(stores: list[ImageStore], streams: list[list[Item]], benchmarks: list[Benchmark]) -> None:
+    """Prints what there is to train on and to measure; UserError if an image is missing or unreadable."""
+    reports = [check_report(benchmark) for benchmark in benchmarks]
+    for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True):
+        if items:
+            text, ok = check_report([name for item in items for _, name in (item.reference, item.target)], store)
+            reports.append((f"{what}: {len(items):,} triplets; {text}", ok))
+    common.say("\n".join(text for text, _ in reports))
+    if not all(ok for _, ok in reports):
+        raise UserError("images missing or unreadable, see above; fetch them or fix --images / --pseudo_images")
 
 
 # ---- picture -> tensor, as the checkpoint wants it ----
@@ -731,6 +966,9 @@ def augment(
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n items in one epoch, a function of (seed, epoch) alone: equal on every rank and after a resume."""
     return common.rng("order", seed, epoch).permutation(n).tolist()
+
+
+_order_of = functools.lru_cache(maxsize=4)(epoch_order)  # asked for at every step
 
 
 def rank_batches(

@@ -48,11 +48,12 @@ MIN_GAP = 0.002  # a picture whose score is less than this below the last added 
 GROUP = 6  # members of a subgroup, the anchor among them [S3.2]; nine pairs each
 # More than half shared is heavy; to compare, the paper ends with subgroups for 66 to 82 % of its pictures.
 MAX_SHARED = 3  # members a subgroup may share with any accepted one [ours: S3.2 leaves "heavy overlap" open]
+GROUPING = True  # false: as many subgroups of random pictures, hence random pairs (the ablation "no grouping")
 
 # ---- run ----
 OUT = "out/mine"  # folder of all outputs
 SHOW = 24  # subgroups on the contact sheet
-SEED = 0  # which subgroups the contact sheet shows; mining itself draws nothing
+SEED = 0  # which subgroups the contact sheet shows, and random groups; mining itself draws nothing
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 WORKERS = 8  # threads that read and decode pictures
 BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU
@@ -226,10 +227,13 @@ def embed_gallery(
     for start in range(0, len(names), batch):
         content = hashlib.sha256("\n".join([key, *hashes[start : start + batch]]).encode()).hexdigest()
         chunks.append((start, parts / f"{start:09d}-{content[:24]}.npy"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a CPU their number changes the last bit; to use all cores, start more ranks [ours]
     for start, path in common.progress(chunks[world.rank :: world.size], "embed"):
         if not path.exists():
             rows = embed(encoder, images, names[start : start + batch], world.device, workers)
             write_array(path, rows.shape, [rows])
+    torch.set_num_threads(threads)
     common.barrier()
     if world.rank == 0:
         width = np.load(chunks[0][1], mmap_mode="r").shape[1]
@@ -315,6 +319,16 @@ def drop_overlapping(found: list, max_shared: int) -> list:
     return accepted
 
 
+def random_groups(embeddings: Tensor, count: int, group: int, seed: int) -> list:
+    """[(members, scores with the first)] of `count` subgroups of random pictures."""
+    groups = []
+    for i in range(count):
+        members = common.rng("random group", seed, i).choice(len(embeddings), group, replace=False).tolist()
+        rows = embeddings[torch.tensor(members, device=embeddings.device)]
+        groups.append((members, exact_dot(rows[:1].expand_as(rows), rows).tolist()))
+    return groups
+
+
 # ---- pairs ----
 def template(group: int) -> list[tuple[int, int]]:
     """CIRR's pairs of ranks within a subgroup: a ring, then the anchor with all but its neighbours in it; 9 for 6."""
@@ -393,6 +407,8 @@ def main() -> None:
         return
     found = [group for groups, _ in searched for group in groups]
     accepted = drop_overlapping(found, MAX_SHARED)
+    if not GROUPING:
+        accepted = random_groups(embeddings, len(accepted), GROUP, SEED)
 
     subgroups, pairs = [], []
     for id, (members, scores) in enumerate(accepted):
@@ -406,6 +422,7 @@ def main() -> None:
     counts |= {"anchors": len(names)} | {f"discarded: {reason}": n for reason, n in sorted(discarded.items())}
     counts |= {"subgroups": len(subgroups), "pairs": len(pairs)}
     rule = {"top_k": TOP_K, "max_score": MAX_SCORE, "min_gap": MIN_GAP, "group": GROUP, "max_shared": MAX_SHARED}
+    rule |= {"grouping": GROUPING}
     stats = {"counts": counts, "rule": rule, "encoder": ENCODER, "exclude": list(EXCLUDE)}
 
     write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)

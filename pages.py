@@ -164,6 +164,13 @@ def table(rows: list, headers: list) -> Html:
     return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
+def text_table(rows: list[list], headers: list[str]) -> str:
+    """Aligned columns for a terminal."""
+    cells = [headers, *([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    return "\n".join("  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)) for row in cells)
+
+
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers inside [low, high]."""
     raw = (high - low) / count
@@ -293,3 +300,11 @@ def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: s
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def write_answer(reference: str | os.PathLike, text: str, found: list, out: str | os.PathLike, where: str) -> None:
+    """OUT/query.png and OUT/query.html: a picture, what to change, and what was found as (path, label), best first."""
+    cells = [(reference, "reference"), *found]
+    contact_sheet([cells[i : i + 6] for i in range(0, len(cells), 6)], f"{out}/query.png", title=text)
+    body = page("What the model found", [(where, panel((reference, "reference"), text, found))])
+    Path(out, "query.html").write_text(body, encoding="utf-8")

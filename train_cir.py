@@ -18,7 +18,6 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,17 @@ from torch import nn
 
 import data
 from eval_cir import evaluate
-from kernels.contrastive import l_tcc
+from kernels.contrastive import l_tcc_ranks
+from kernels.negatives import draw_candidates, draw_negatives
+from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
-MODEL = "blip_tdm"  # "combiner" (CLIP + Combiner) or "blip_tdm" [S3.3]
+MODEL = "blip_tdm"  # "combiner" (CLIP + Combiner), "blip_tdm" [S3.3], or "sum" (CLIP, image + text: stage I of [Bi])
 BACKBONE = ""  # folder or hub id; empty: openai/clip-vit-large-patch14 or Salesforce/blip-itm-large-coco [S6.1]
+START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)
 FIRST_TOKEN = "enc"  # blip_tdm: "enc" as BLIP was trained, "cls" as Hugging Face feeds and the release does
+TRAIN_TEXT = True  # the text encoder [S3.3]; false: only what is behind it (CLIP4Cir's stage II)
 TRAIN_TDM_HEAD = True  # blip_tdm: p_theta of Eq. 3 starts as itm_head and trains; the release freezes it
 COMBINER_P = 0  # combiner: projection width, 0 = CLIP's d (768, as the release); CLIP4Cir: 4 d
 COMBINER_H = 0  # combiner: hidden width, 0 = 2 d (1536, as the release); CLIP4Cir: 8 d
@@ -51,7 +54,7 @@ PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
 WORKERS = 4  # threads that decode and augment images
 
 # ---- optimisation ----
-EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for blip_tdm, 10 for combiner [S6.1]
+EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for blip_tdm, 10 for CLIP [S6.1]
 STEPS = 0  # optimiser steps instead of EPOCHS; 0 = by EPOCHS
 BATCH = 64  # triplets per GPU, of B and of B' each [S6.1]
 LR = 1e-4  # learning rate, cosine to zero [S6.1]
@@ -60,7 +63,15 @@ WEIGHT_DECAY = 0.05  # AdamW [S6.1]
 TAU = 0.01  # temperature of Eq. 2 [S6.1]; with LEARN_TAU where it starts (release: 0.07)
 LEARN_TAU = False  # learn the temperature, clamped to [0.001, 0.5], as the release
 ALPHA = 1.0  # weight of the positive in the denominator of Eq. 2 [S6.1]
-BETA = "auto"  # hardness of negatives in Eq. 2; auto = 0 for combiner, 0.5 for blip_tdm [S6.1]
+BETA = "auto"  # hardness of negatives in Eq. 2; auto = 0 for CLIP, 0.5 for blip_tdm [S6.1]
+
+# ---- ablations and options of the loss ----
+CONCAT = True  # second term of L_tcc over B + B' [Eq. 2]; false: over B' alone
+TDM = True  # blip_tdm: L_tdm [Eq. 3]; false: L_tcc alone
+BANK = False  # every training image, encoded once without augmentation, is a further negative target of L_tcc [ours]
+BIDIRECTIONAL = 0.0  # alpha of [Bi]: weight of the reversed loss; 0 = off; CIRR 0.1; FashionIQ 0.4 (sum), 0.5
+REVERSED_TEXT = "token"  # "token": the delta behind a learned [BACKWARD] [Bi]; "delta": reverse_delta of VDG [ours]
+REVERSED_NEGATIVES = 8  # blip_tdm: targets composed with each reversed text, drawn as in L_tdm [ours]; 0 = all [Bi]
 
 # ---- augmentation [S6.1]: kinds from the paper, strengths but the crop [ours], as it gives none ----
 AUGMENT = True  # false: plain preprocessing
@@ -87,23 +98,41 @@ DTYPE = "auto"  # compute: auto = bf16 on cuda, fp32 on CPU; weights, similariti
 CHECK = False  # count triplets and images, name what is missing, stop
 
 HUB = {"combiner": "openai/clip-vit-large-patch14", "blip_tdm": "Salesforce/blip-itm-large-coco"}
+HUB["sum"] = HUB["combiner"]
 
 
 # ---- models ----
 
 
-class CirModel(nn.Module):
-    """What both models share; weights are fp32, the caller chooses autocast.
+class Directed(nn.Embedding):
+    """A word embedding (V, D) with two more learned rows: id -1 is [FORWARD], id -2 is [BACKWARD] [Bi].
 
-    tokens(pixels): what compose needs of an image; target(tokens): its frozen gallery feature; compose: the query."""
+    Not ids V and V + 1: CLIP finds the end of a text by its largest id."""
+
+    def __init__(self, words: nn.Embedding):
+        super().__init__(*words.weight.shape, words.padding_idx, _weight=words.weight)
+        self.weight = words.weight
+        self.directions = nn.Parameter(torch.randn(2, self.embedding_dim) * words.weight.std().item())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        turned = self.directions[(-1 - ids).clamp(min=0)]
+        return torch.where(ids[..., None] < 0, turned, super().forward(ids.clamp(min=0)))
+
+
+class CirModel(nn.Module):
+    """What all models share; weights are fp32, the caller chooses autocast.
+
+    tokens(pixels): what compose needs of an image; target(tokens): its frozen gallery feature; compose: the query;
+    reversed_loss: which target, changed by the reversed text, gives the reference? (kernels/reversed.py)"""
+
+    directed = False
 
     def load(self, kind: type, backbone: str, text_length: int, **how: str) -> None:
         """The frozen Hugging Face model, its tokenizer and picture transform, from a folder or hub id."""
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         here = {"local_files_only": os.path.isdir(backbone)}
-        found = transformers.AutoConfig.from_pretrained(backbone, **here).model_type
-        if found != (wanted := kind.config_class.model_type):
+        if (found := model_type(backbone)) != (wanted := kind.config_class.model_type):
             raise common.UserError(f"--backbone {backbone} is a {found} model, wanted {wanted}: fix it or --model")
         how |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True} | here
         self.backbone, info = kind.from_pretrained(backbone, **how)
@@ -117,12 +146,21 @@ class CirModel(nn.Module):
             raise common.UserError(f"--text_length {text_length}: the text encoder has {positions} positions")
         self.length = text_length or positions
 
-    def tokenize(self, texts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> ids (B, T), mask (B, T), right-padded to the longest."""
+    def direct(self, embeddings: nn.Module, name: str) -> None:
+        """Gives the text encoder's embedding its two directions: one leads every text from now on."""
+        setattr(embeddings, name, Directed(getattr(embeddings, name)))
+        self.directed, self.length = True, self.length - 1
+
+    def tokenize(self, texts: list[str], device, backward: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> ids (B, T), mask (B, T), right-padded to the longest; with directions, one behind the first token."""
         # split_special_tokens: a caption that spells "[SEP]" or "<|endoftext|>" must not end the text
         how = {"padding": True, "truncation": True, "max_length": self.length, "split_special_tokens": True}
         rows = self.tokenizer(texts, return_tensors="pt", **how).to(device)
-        return rows.input_ids, rows.attention_mask
+        ids, mask = rows.input_ids, rows.attention_mask
+        if self.directed:
+            way = torch.full_like(ids[:, :1], -2 if backward else -1)
+            ids, mask = torch.cat([ids[:, :1], way, ids[:, 1:]], dim=1), torch.cat([mask[:, :1], mask], dim=1)
+        return ids, mask
 
     def too_long(self, texts: list[str]) -> list[str]:
         """The texts that tokenize() cuts."""
@@ -158,17 +196,34 @@ class Combiner(nn.Module):
         u = self.out(drop(F.relu(self.hidden(r))))  # (B, d)
         return F.normalize(u.float() + lam * text.float() + (1 - lam) * image.float(), dim=1)
 
+    def reversed_loss(self, reference, text, target, positive, tau) -> torch.Tensor:
+        """Stage II of [Bi], sum over rows: reference (N, d) normalised, text (N, d), target (M, d), positive (N,).
 
-class CombinerModel(CirModel):
-    """CLIP with a trained text encoder, a frozen vision encoder, and a Combiner of their raw features."""
+        Dropout: one mask a text or a target, not one a pair [ours], so that the targets of a row are compared alike."""
+        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
+        t, v = drop(F.relu(self.text(text))), drop(F.relu(self.image(target)))
+        rate, halves = self.dropout if self.training else 0.0, []
+        for layer in (self.hidden, self.gate_hidden):
+            of_text, of_image = layer.weight.chunk(2, dim=1)
+            half = F.linear(t, of_text, layer.bias)
+            if rate:
+                half = half.masked_fill(torch.rand_like(half, dtype=torch.float32) < rate, -torch.inf)
+            halves.append((half, F.linear(v, of_image)))
+        out = (self.out.weight / (1 - rate)).to(half.dtype), self.out.bias
+        gate_out = (self.gate.weight[0] / (1 - rate)).to(half.dtype), self.gate.bias[0]
+        return reversed_combiner(reference, text, target, *halves, out, gate_out, positive, tau)
 
-    def __init__(self, backbone: str, p: int, h: int, dropout: float, text_length: int):
+
+class SumModel(CirModel):
+    """CLIP with a trained text encoder and a frozen vision encoder; the query is the sum of their raw features."""
+
+    def __init__(self, backbone: str, text_length: int, train_text: bool, directions: bool):
         super().__init__()
         self.load(transformers.CLIPModel, backbone, text_length, attn_implementation="sdpa")
-        self.backbone.text_model.requires_grad_(True)
-        self.backbone.text_projection.requires_grad_(True)
-        d = self.backbone.config.projection_dim
-        self.combiner = Combiner(d, p or d, h or 2 * d, dropout)
+        self.backbone.text_model.requires_grad_(train_text)
+        self.backbone.text_projection.requires_grad_(train_text)
+        if directions:
+            self.direct(self.backbone.text_model.embeddings, "token_embedding")
 
     @torch.no_grad()
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -179,26 +234,58 @@ class CombinerModel(CirModel):
     def target(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.normalize(tokens.float(), dim=1)  # (B, d)
 
-    def compose(self, tokens: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def text(self, texts: list[str], device, backward: bool = False) -> torch.Tensor:
+        """-> CLIP's text_embeds, raw (B, d)."""
+        ids, mask = self.tokenize(texts, device, backward)
+        return self.backbone.text_projection(self.backbone.text_model(input_ids=ids, attention_mask=mask).pooler_output)
+
+    def combine(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return F.normalize(image.float() + text.float(), dim=1)
+
+    def compose(self, tokens: torch.Tensor, texts: list[str], backward: bool = False) -> torch.Tensor:
         """tokens (B, d) of the references, B deltas -> c (B, d), normalised."""
-        ids, mask = self.tokenize(texts, tokens.device)
-        text = self.backbone.text_projection(self.backbone.text_model(input_ids=ids, attention_mask=mask).pooler_output)
-        return self.combiner(tokens, text)
+        return self.combine(tokens, self.text(texts, tokens.device, backward))
+
+    def reversed_loss(self, reference, texts: list[str], target, positive, tau) -> torch.Tensor:
+        """Sum over rows: tokens (N, d) of references, N reversed texts, tokens (M, d) of targets, positive (N,)."""
+        text = self.text(texts, target.device, backward=True).float()
+        return self.combine_reversed(self.target(reference), text, target.float(), positive, tau)
+
+    combine_reversed = staticmethod(reversed_sum)
+
+
+class CombinerModel(SumModel):
+    """The same with a Combiner of the raw features in place of their sum."""
+
+    def __init__(self, backbone: str, p: int, h: int, dropout: float, text_length: int, train_text: bool, directions):
+        super().__init__(backbone, text_length, train_text, directions)
+        d = self.backbone.config.projection_dim
+        self.combiner = Combiner(d, p or d, h or 2 * d, dropout)
+
+    def combine(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.combiner(image, text)
+
+    def combine_reversed(self, *given) -> torch.Tensor:
+        return self.combiner.reversed_loss(*given)
 
 
 class BlipTdm(CirModel):
     """BLIP ITM with a trained image-grounded text encoder; vision and vision_proj are frozen."""
 
-    def __init__(self, backbone: str, first_token: str, train_tdm_head: bool, text_length: int):
+    def __init__(
+        self, backbone: str, first_token: str, train_head: bool, text_length: int, train_text: bool, directions
+    ):
         super().__init__()
         if first_token not in ("enc", "cls"):
             raise common.UserError(f"--first_token {first_token}: wanted enc or cls")
         self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)  # transformers has no sdpa for it
-        self.backbone.text_encoder.requires_grad_(True)
+        self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
-        self.backbone.itm_head.requires_grad_(train_tdm_head)  # p_theta of Eq. 3
+        self.backbone.itm_head.requires_grad_(train_head)  # p_theta of Eq. 3
         last = self.backbone.config.text_config.vocab_size - 1
         self.first_token = last if first_token == "enc" else self.tokenizer.cls_token_id
+        if directions:
+            self.direct(self.backbone.text_encoder.embeddings, "word_embeddings")
 
     @torch.no_grad()
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -209,9 +296,11 @@ class BlipTdm(CirModel):
     def target(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.backbone.vision_proj(tokens[:, 0]).float(), dim=1)  # (B, d)
 
-    def ground(self, tokens: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def ground(
+        self, tokens: torch.Tensor, texts: list[str], backward: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Text attending to image tokens: -> hidden states (B, T, D), mask (B, T)."""
-        ids, mask = self.tokenize(texts, tokens.device)
+        ids, mask = self.tokenize(texts, tokens.device, backward)
         ids[:, 0] = self.first_token  # the tokenizer writes [CLS]; the cross-attention was trained behind [ENC]
         seen = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         states = self.backbone.text_encoder(
@@ -219,10 +308,30 @@ class BlipTdm(CirModel):
         )
         return states.last_hidden_state, mask
 
-    def compose(self, tokens: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def compose(self, tokens: torch.Tensor, texts: list[str], backward: bool = False) -> torch.Tensor:
         """tokens (B, P, D) of the references, B deltas -> c (B, d), normalised."""
-        states, _ = self.ground(tokens, texts)
+        states, _ = self.ground(tokens, texts, backward)
         return F.normalize(self.backbone.text_proj(states[:, 0]).float(), dim=1)
+
+    def text(self, texts: list[str], device, backward: bool = False) -> torch.Tensor:
+        """The text without an image, as BLIP was trained for retrieval: [CLS], no cross-attention -> (B, d), raw."""
+        ids, mask = self.tokenize(texts, device, backward)
+        return self.backbone.text_proj(self.backbone.text_encoder(ids, mask).last_hidden_state[:, 0])
+
+    def reversed_loss(self, reference, texts: list[str], target, candidates, tau) -> torch.Tensor:
+        """Sum over rows: tokens (N, P, D) of references, N reversed texts, tokens (M, P, D) of targets, candidates
+        (N, K): the targets each text is composed with, its own first.
+
+        Nothing factorises here, so the N x K compositions run in blocks of N that the backward computes again."""
+        r, blocks = self.target(reference), []  # (N, d)
+
+        def block(images: torch.Tensor) -> torch.Tensor:
+            return self.compose(target[images], texts, backward=True)
+
+        for images in candidates.T:  # (N,)
+            c = torch.utils.checkpoint.checkpoint(block, images, use_reentrant=False)
+            blocks.append((c * r).sum(1))
+        return -(torch.stack(blocks, dim=1) / tau).log_softmax(1)[:, 0].sum()
 
     def match(self, tokens: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """Eq. 3: tokens (B, P, D) of targets, B deltas -> logits (B, 2), index 1 = matched; mean over text tokens."""
@@ -231,15 +340,41 @@ class BlipTdm(CirModel):
         return (logits * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
+def model_type(backbone: str) -> str:
+    """ "clip", "blip" or what else a folder or hub id holds."""
+    return transformers.AutoConfig.from_pretrained(backbone, local_files_only=os.path.isdir(backbone)).model_type
+
+
 def build_cir(
-    model: str, backbone: str = "", p=0, h=0, dropout=0.0, first_token="enc", train_tdm_head=True, text_length=0
+    model: str,
+    backbone: str = "",
+    p: int = 0,
+    h: int = 0,
+    dropout: float = 0.0,
+    first_token: str = "enc",
+    train_tdm_head: bool = True,
+    text_length: int = 0,
+    train_text: bool = True,
+    directions: bool = False,
+    start: str = "",
 ) -> CirModel:
-    """A model before CIR training, fp32 on the CPU; a new Combiner draws from torch's generator."""
+    """A model before CIR training, fp32 on the CPU; a new Combiner and directions draw from torch's generator.
+
+    start: a checkpoint whose weights replace those of the same names, frozen or not."""
     if model not in HUB:
         raise common.UserError(f"--model {model}: one of {', '.join(HUB)}")
-    if model == "combiner":
-        return CombinerModel(backbone or HUB[model], p, h, dropout, text_length)
-    return BlipTdm(backbone or HUB[model], first_token, train_tdm_head, text_length)
+    backbone, shared = backbone or HUB[model], (text_length, train_text, directions)
+    if model == "sum":
+        built = SumModel(backbone, *shared)
+    elif model == "combiner":
+        built = CombinerModel(backbone, p, h, dropout, *shared)
+    else:
+        built = BlipTdm(backbone, first_token, train_tdm_head, *shared)
+    if start:
+        own = dict(built.named_parameters())
+        tensors = common.load_tensors(start, "model.safetensors")
+        put_weights({name: own[name] for name in own.keys() & tensors.keys()}, tensors, start)
+    return built
 
 
 def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
@@ -257,10 +392,13 @@ def get_trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def put_trained(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Overwrites exactly the trained weights; UserError naming the first difference."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    put_weights({name: p for name, p in model.named_parameters() if p.requires_grad}, tensors, where)
+
+
+@torch.no_grad()
+def put_weights(own: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], where: str) -> None:
     odd = sorted(own.keys() ^ tensors.keys())
     odd += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if odd:
@@ -269,157 +407,28 @@ def put_trained(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) 
         p.copy_(tensors[name])
 
 
-# ---- data ----
-
-
-class Item(NamedTuple):
-    """A triplet to train on; images as (store, name), deltas in groups: a group is drawn, then one of it."""
-
-    reference: tuple[int, str]
-    target: tuple[int, str]
-    deltas: tuple[tuple[str, ...], ...]
-
-
-class Draw(NamedTuple):
-    """An item of one step, with the key of its randomness."""
-
-    reference: tuple[int, str]
-    target: tuple[int, str]
-    delta: str
-    key: tuple[int, int, int]  # stream (0 human, 1 auxiliary), epoch, item
-
-
-def human_deltas(triplet: data.Triplet, dataset: str) -> tuple[str, ...]:
-    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
-    if dataset != "fashioniq":
-        return (triplet.delta,)
-    one, two = triplet.alternatives
-    alone = (text.strip(".?, ").capitalize() for text in (one, two))
-    return data.join_captions(one, two), data.join_captions(two, one), *alone
-
-
-def human_items(triplets: list[data.Triplet], dataset: str, generated: list[data.Triplet]) -> list[Item]:
-    """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn)."""
-    also: dict[tuple[str, str], list[str]] = {}
-    for t in generated:
-        also.setdefault((t.reference, t.target), []).append(t.delta)
-    items = []
-    for t in triplets:
-        groups = [human_deltas(t, dataset)]
-        if dataset == "jsonl" and t.alternatives:
-            groups.append(t.alternatives[1:])  # the VDG release's [human, generated]
-        if (t.reference, t.target) in also:
-            groups.append(tuple(also[t.reference, t.target]))
-        items.append(Item((0, t.reference), (0, t.target), tuple(groups)))
-    without = sum((t.reference, t.target) not in also for t in triplets)
-    if generated and without == len(triplets):
-        raise common.UserError("--same_pairs: none of its (reference, target) pairs is a human triplet's; wrong file?")
-    if generated and without:
-        common.say(f"{without:,} of {len(triplets):,} human triplets have no generated delta in --same_pairs")
-    return items
-
-
-order_of = functools.lru_cache(maxsize=4)(data.epoch_order)  # asked for at every step
-
-
-def draw(items: list[Item], stream: int, step: int, batch: int, seed: int, world: common.World) -> list[Draw]:
-    """This rank's part of the step's global batch: a function of its arguments alone, so resume needs no state."""
-    per_epoch = len(items) // (batch * world.size)  # the last, short batch of an epoch is left out: another each epoch
-    epoch, at = divmod(step, per_epoch)
-    start = (at * world.size + world.rank) * batch
-    draws = []
-    for i in order_of(len(items), seed + stream, epoch)[start : start + batch]:
-        rng = common.rng(seed, "delta", stream, epoch, i)
-        group = items[i].deltas[rng.integers(len(items[i].deltas))]
-        delta = group[rng.integers(len(group))]
-        draws.append(Draw(items[i].reference, items[i].target, delta, (stream, epoch, i)))
-    return draws
-
-
-def image_jobs(draws: list[Draw]) -> list[tuple]:
-    """References, then targets: ((store, name), key of the augmentation)."""
-    return [(d.reference, ("reference", *d.key)) for d in draws] + [(d.target, ("target", *d.key)) for d in draws]
-
-
 # ---- losses ----
 
 
-@torch.no_grad()
-def draw_negatives(target: torch.Tensor, c: torch.Tensor, images: list, tau: float) -> tuple[torch.Tensor, ...]:
-    """Hard negatives as in ALBEF: rows (U,) that have any, a target (U,) and a delta (U,) for each.
-
-    Multinomial from the softmax of similarity / tau; the feature of a delta is c, which Eq. 2 has computed anyway
-    [ours]. Two rows with the same target image are no negatives of each other. Drawn within the rank, over B and B'
-    together [ours]: patch tokens stay where they are.
-    """
-    number = {image: i for i, image in enumerate(dict.fromkeys(images))}
-    label = torch.tensor([number[image] for image in images], device=c.device)
-    same = label[:, None] == label  # (B, B)
-    rows = (~same).any(1).nonzero().flatten()  # a batch of one single target has none
-    if len(rows) == 0:
-        return rows, rows, rows
-    z = (target @ c.T / tau).masked_fill(same, -math.inf)  # (B, B): target i, delta j
-    hard_target = torch.multinomial(z.T[rows].softmax(1), 1).flatten()
-    hard_delta = torch.multinomial(z[rows].softmax(1), 1).flatten()
-    return rows, hard_target, hard_delta
-
-
 def tdm_loss(
-    model: BlipTdm, tokens: torch.Tensor, deltas: list[str], negatives: tuple[torch.Tensor, ...]
+    model: BlipTdm, tokens: torch.Tensor, deltas: list[str], own: list[int], negatives: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """Eq. 3: cross entropies (B + 2U,) of (target, delta), (hard target, delta), (target, hard delta)."""
-    rows, hard_target, hard_delta = negatives
-    image = torch.cat([torch.arange(len(deltas), device=tokens.device), hard_target, rows])
-    texts = deltas + [deltas[i] for i in rows.tolist()] + [deltas[i] for i in hard_delta.tolist()]
-    matched = (torch.arange(len(image), device=tokens.device) < len(deltas)).long()
-    return F.cross_entropy(model.match(tokens[image], texts), matched, reduction="none")
+    """Eq. 3 for the rows `own` of the global batch: cross entropies of (target, delta), (hard target, delta), (target,
+    hard delta); tokens (G, P, D) and deltas of the whole batch, as hard negatives lie anywhere in it."""
+    here = set(own)
+    mine = [row for row in zip(*(part.tolist() for part in negatives), strict=True) if row[0] in here]
+    image = own + [t for _, t, _ in mine] + [r for r, _, _ in mine]
+    text = own + [r for r, _, _ in mine] + [d for _, _, d in mine]
+    matched = (torch.arange(len(image), device=tokens.device) < len(own)).long()
+    return F.cross_entropy(model.match(tokens[image], [deltas[i] for i in text]), matched, reduction="none")
 
 
 # ---- training ----
 
 
-def read_items(
-    dataset: str, root: str, split: str, images: str, same_pairs: str, pseudo: str, pseudo_images: str, human: bool
-) -> tuple[list[data.ImageStore], list[list[Item]]]:
-    """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
-    stores, streams = [data.ImageStore([]), data.ImageStore([])], [[], []]
-    if human:
-        if not root:
-            raise common.UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
-        triplets, stores[0] = data.training_triplets(dataset, root, split, "all", images or None)
-        streams[0] = human_items(
-            triplets, dataset, data.with_text(data.read_triplets(same_pairs), same_pairs) if same_pairs else []
-        )
-    if pseudo:
-        triplets, stores[1] = data.training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
-        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),)) for t in data.with_text(triplets, pseudo)]
-    for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
-        if wanted and not items:
-            raise common.UserError(f"{file} holds no triplet to train on")
-    if not human and not pseudo:
-        raise common.UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
-    return stores, streams
-
-
-def read_validation(dataset: str, root: str, split: str, images: str) -> list[data.Benchmark]:
-    """The labelled split measured while training: CIRR's, or FashionIQ's three categories."""
-    if dataset == "cirr":
-        return [data.read_cirr(root, split, images or None)]
-    if dataset == "fashioniq":
-        return [data.read_fashioniq(root, split, category, images or None) for category in data.FASHIONIQ_CATEGORIES]
-    raise common.UserError(f"--val_split {split}: triplets of --dataset {dataset} have no gallery to measure recall in")
-
-
-def check(stores: list[data.ImageStore], streams: list[list[Item]], benchmarks: list[data.Benchmark]) -> None:
-    """Prints what is there; UserError if an image is missing or unreadable."""
-    reports = [data.check_report(benchmark) for benchmark in benchmarks]
-    for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True):
-        if items:
-            text, ok = data.check_report([name for item in items for _, name in (item.reference, item.target)], store)
-            reports.append((f"{what}: {len(items):,} triplets; {text}", ok))
-    common.say("\n".join(text for text, _ in reports))
-    if not all(ok for _, ok in reports):
-        raise common.UserError("images missing or unreadable, see above; fetch them or fix --images / --pseudo_images")
+def image_jobs(draws: list[data.Draw]) -> list[tuple]:
+    """References, then targets: ((store, name), key of the augmentation)."""
+    return [(d.reference, ("reference", *d.key)) for d in draws] + [(d.target, ("target", *d.key)) for d in draws]
 
 
 def cache_views(model: nn.Module, images: list[tuple], views: int, load, batch: int, device) -> dict[tuple, list]:
@@ -433,14 +442,31 @@ def cache_views(model: nn.Module, images: list[tuple], views: int, load, batch: 
     return cache
 
 
+@torch.no_grad()
+def encode_bank(model: nn.Module, images: list[tuple], stores: list, batch: int, autocast, world):
+    """Target embeddings (len(images), d) of every training image, not augmented; each rank encodes its share."""
+    rows = []
+    for i in common.progress(range(0, len(images), batch)[world.rank :: world.size], "encoding the bank"):
+        part = [data.load_pixels(stores[s], [name], model.preprocess) for s, name in images[i : i + batch]]
+        with autocast():
+            rows.append((i, model.image(torch.cat(part).to(world.device))[1].cpu()))
+    parts = sorted((part for ranks in common.gather_objects(rows) for part in ranks), key=lambda part: part[0])
+    return torch.cat([x for _, x in parts]).to(world.device)
+
+
 def main() -> None:
     world = common.init_world(DEVICE)
     device, dtype = world.device, common.pick_dtype(DTYPE, world.device)
     # ---- what there is to train on, checked before a model loads
-    stores, streams = read_items(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
-    benchmarks = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES) if VAL_SPLIT else []
+    stores, streams = data.training_items(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
+    benchmarks = []
+    if VAL_SPLIT:
+        if DATASET == "jsonl":
+            raise common.UserError(f"--val_split {VAL_SPLIT}: triplets of --dataset jsonl have no gallery to search")
+        protocol = "original" if DATASET == "fashioniq" else "split"
+        benchmarks = data.read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol)
     if CHECK:
-        return check(stores, streams, benchmarks)
+        return data.check_items(stores, streams, benchmarks)
     for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
             raise common.UserError(f"--val_split {VAL_SPLIT}: {len(missing):,} images missing, first {missing[0]!r}")
@@ -457,23 +483,34 @@ def main() -> None:
     if BETA != "auto" and not BETA.replace(".", "", 1).isdecimal():
         raise common.UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     beta = float(BETA) if BETA != "auto" else 0.5 if MODEL == "blip_tdm" else 0.0
+    if REVERSED_TEXT not in ("token", "delta"):
+        raise common.UserError(f"--reversed_text {REVERSED_TEXT}: wanted token or delta")
+    token, tdm_on = REVERSED_TEXT == "token", MODEL == "blip_tdm" and TDM
+    if BIDIRECTIONAL and not token:
+        have = [bool(item.back) for _, items in sources for item in items]
+        if not any(have):
+            raise common.UserError("--reversed_text delta: no triplet has a reverse_delta (gen_deltas.py --reverse)")
+        common.say(f"{sum(have):,} of {len(have):,} triplets have a reverse_delta; the others have no reversed loss")
 
     # ---- model
     backbone = os.path.abspath(BACKBONE) if os.path.isdir(BACKBONE) else BACKBONE or HUB.get(MODEL, "")
-    build = {"model": MODEL, "backbone": backbone, "text_length": TEXT_LENGTH}
+    build = {"model": MODEL, "backbone": backbone, "text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
+    build |= {"directions": bool(BIDIRECTIONAL) and token, "start": os.path.abspath(START) if START else ""}
     if MODEL == "combiner":
         build |= {"p": COMBINER_P, "h": COMBINER_H, "dropout": COMBINER_DROPOUT}
-    else:
+    elif MODEL == "blip_tdm":
         build |= {"first_token": FIRST_TOKEN, "train_tdm_head": TRAIN_TDM_HEAD}
-    torch.manual_seed(SEED)  # the Combiner's start
+    torch.manual_seed(SEED)  # the Combiner's start, the directions'
     model = build_cir(**build).to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise common.UserError(f"--model {MODEL} --train_text false trains nothing: take a Combiner, or train the text")
     tau = torch.tensor(TAU, device=device, requires_grad=LEARN_TAU)
     trained = parameters + [tau] * LEARN_TAU
     groups = [{"params": parameters}] + ([{"params": [tau], "weight_decay": 0.0}] if LEARN_TAU else [])
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    texts = sorted({text for _, items in sources for item in items for group in item.deltas for text in group})
-    if cut := model.too_long(texts):
+    texts = {text for _, items in sources for item in items for group in (*item.deltas, item.back) for text in group}
+    if cut := model.too_long(sorted(texts)):
         common.say(f"{len(cut):,} of {len(texts):,} deltas lose what exceeds {model.length} tokens: {cut[0][:60]!r}")
 
     # ---- resume
@@ -498,16 +535,28 @@ def main() -> None:
         image = stores[store].open(name)
         return model.preprocess(data.augment(image, common.rng(SEED, *key), *strengths) if AUGMENT else image)
 
-    def draws_of(step: int) -> list[Draw]:
-        return [d for s, items in sources for d in draw(items, s, step, BATCH, SEED, world)]
+    size = BATCH * world.size  # of the global batch of one stream
+    own = [k * size + world.rank * BATCH + i for k in range(len(sources)) for i in range(BATCH)]  # rows of this rank
+
+    def draws_of(step: int) -> list[data.Draw]:
+        return [d for s, items in sources for d in data.draw(items, s, step, size, SEED)]
+
+    def jobs_of(step: int) -> list[tuple]:
+        draws = draws_of(step)
+        return image_jobs([draws[i] for i in own])
+
+    def everywhere(rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, in the order of the global batch."""
+        return torch.cat([common.gather_with_grad(part) for part in rows.split(BATCH)])
 
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    images = sorted({image for _, items in sources for item in items for image in (item.reference, item.target)})
+    bank = encode_bank(model, images, stores, BATCH, autocast, world) if BANK else None
     if VIEWS:
-        images = sorted({image for _, items in sources for item in items for image in (item.reference, item.target)})
         with autocast():
             cache = cache_views(model, images, VIEWS, lambda jobs: list(pool.map(load_one, jobs)), BATCH, device)
     elif start < steps:
-        ahead = pool.map(load_one, image_jobs(draws_of(start)))
+        ahead = pool.map(load_one, jobs_of(start))
 
     clock, seen = time.perf_counter(), 0
     for step in common.progress(range(start, steps), "training"):
@@ -515,35 +564,53 @@ def main() -> None:
         lr = 0.5 * LR * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        draws = draws_of(step)  # Algorithm 3: B triplets of D and B' pseudo triplets of D', in this order
-        deltas = [d.delta for d in draws]
+        draws = draws_of(step)  # Algorithm 3: B triplets of D and B' pseudo triplets of D', of all ranks
+        deltas, targets = [d.delta for d in draws], [d.target for d in draws]
+        encoded = 0  # images through the vision encoder in this step
         with autocast():
             if VIEWS:
-                views = [(image, common.rng(SEED, "view", *key).integers(VIEWS)) for image, key in image_jobs(draws)]
+                jobs = image_jobs([draws[i] for i in own])
+                views = [(image, common.rng(SEED, "view", *key).integers(VIEWS)) for image, key in jobs]
                 tokens = torch.stack([cache[image][k] for image, k in views]).to(device)
             else:
                 pixels = torch.stack(list(ahead)).to(device)
                 if step + 1 < steps:
-                    ahead = pool.map(load_one, image_jobs(draws_of(step + 1)))
-                tokens = model.tokens(pixels)
+                    ahead = pool.map(load_one, jobs_of(step + 1))
+                tokens, encoded = model.tokens(pixels), len(pixels)
             reference, target = tokens.chunk(2)
-            x, c = model.target(target), model.compose(reference, deltas)  # (B + B', d), encoded once for both terms
-        rows = x.new_zeros(0)  # cross entropies of Eq. 3
-        if MODEL == "blip_tdm":
-            negatives = draw_negatives(x, c, [d.target for d in draws], tau.item())  # outside autocast: fp32
+            x, c = model.target(target), model.compose(reference, [deltas[i] for i in own])
+        fresh = None  # the bank without the targets of this batch: they are rows already, augmented
+        if BANK:
+            present = set(targets)
+            fresh = bank[[i for i, image in enumerate(images) if image not in present]]
+        # each loss is this rank's share of the global one: the shares, and all gradients, add up over the ranks
+        loss_of = functools.partial(l_tcc_ranks, tau=tau, alpha=ALPHA, beta=beta, bank=fresh)
+        n = BATCH if TRIPLETS else 0
+        tcc = loss_of(x, c, n) if CONCAT or len(sources) == 1 else loss_of(x[:n], c[:n], n) + loss_of(x[n:], c[n:], 0)
+        # L_tdm and L_rev, of this rank's rows, against the images of all; negatives drawn outside autocast, in fp32
+        if tdm_on or BIDIRECTIONAL:
+            xs, cs, everyones = everywhere(x.detach()), everywhere(c.detach()), everywhere(target)
+        noise = common.generator("step", SEED, step, 0)  # the same on every rank: so are the negatives
+        tdm, rev = x.new_zeros(()), x.new_zeros(())
+        if tdm_on:
+            negatives = draw_negatives(xs, cs, targets, tau.item(), noise)
             with autocast():
-                rows = tdm_loss(model, target, deltas, negatives)
-        # every rank has the whole global batch and takes 1 / size of its loss; gather_with_grad sums the gradients
-        xs, cs = ([common.gather_with_grad(part) for part in t.split(BATCH)] for t in (x, c))
-        tcc = l_tcc(torch.cat(xs), torch.cat(cs), len(xs[0]), tau, ALPHA, beta)
-        tdm = rows.sum() / max(1.0, common.all_sum(len(rows)))
+                tdm = tdm_loss(model, everyones, deltas, own, negatives).sum() / (len(draws) + 2 * len(negatives[0]))
+        if BIDIRECTIONAL and (turned := [k for k, i in enumerate(own) if token or draws[i].back]):
+            at = torch.tensor([own[k] for k in turned], device=device)
+            back = [draws[own[k]].delta if token else draws[own[k]].back for k in turned]
+            if MODEL == "blip_tdm":
+                at = draw_candidates(xs, cs, targets, tau.item(), REVERSED_NEGATIVES, noise)[at.cpu()].to(device)
+            with autocast():
+                rev = model.reversed_loss(reference[turned], back, everyones, at, tau)
+            rev = rev / sum(token or bool(d.back) for d in draws)
         optimizer.zero_grad()
-        (tcc / world.size + tdm).backward()
+        (tcc + tdm + BIDIRECTIONAL * rev).backward()
         common.all_reduce_gradients(trained)
-        tcc, tdm = tcc.detach(), tdm.detach()
+        tcc, tdm, rev = tcc.detach(), tdm.detach(), rev.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if common.any_rank(not bool(torch.isfinite(tcc + tdm + norm))):
-            names = [(d.reference[1], d.target[1], d.delta) for part in common.gather_objects(draws) for d in part]
+        if common.any_rank(not bool(torch.isfinite(tcc + tdm + rev + norm))):
+            names = [(d.reference[1], d.target[1], d.delta) for d in draws]
             log.write(step=step + 1, error="loss or gradient not finite", tcc=float(tcc), norm=float(norm), items=names)
             raise common.UserError(
                 f"loss or gradient not finite at step {step + 1}: its items are in {OUT}/log.jsonl, the last good"
@@ -553,12 +620,15 @@ def main() -> None:
         if LEARN_TAU:
             tau.data.clamp_(0.001, 0.5)
 
-        done, seen = step + 1, seen + len(draws) * world.size
+        done, seen = step + 1, seen + len(draws)
         if done % LOG_EVERY == 0 or done == steps:
-            took, tdm = time.perf_counter() - clock, common.all_sum(tdm)
-            record = {"tcc": float(tcc)} | ({"tdm": float(tdm)} if MODEL == "blip_tdm" else {})
+            took = time.perf_counter() - clock
+            tcc, tdm, rev = (common.all_sum(loss) for loss in (tcc, tdm, rev))
+            record = {"step": done, "loss": float(tcc + tdm + BIDIRECTIONAL * rev), "tcc": float(tcc)}
+            record |= ({"tdm": float(tdm)} if tdm_on else {}) | ({"rev": float(rev)} if BIDIRECTIONAL else {})
+            record |= {"lr": lr, "norm": float(norm), "tau": tau.item(), "images": int(common.all_sum(encoded))}
             speed = {"items_per_s": round(seen / took, 2), "eta_s": round(took / (done - start) * (steps - done))}
-            log.write(step=done, loss=float(tcc + tdm), **record, lr=lr, norm=float(norm), tau=tau.item(), **speed)
+            log.write(**record, **speed)
         if benchmarks and (done % VAL_EVERY == 0 or done == steps):
             found = [evaluate(model, b, BATCH, device, dtype, workers=WORKERS) for b in benchmarks]
             recall = {name: sum(f[name] for f in found) / len(found) for name in found[0]}  # FashionIQ: mean of three

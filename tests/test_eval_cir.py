@@ -8,14 +8,17 @@ import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from ranks import run_ranks
 
 import common
 import data
 import eval_cir
+import train_cir
 
 
 # ---- an independent truth ----
@@ -126,7 +129,7 @@ class Colours(torch.nn.Module):
         tokens = pixels.mean((2, 3)) - 0.4
         return tokens, torch.nn.functional.normalize(tokens, dim=1)
 
-    def compose(self, tokens, texts):
+    def compose(self, tokens, texts, backward=False):
         assert not self.training and len(tokens) == len(texts)
         steps = torch.tensor([[0.3 * ("+r" in t), 0.3 * ("+g" in t), 0.3 * ("+b" in t)] for t in texts])
         return torch.nn.functional.normalize(tokens + steps.to(tokens), dim=1)
@@ -182,7 +185,10 @@ def test_evaluate_on_a_drawn_cirr(world):
     benchmark, model = data.read_cirr(world / "cirr", "val"), Colours()
     model.train()
     model.frozen.eval()
+    compose, graphs = model.compose, []
+    model.compose = lambda *given: graphs.append(torch.is_grad_enabled()) or compose(*given)
     got = eval_cir.evaluate(model, benchmark, 5, "cpu")
+    assert graphs and not any(graphs)  # a gallery's worth of graphs would not fit in memory
     assert model.seen == 24  # every image once, although references stand in two roles
     assert model.training and not model.frozen.training  # modes as they were, part by part
     expected = brute(benchmark, model)
@@ -217,7 +223,7 @@ def test_a_damaged_gallery_image_stops(world):
 
 def test_not_finite_stops(world):
     class Broken(Colours):
-        def compose(self, tokens, texts):
+        def compose(self, tokens, texts, backward=False):
             return super().compose(tokens, texts) * float("nan")
 
     with pytest.raises(common.UserError, match="8 query embeddings are not finite"):
@@ -355,7 +361,7 @@ def mutate(record: dict, benchmark: data.Benchmark, how: str) -> str:
     elif how == "not a list":
         record[str(query.id)] = "dev-1"
     elif how == "too large":
-        return json.dumps(record) + " " * eval_cir.SERVER_LIMIT
+        return json.dumps(record) + " " * data.SERVER_LIMIT
     elif how == "cut":
         return json.dumps(record)[:-20]
     elif how == "a list":
@@ -372,11 +378,11 @@ MUTATIONS += ",not a list,too large,cut,a list"
 def test_validator_refuses(sent, metric, how):
     benchmark, files = sent
     path, record = files[metric]
-    assert eval_cir.read_submission(path, benchmark, metric)  # valid before
+    assert data.read_submission(path, benchmark, metric)  # valid before
     path.write_text(mutate(record, benchmark, how))
     says = "own reference" if how == "reference" else ""
     with pytest.raises(common.UserError, match=f"{metric}.json.*{says}"):
-        eval_cir.read_submission(path, benchmark, metric)
+        data.read_submission(path, benchmark, metric)
 
 
 def test_scoring_a_file(sent):
@@ -386,6 +392,42 @@ def test_scoring_a_file(sent):
         hits = {k: sum(q.target in record[str(q.id)][:k] for q in benchmark.queries) for k in ks}
         expected = {f"{letter}@{k}": 10.0 * hits[k] for k in ks}
         assert eval_cir.score_submission(path, benchmark, metric) == pytest.approx(expected)
+
+
+def test_score_of_both_files_of_the_real_split(shared, tmp_path, monkeypatch, capsys):
+    """Random rankings of the real CIRR val against counting by hand; one that lists a reference is refused."""
+    benchmark, draw = data.read_cirr(shared / "data" / "cirr", "val"), random.Random(4)
+    records = [{"version": "rc2", "metric": metric} for metric in ("recall", "recall_subset")]
+    hits: dict[str, int] = {}
+    for q in benchmark.queries:
+        full = draw.sample([n for n in benchmark.gallery if n != q.reference], 50)
+        full[draw.randrange(50)] = q.target if q.target not in full else full[0]
+        full = list(dict.fromkeys(full))
+        full += [n for n in benchmark.gallery[:60] if n not in full and n != q.reference][: 50 - len(full)]
+        subset = draw.sample([n for n in q.members if n != q.reference], 3)
+        records[0][str(q.id)], records[1][str(q.id)] = full, subset
+        for names, letter, ks in ((full, "R", (1, 5, 10, 50)), (subset, "Rs", (1, 2, 3))):
+            for k in ks:
+                hits[f"{letter}@{k}"] = hits.get(f"{letter}@{k}", 0) + (q.target in names[:k])
+    files = [tmp_path / "subset.json", tmp_path / "ranks.json"]  # in either order: each says what it is
+    for file, record in zip(files, records[::-1], strict=True):
+        file.write_text(json.dumps(record))
+    argv = ["--score", *map(str, files), "--root", str(shared / "data" / "cirr"), "--split", "val", "--device", "cpu"]
+    before = common.constants_of(vars(eval_cir))
+    for name in before:
+        monkeypatch.setattr(eval_cir, name, before[name])  # put back after the test
+    common.override(vars(eval_cir), argv)
+    eval_cir.main()
+    titles, numbers = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    found = dict(zip(titles, numbers[2:], strict=True))
+    assert found.pop("queries") == "4181" and found.pop("gallery") == "2297"
+    percent = {name: 100 * count / 4181 for name, count in hits.items()}
+    percent["Avg"] = (percent["R@5"] + percent["Rs@1"]) / 2
+    assert found == {name: f"{value:.2f}" for name, value in percent.items()} and percent["R@50"] > 90
+    records[0][str(benchmark.queries[7].id)][3] = benchmark.queries[7].reference
+    files[1].write_text(json.dumps(records[0]))
+    with pytest.raises(common.UserError, match=f"pairid {benchmark.queries[7].id}: lists the query's own reference"):
+        eval_cir.main()
 
 
 def test_full_size_submission_fits_the_limit(shared, tmp_path):
@@ -400,7 +442,222 @@ def test_full_size_submission_fits_the_limit(shared, tmp_path):
     assert len(record) == 4148 + 2
     (tmp_path / "recall.json").write_text(json.dumps(record, indent=2))
     with pytest.raises(common.UserError, match="without indentation"):
-        eval_cir.read_submission(tmp_path / "recall.json", benchmark, "recall")
+        data.read_submission(tmp_path / "recall.json", benchmark, "recall")
+
+
+# ---- reversed queries, re-ranking, CIRCO ----
+def test_reversed_queries_are_the_swapped_ones(world, tmp_path):
+    """Brute force: target + text behind [BACKWARD] -> reference; the target is out of the gallery, as it is shown."""
+
+    class Undo(Colours):
+        def compose(self, tokens, texts, backward=False):
+            return super().compose(tokens, texts) if not backward else super().compose(-tokens, texts)
+
+    benchmark, model = data.read_cirr(world / "cirr", "val"), Undo().eval()
+    swapped = eval_cir.turned(benchmark, "")
+    at = eval_cir.index(swapped, True)
+    got = eval_cir.recalls(*eval_cir.measure(*eval_cir.embed(model, swapped, at, 5, "cpu", backward=True), at))
+    seen = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
+    ranks, subset = [], []
+    for q in benchmark.queries:
+        c = model.compose(seen[q.target][0], [q.delta], True)[0].double()
+        order = sorted((n for n in seen if n != q.target), key=lambda n: -float(c @ seen[n][1][0].double()))  # noqa: B023
+        ranks.append(order.index(q.reference) + 1)
+        subset.append([n for n in order if n in q.members].index(q.reference) + 1)
+    for k in (1, 5, 10):
+        assert got[f"R@{k}"] == pytest.approx(100 * np.mean([r <= k for r in ranks]))
+    assert got["Rs@1"] == pytest.approx(100 * np.mean([r == 1 for r in subset])) and len(set(ranks)) > 2
+    lines = [{"reference": q.reference, "target": q.target, "delta": "x"} for q in benchmark.queries]
+    lines = [line | {"reverse_delta": f"back {i}"} for i, line in enumerate(lines)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = [q.delta for q in eval_cir.turned(benchmark, str(tmp_path / "r.jsonl")).queries]
+    assert texts == [f"back {i}" for i in range(8)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    with pytest.raises(common.UserError, match="no reverse_delta"):
+        eval_cir.turned(benchmark, str(tmp_path / "r.jsonl"))
+
+
+class Matching(Colours):
+    """Also says how well an image fits a text: a little by its blue, a lot by the text's own length."""
+
+    def match(self, tokens, texts):
+        fit = torch.tensor([len(t) for t in texts]).float() % 3 + 7 * tokens[:, 2]
+        return torch.stack([torch.zeros_like(fit), fit], dim=1)
+
+
+def test_reranking_orders_the_first_k_anew(monkeypatch, tmp_path, world):
+    benchmark, model = data.read_cirr(world / "cirr", "val"), Matching().eval()
+    at = eval_cir.index(benchmark, True)
+    queries, images = eval_cir.embed(model, benchmark, at, 5, "cpu")
+    deltas = [q.delta for q in benchmark.queries]
+    top, cosines = eval_cir.shortlist(queries, images, at, 12)
+    how = (4, "cpu", torch.float32, 0)
+    model.seen = 0
+    first = eval_cir.rerank(model, benchmark.images, at.names, deltas, cosines, top, 0.1, 2.0, how)
+    assert model.seen == len(set(top.flatten().tolist()))  # each candidate once
+    tokens = model.image(data.load_pixels(benchmark.images, at.names, model.preprocess))[0]
+    full = []
+    for i, query in enumerate(benchmark.queries):
+        scores = {j: float(queries[i] @ images[j]) for j in range(24) if at.names[j] != query.reference}
+        order = sorted(scores, key=lambda j: -scores[j])  # noqa: B023
+        logs = {j: float(model.match(tokens[j : j + 1], [query.delta]).log_softmax(1)[0, 1]) for j in order[:12]}
+        order = sorted(order[:12], key=lambda j: -(scores[j] / 0.1 + 2 * logs[j])) + order[12:]  # noqa: B023
+        assert first[i].tolist() == order[:12]
+        full.append(order.index(at.names.index(query.target)) + 1)
+    ranks, subset, _ = eval_cir.measure(queries, images, at, first)
+    assert ranks.tolist() == full and full != eval_cir.measure(queries, images, at)[0].tolist()
+    results = run_ranks(
+        2, lambda: eval_cir.rerank(Matching(), benchmark.images, at.names, deltas, cosines, top, 0.1, 2.0, how)
+    )
+    assert torch.equal(results[0], first) and torch.equal(results[1], first)
+    with pytest.raises(common.UserError, match="only it has a tdm head"):
+        run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), OFFICIAL=False, DEVICE="cpu", RERANK=5)
+
+
+def write_circo(root, split="val", labelled=True):
+    """CIRCO's layout: 12 pictures, 4 queries with one to three right answers."""
+    draw = random.Random(2)
+    ids = draw.sample(range(1, 10**6), 12)
+    pictures = root / "COCO2017_unlabeled" / "unlabeled2017"
+    pictures.mkdir(parents=True)
+    for i in ids:
+        Image.new("RGB", (20, 20), tuple(draw.randint(0, 255) for _ in range(3))).save(pictures / f"{i:012d}.jpg")
+    records = []
+    for n in range(4):
+        reference, *truths = draw.sample(ids, 2 + n % 3)
+        record = {"reference_img_id": reference, "relative_caption": draw.choice(["+r", "+g"]), "id": n}
+        record |= {"shared_concept": "a colour"}
+        records.append(record | ({"target_img_id": truths[0], "gt_img_ids": truths} if labelled else {}))
+    info = {"images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids]}
+    for folder, name, value in (
+        (root / "annotations", split, records),
+        (root / "COCO2017_unlabeled" / "annotations", "image_info_unlabeled2017", info),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return root
+
+
+def circos_own(found: list[int], truths: list[int], k: int) -> float:
+    """AP@K as CIRCO's server computes it from a list of ids."""
+    hits, total = 0, 0.0
+    for place, image in enumerate(found[:k], 1):
+        hits += image in truths
+        total += (hits / place) * (image in truths)
+    return total / min(len(truths), k)
+
+
+def test_average_precision_equals_the_servers():
+    draw = random.Random(0)
+    for _ in range(200):
+        gallery = list(range(draw.randint(6, 80)))
+        draw.shuffle(gallery)
+        truths = draw.sample(gallery, draw.randint(1, 6))
+        ranks = torch.tensor([[gallery.index(t) + 1 for t in truths] + [-1] * (6 - len(truths))])
+        for k in (5, 10, 25, 50):
+            assert eval_cir.average_precision(ranks, k).item() == pytest.approx(circos_own(gallery, truths, k))
+
+
+def test_circo(monkeypatch, tmp_path, capsys):
+    root = write_circo(tmp_path / "circo")
+    run_stage(monkeypatch, tmp_path, ROOT=str(root), DATASET="circo", OFFICIAL=False, DEVICE="cpu")
+    found = common.read_json(tmp_path / "out" / "metrics.json")["metrics"]
+    benchmark, model = data.read_circo(str(root), "val"), Colours().eval()
+    assert benchmark.queries[0].extra["shared_concept"] == "a colour" and len(benchmark.gallery) == 12
+    at = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
+    rankings = []
+    for q in benchmark.queries:
+        c = model.compose(at[q.reference][0], [q.delta])[0]
+        rankings.append(sorted(at, key=lambda name: -float(c @ at[name][1][0])))  # noqa: B023
+    for k in (5, 10, 25, 50):
+        pairs = list(zip(rankings, benchmark.queries, strict=True))
+        wanted = 100 * np.mean([circos_own(order, q.extra["truths"], k) for order, q in pairs])
+        assert found[f"mAP@{k}"] == pytest.approx(wanted, abs=1e-4)
+        assert found[f"R@{k}"] == pytest.approx(100 * np.mean([q.target in order[:k] for order, q in pairs]))
+    assert "unlabelled images, the reference kept in it" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="4 queries and 12 gallery images, the published.* 220 and 123,403"):
+        run_stage(monkeypatch, tmp_path, ROOT=str(root), DATASET="circo", OFFICIAL=True, DEVICE="cpu")
+    hidden = write_circo(tmp_path / "hidden", "test", labelled=False)
+    run_stage(monkeypatch, tmp_path, ROOT=str(hidden), DATASET="circo", SPLIT="test", OFFICIAL=False, DEVICE="cpu")
+    sent = common.read_json(tmp_path / "out" / "circo.json")
+    assert sent == {str(n): [int(name) for name in order] for n, order in enumerate(rankings)}
+    (root / "annotations" / "val.json").write_text(
+        json.dumps([{"reference_img_id": 5, "relative_caption": "", "id": 0}])
+    )
+    with pytest.raises(common.UserError, match="000000000005 is not in"):
+        data.read_circo(str(root), "val")
+
+
+# ---- one query, and baselines ----
+def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
+    gallery, draw = tmp_path / "mine", random.Random(1)
+    (gallery / "sub").mkdir(parents=True)
+    for i in range(9):
+        shade = tuple(draw.randint(0, 255) for _ in range(3))
+        Image.new("RGB", (20, 30), shade).save(gallery / ("sub" if i % 2 else ".") / f"p{i}.png")
+    query = gallery / "p0.png"
+    models = []
+
+    def ask(**more):
+        capsys.readouterr()
+        run_stage(monkeypatch, tmp_path, REFERENCE=str(query), TEXT="+r", GALLERY=str(gallery), DEVICE="cpu", **more)
+        models.append(loaded[-1].seen)
+        lines = capsys.readouterr().out.splitlines()
+        return [line.split()[-1] for line in lines if re.match(r" *\d+  -?\d\.\d{4}  ", line)]
+
+    loaded = []
+    colours = Colours
+    monkeypatch.setattr(sys.modules[__name__], "Colours", lambda: loaded.append(colours()) or loaded[-1])
+    found = ask(TOP=4)
+    model = colours().eval()
+    features = {}
+    for name in data.list_images(str(gallery)):
+        features[name] = model.image(model.preprocess(data.open_image(gallery / name))[None])
+    c = model.compose(features["p0.png"][0], ["+r"])[0]
+    order = sorted((n for n in features if n != "p0.png"), key=lambda n: -float(c @ features[n][1][0]))
+    assert found == order[:4]  # the reference itself is no answer
+    assert Image.open(tmp_path / "out" / "query.png").width > 400
+    assert (tmp_path / "out" / "query.html").read_text().count("<figure") == 5
+    assert models == [9 + 1]
+    assert ask(TOP=99) == order and models[-1] == 1  # only the reference is encoded again
+    (gallery / "sub" / "p1.png").rename(gallery / "moved.png")
+    Image.new("RGB", (20, 30), (1, 2, 250)).save(gallery / "sub" / "p3.png")
+    assert len(ask()) == 8 and models[-1] == 1 + 1  # by content: the changed one, not the moved one
+    (file,) = tmp_path.glob("mine.*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    assert len(ask()) == 8 and models[-1] == 9 + 1  # a damaged file is made again
+    with pytest.raises(common.UserError, match="--reference, --text and --gallery together"):
+        run_stage(monkeypatch, tmp_path, REFERENCE=str(query), GALLERY="", DEVICE="cpu")
+
+
+@pytest.mark.parametrize("folder", ["clip", "blip"])
+def test_baselines_are_the_plain_features(zoo, monkeypatch, tmp_path, world, folder):
+    normal = torch.nn.functional.normalize
+    model = train_cir.build_cir("sum" if folder == "clip" else "blip_tdm", str(zoo / folder)).eval()
+    hf_kind = transformers.CLIPModel if folder == "clip" else transformers.BlipForImageTextRetrieval
+    hf, words = hf_kind.from_pretrained(zoo / folder).eval(), transformers.AutoTokenizer.from_pretrained(zoo / folder)
+    pixels = torch.randn(2, 3, model.preprocess.size, model.preprocess.size, generator=torch.manual_seed(0))
+    ids = words(["a red b", "c"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        if folder == "clip":
+            image = hf.visual_projection(hf.vision_model(pixel_values=pixels).pooler_output)
+            text = hf.text_projection(hf.text_model(**ids).pooler_output)
+        else:  # the contrastive half of BLIP: [CLS], no image
+            image = hf.vision_proj(hf.vision_model(pixel_values=pixels).last_hidden_state[:, 0])
+            text = hf.text_proj(hf.text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state[:, 0])
+        image, text = normal(image, dim=1), normal(text, dim=1)
+        tokens, target = model.image(pixels)
+        torch.testing.assert_close(target, image)
+        for what, wanted in (("image", image), ("text", text), ("sum", normal(image + text, dim=1))):
+            found = eval_cir.Baseline(model, what).compose(tokens, ["a red b", "c"])
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    flags = {"BASELINE": "sum", "BACKBONE": str(zoo / folder), "ROOT": str(world / "cirr"), "OFFICIAL": False}
+    for name, value in ({"OUT": str(tmp_path / "out"), "DEVICE": "cpu", "SHOW": 0} | flags).items():
+        monkeypatch.setattr(eval_cir, name, value)
+    eval_cir.main()
+    record = common.read_json(tmp_path / "out" / "metrics.json")
+    assert record["checkpoint"] == f"plain {zoo / folder}, sum" and 0 <= record["metrics"]["R@1"] <= 100
+    assert re.fullmatch("[0-9a-f]{64}", record["sha256"])
 
 
 # ---- the real annotations ----
@@ -416,15 +673,15 @@ def test_full_size_submission_fits_the_limit(shared, tmp_path):
     ],
 )
 def test_published_counts(shared, dataset, split, protocol, queries, galleries):
-    found = eval_cir.read_benchmarks(dataset, str(shared / "data" / dataset), split, "all", "", protocol)
+    found = data.read_benchmarks(dataset, str(shared / "data" / dataset), split, "all", "", protocol)
     assert sum(len(b.queries) for b in found) == queries and [len(b.gallery) for b in found] == galleries
     for benchmark in found:
-        eval_cir.require_official(benchmark, protocol)
+        data.require_official(benchmark, protocol)
         at = eval_cir.index(benchmark, True)
         assert at.gallery == len(benchmark.gallery) and (at.target is None) == split.startswith("test")
         fewer = dataclasses.replace(benchmark, queries=benchmark.queries[1:])
         with pytest.raises(common.UserError, match="published"):
-            eval_cir.require_official(fewer, protocol)
+            data.require_official(fewer, protocol)
 
 
 def test_check_counts_and_stops(shared, monkeypatch, capsys):

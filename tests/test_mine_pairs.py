@@ -152,6 +152,22 @@ def test_end_to_end(zoo, gallery, tmp_path):
     assert page.count("<img") == 18 and "<script" not in page
 
 
+def test_no_grouping_pairs_random_pictures(zoo, gallery, tmp_path):
+    """The ablation: as many subgroups and pairs, of pictures drawn from the whole gallery."""
+    usual = mine(zoo, gallery, tmp_path / "usual")
+    counts = mine(zoo, gallery, tmp_path / "random", grouping=False)
+    assert counts == usual
+    groups, pairs = lines(tmp_path / "random/subgroups.jsonl"), lines(tmp_path / "random/pairs.jsonl")
+    assert all(len(set(group["members"])) == 6 for group in groups) and len(pairs) == 9 * len(groups)
+    score = [np.mean([p["score"] for p in lines(tmp_path / name / "pairs.jsonl")]) for name in ("usual", "random")]
+    assert score[0] > score[1]  # neighbours are alike, random pictures are not
+    names, embeddings = common.read_json(tmp_path / "random/names.json"), np.load(tmp_path / "random/embeddings.npy")
+    rows = embeddings[[names.index(name) for name in groups[0]["members"]]]
+    assert groups[0]["scores"] == pytest.approx((rows[0] @ rows.T).tolist(), abs=1e-5)
+    mine(zoo, gallery, tmp_path / "again", grouping=False)
+    assert lines(tmp_path / "again/pairs.jsonl") == pairs
+
+
 def test_ranks_and_blocks_change_no_byte(zoo, gallery, tmp_path):
     mine(zoo, gallery, tmp_path / "one")
     mine(zoo, gallery, tmp_path / "blocks", block=5)

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import common
 import data
 import train_cir
+from kernels import negatives
 
 WORDS = ["make it red", "has two dogs", "remove the hat and add a ball", "is blue", "more of them", "a cat instead"]
 DEFAULTS = common.constants_of(vars(train_cir))
@@ -50,6 +50,8 @@ def world(tmp_path_factory):
         writer.write(root / "cirr" / "captions" / f"cap.rc2.{split}.json", records)
         if split == "train":
             lines = [{"reference": r["reference"], "target": r["target_hard"], "delta": "generated"} for r in records]
+            for i, line in enumerate(lines[5:]):  # five pairs have no text that leads back
+                line["reverse_delta"] = f"undo {WORDS[i % 6]}"
             (root / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = writer.draw(root / "aux", 10, 3)
     pairs = [(names[i % 10], names[(i + 1 + i // 10) % 10], f"{WORDS[i % 6]} aux") for i in range(20)]
@@ -173,7 +175,7 @@ def test_tdm_loss_is_equation_3(zoo):
     with torch.no_grad():
         tokens = model.tokens(pixels_of(model, 4))
         rows, hard_target, hard_delta = torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), torch.tensor([3, 2, 0])
-        ours = train_cir.tdm_loss(model, tokens, WORDS[:4], (rows, hard_target, hard_delta))
+        ours = train_cir.tdm_loss(model, tokens, WORDS[:4], [0, 1, 2, 3], (rows, hard_target, hard_delta))
         pairs = [(i, i, 1) for i in range(4)] + [(2, 0, 0), (0, 1, 0), (1, 3, 0)] + [(0, 3, 0), (1, 2, 0), (3, 0, 0)]
         wanted = []
         for image, delta, label in pairs:  # (target image, delta, matched)
@@ -191,8 +193,9 @@ def test_negatives_are_hard_and_never_the_same_image():
     same = torch.tensor([[p == q for q in images] for p in images])
     z = target @ c.T
     counts = torch.zeros(2, 6, 6)
+    draws = torch.Generator().manual_seed(0)
     for _ in range(400):
-        rows, hard_target, hard_delta = train_cir.draw_negatives(target, c, images, tau=0.2)
+        rows, hard_target, hard_delta = negatives.draw_negatives(target, c, images, 0.2, draws)
         assert rows.tolist() == list(range(6))
         assert not same[rows, hard_target].any() and not same[rows, hard_delta].any()
         counts[0, rows, hard_target] += 1
@@ -200,40 +203,128 @@ def test_negatives_are_hard_and_never_the_same_image():
     for count, logits in zip(counts, (z.T, z), strict=True):  # row i of z.T: which target is near delta i
         wanted = (logits / 0.2).masked_fill(same, -torch.inf).softmax(1)
         assert (count / 400 - wanted).abs().max() < 0.1  # 4 standard deviations; without the temperature 0.3 off
-    none = train_cir.draw_negatives(target[:2], c[:2], [(0, "a"), (0, "a")], tau=0.01)
+    none = negatives.draw_negatives(target[:2], c[:2], [(0, "a"), (0, "a")], 0.01, draws)
     assert [len(part) for part in none] == [0, 0, 0]
+
+
+# ---- the reversed loss ----
+
+
+def reversed_by_hand(model, reference, texts, target, candidates, tau):
+    """Which target, changed by text i, gives reference i? One composition at a time; the first candidate is right."""
+    total = 0.0
+    for i, columns in enumerate(candidates):
+        pairs = (model.compose(target[j : j + 1], [texts[i]], backward=True)[0] for j in columns)
+        logits = torch.stack([c.double() @ model.target(reference[i : i + 1])[0].double() / tau for c in pairs])
+        total = total - logits.log_softmax(0)[0]
+    return total
+
+
+@pytest.mark.parametrize("model", ["sum", "combiner", "blip_tdm"])
+def test_reversed_loss_equals_composing_every_pair(zoo, model):
+    torch.manual_seed(0)
+    backbone = str(zoo / ("blip" if model == "blip_tdm" else "clip"))
+    ours = train_cir.build_cir(model, backbone, p=6, h=9, directions=True).eval()
+    with torch.no_grad():
+        target, reference = (ours.tokens(pixels_of(ours, 5, seed)) for seed in (1, 2))
+    own = torch.tensor([2, 0, 4])
+    candidates = [[j, *(k for k in range(5) if k != j)] for j in own.tolist()]
+    given = torch.tensor(candidates) if model == "blip_tdm" else own
+    loss = ours.reversed_loss(reference[:3], WORDS[:3], target, given, 0.1)
+    wanted = reversed_by_hand(ours, reference[:3], WORDS[:3], target, candidates, 0.1)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    parameters = [p for p in ours.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    exact = torch.autograd.grad(wanted, parameters, allow_unused=True)
+    for a, b in zip(found, exact, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-6
+
+
+def test_combiner_drops_whole_units_in_the_reversed_loss():
+    """Dropout of 0.5 halves what is on: the mean over many draws is near the loss without it, and draws differ."""
+    torch.manual_seed(0)
+    combiner = train_cir.Combiner(d=8, p=16, h=64, dropout=0.2)
+    reference, text, target = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(3))
+    losses = [combiner.reversed_loss(reference, text, target, torch.arange(6), 0.5).item() for _ in range(200)]
+    combiner.eval()
+    still = [combiner.reversed_loss(reference, text, target, torch.arange(6), 0.5).item() for _ in range(2)]
+    assert still[0] == still[1] and len(set(losses)) > 190
+    assert np.mean(losses) == pytest.approx(still[0], rel=0.05)
+
+
+@pytest.mark.parametrize("kind, folder, name", [("sum", "clip", "token_embedding"), ("blip_tdm", "blip", "word_embed")])
+def test_a_direction_leads_every_text(zoo, kind, folder, name):
+    torch.manual_seed(0)
+    model = train_cir.build_cir(kind, str(zoo / folder), directions=True).eval()
+    plain = train_cir.build_cir(kind, str(zoo / folder)).eval()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in plain.named_parameters() if p.requires_grad} == {n for n in trained if "directions" not in n}
+    assert sum("directions" in n and name in n for n in trained) == 1
+    ids, mask = model.tokenize(["a b", "c"], "cpu", backward=True)
+    before, _ = plain.tokenize(["a b", "c"], "cpu")
+    assert ids[:, 1].tolist() == [-2, -2] and torch.equal(ids[:, [0, *range(2, ids.shape[1])]], before)
+    assert mask.sum(1).tolist() == [m + 1 for m in plain.tokenize(["a b", "c"], "cpu")[1].sum(1).tolist()]
+    assert model.tokenize(["b " * 200], "cpu")[0].shape[1] == plain.length
+    directions = next(p for n, p in model.named_parameters() if "directions" in n)
+    with torch.no_grad():
+        tokens = model.tokens(pixels_of(model, 2))
+        one, two = (model.compose(tokens, WORDS[:2], backward=way) for way in (False, True))
+        assert (one - two).abs().max() > 1e-3
+        directions[1] = directions[0]
+        assert torch.equal(model.compose(tokens, WORDS[:2], backward=True), one)
+        # the row of a word in place of [FORWARD]: as if the text began with that word
+        word = plain.tokenizer("a", add_special_tokens=False).input_ids[0]
+        directions[0] = dict(model.named_modules())[next(n for n in trained if "directions" in n)[:-11]].weight[word]
+        wanted = plain.compose(tokens, ["a b"] * 2)
+        torch.testing.assert_close(model.compose(tokens, ["b"] * 2), wanted, atol=1e-6, rtol=0)
+
+
+def test_candidates_are_the_own_target_then_hard_ones():
+    torch.manual_seed(0)
+    images = [(0, "a"), (0, "b"), (0, "a"), (0, "c"), (1, "a"), (0, "b")]
+    target, c = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    draws, counts = torch.Generator().manual_seed(0), torch.zeros(6, 6)
+    for _ in range(300):
+        found = negatives.draw_candidates(target, c, images, 0.2, 2, draws)
+        assert found.shape == (6, 3) and found[:, 0].tolist() == list(range(6))
+        for i, row in enumerate(found.tolist()):
+            assert len(set(row)) == 3 and all(images[j] != images[i] for j in row[1:])
+            counts[i, row[1]] += 1
+    same = torch.tensor([[p == q for q in images] for p in images])
+    wanted = (target @ c.T / 0.2).T.masked_fill(same, -torch.inf).softmax(1)
+    assert (counts / 300 - wanted).abs().max() < 0.12  # the first of them is a draw from the softmax
+    assert negatives.draw_candidates(target, c, images, 0.2, 99, draws).shape == (6, 1 + 4)  # "a" has four others
+    every = negatives.draw_candidates(target, c, images, 0.2, 0, draws)
+    assert every[:, 0].tolist() == list(range(6)) and (every.sort(1).values == torch.arange(6)).all()
 
 
 # ---- what is drawn ----
 
 
 def test_each_step_draws_its_share_of_a_shuffled_epoch():
-    items = [train_cir.Item((0, f"r{i}"), (0, f"t{i}"), ((f"d{i}",),)) for i in range(23)]
-    one = SimpleNamespace(rank=0, size=1)
-    drawn = [d.key[2] for step in range(6) for d in train_cir.draw(items, 0, step, 6, 0, one)]
+    items = [data.Item((0, f"r{i}"), (0, f"t{i}"), ((f"d{i}",),)) for i in range(23)]
+    drawn = [d.key[2] for step in range(6) for d in data.draw(items, 0, step, 6, 0)]
     assert len(set(drawn[:18])) == len(set(drawn[18:])) == 18 and drawn[:18] != drawn[18:]
-    for step in range(4):  # two ranks of 3 see what one rank of 6 sees
-        parts = [train_cir.draw(items, 0, step, 3, 0, SimpleNamespace(rank=r, size=2)) for r in (0, 1)]
-        assert parts[0] + parts[1] == train_cir.draw(items, 0, step, 6, 0, one)
-    assert train_cir.draw(items, 0, 0, 6, 1, one) != train_cir.draw(items, 0, 0, 6, 0, one)
+    assert data.draw(items, 0, 0, 6, 1) != data.draw(items, 0, 0, 6, 0)
 
 
 def test_dagger_draws_both_deltas_and_fashioniq_all_four():
     human = [data.Triplet(f"r{i}", f"t{i}", "human") for i in range(10)]
     generated = [data.Triplet(f"r{i}", f"t{i}", "generated") for i in range(9)]
-    items = train_cir.human_items(human, "cirr", generated)
-    one = SimpleNamespace(rank=0, size=1)
-    drawn = [d for step in range(60) for d in train_cir.draw(items, 0, step, 10, 0, one)]
+    items = data.human_items(human, "cirr", generated)
+    drawn = [d for step in range(60) for d in data.draw(items, 0, step, 10, 0)]
     share = np.mean([d.delta == "generated" for d in drawn if d.key[2] != 9])
     assert 0.4 < share < 0.6
     assert {d.delta for d in drawn if d.key[2] == 9} == {"human"}  # nothing was generated for it
     with pytest.raises(common.UserError, match="none of its"):
-        train_cir.human_items(human, "cirr", [data.Triplet("x", "y", "generated")])
+        data.human_items(human, "cirr", [data.Triplet("x", "y", "generated")])
     fashion = data.Triplet("r", "t", "Is red. and has dots", alternatives=("is red.", "has dots"))
-    (item,) = train_cir.human_items([fashion], "fashioniq", [])
+    (item,) = data.human_items([fashion], "fashioniq", [])
     assert item.deltas == (("Is red and has dots", "Has dots and is red", "Is red", "Has dots"),)
     release = data.Triplet("r", "t", "human", alternatives=("human", "generated"))
-    assert train_cir.human_items([release], "jsonl", [])[0].deltas == (("human",), ("generated",))
+    assert data.human_items([release], "jsonl", [])[0].deltas == (("human",), ("generated",))
 
 
 # ---- runs ----
@@ -268,7 +359,8 @@ def test_a_run_saves_trained_weights_only_and_reloads(world, zoo, tmp_path, mode
 
 @pytest.mark.parametrize("model", ["combiner", "blip_tdm"])
 def test_six_steps_equal_three_and_resume_and_three(world, zoo, tmp_path, monkeypatch, model):
-    more = {"combiner_dropout": 0.5, "learn_tau": True} if model == "combiner" else {"val_split": "val", "val_every": 2}
+    loss = {"combiner_dropout": 0.5, "learn_tau": True, "bidirectional": 0.5, "bank": True}
+    more = loss if model == "combiner" else {"val_split": "val", "val_every": 2}
     train(arguments(world, zoo, tmp_path / "whole", model, **more))
     asked = []
     monkeypatch.setattr(common, "stop_requested", lambda: asked.append(1) or len(asked) == 3)
@@ -286,25 +378,108 @@ def test_six_steps_equal_three_and_resume_and_three(world, zoo, tmp_path, monkey
         train(arguments(world, zoo, tmp_path / "halves", model, **more | {"lr": 2e-3}))
 
 
-@pytest.mark.parametrize("pseudo", [True, False])
-def test_two_ranks_equal_one(world, zoo, tmp_path, monkeypatch, pseudo):
-    """Plain gradient descent: after two steps the weights agree only if loss and gradients of L_tcc do."""
+@pytest.mark.parametrize(
+    "model, more",
+    [
+        ("combiner", {}),
+        ("combiner", {"pseudo": ""}),
+        ("combiner", {"concat": False, "bank": True}),
+        ("combiner", {"bidirectional": 0.5}),
+        ("sum", {"bidirectional": 0.5, "train_text": False}),  # the directions alone learn
+        ("sum", {"bidirectional": 0.4, "reversed_text": "delta"}),
+        ("blip_tdm", {}),
+        ("blip_tdm", {"bidirectional": 0.1, "reversed_negatives": 3}),
+        ("blip_tdm", {"bidirectional": 0.1, "reversed_negatives": 0, "tdm": False, "bank": True}),
+    ],
+)
+def test_two_ranks_equal_one(world, zoo, tmp_path, monkeypatch, model, more):
+    """Plain gradient descent: after two steps the weights agree only if every loss and its gradients do."""
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr))
-    more = {"steps": 2, "beta": 0.5, "learn_tau": True, "lr": 0.1} | ({} if pseudo else {"pseudo": ""})
-    train(arguments(world, zoo, tmp_path / "one", "combiner", **more))
-    ranks.run_ranks(2, train, arguments(world, zoo, tmp_path / "two", "combiner", batch=3, **more))
+    more = {"steps": 2, "beta": 0.5, "learn_tau": True, "lr": 0.1, "same_pairs": world / "same.jsonl"} | more
+    train(arguments(world, zoo, tmp_path / "one", model, **more))
+    ranks.run_ranks(2, train, arguments(world, zoo, tmp_path / "two", model, batch=3, **more))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    start = train_cir.build_cir("combiner", str(zoo / "clip")).state_dict()
+    start = train_cir.build_cir(model, str(zoo / ("blip" if model == "blip_tdm" else "clip"))).state_dict()
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-4)
-    assert max((one[n] - start[n]).abs().max() for n in one if n.startswith("backbone.")) > 1e-3
+        torch.testing.assert_close(one[name], two[name], atol=5e-6, rtol=1e-4)
+    if more.get("train_text", True):
+        assert max((one[n] - start[n]).abs().max() for n in one if n in start and n.startswith("backbone.")) > 1e-3
+    else:
+        assert list(one) == ["backbone.text_model.embeddings.token_embedding.directions"]
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        assert a["tcc"] == pytest.approx(b["tcc"], rel=1e-5) and a["tau"] == pytest.approx(b["tau"], rel=1e-5)
+        assert a["images"] == b["images"] == 12 * (2 if more.get("pseudo", True) else 1)
+        for key in {"tcc", "tdm", "rev", "loss", "tau"} & (a.keys() | b.keys()):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+    assert ("rev" in a, "tdm" in a) == ("bidirectional" in more, model == "blip_tdm" and more.get("tdm", True))
 
 
-def test_blip_on_two_ranks_runs_and_keeps_them_equal(world, zoo, tmp_path):
-    ranks.run_ranks(2, train, arguments(world, zoo, tmp_path, batch=3, steps=2, val_split="val"))
-    assert [r["step"] for r in log_of(tmp_path) if "tdm" in r] == [1, 2]
+def test_the_bank_is_every_other_image(world, zoo, tmp_path, monkeypatch):
+    """What L_tcc gets: the plain embeddings of all training images but the targets of this batch."""
+    given, real = [], train_cir.l_tcc_ranks
+    monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *a, **k: given.append((a, k["bank"])) or real(*a, **k))
+    drawn, draw = [], data.draw
+    monkeypatch.setattr(data, "draw", lambda *a: drawn.append((a[2], draw(*a))) or draw(*a))
+    train(arguments(world, zoo, tmp_path, "combiner", bank=True, steps=2))
+    model = train_cir.build_cir("combiner", str(zoo / "clip")).eval()
+    stores = [data.ImageStore(str(world / "img_raw" / "train")), data.ImageStore(str(world / "aux"))]
+    for step in (0, 1):
+        targets = {d.target for at, draws in drawn if at == step for d in draws}
+        _, items = data.training_items(
+            "cirr", str(world / "cirr"), "train", "", "", str(world / "pseudo.jsonl"), str(world / "aux"), True
+        )
+        images = {image for stream in items for item in stream for image in (item.reference, item.target)} - targets
+        files = [
+            stores[s].path(name.removeprefix("train-") if s else f"1-{int(name[6:]):03d}.png") for s, name in images
+        ]
+        pixels = torch.stack([model.preprocess(data.open_image(file)) for file in files])
+        wanted = model.image(pixels)[1]
+        bank = given[step][1]
+        assert len(bank) == len(images) > 3
+        assert (wanted @ bank.T > 1 - 1e-5).any(1).all()
+
+
+def test_ablations_and_frozen_text(world, zoo, tmp_path):
+    """no concat: L(B) + L(B') of the same batch; a frozen text encoder keeps its weights."""
+    for name, more in (("with", {}), ("without", {"concat": False}), ("human", {"pseudo": ""})):
+        train(arguments(world, zoo, tmp_path / name, "combiner", steps=1, seed=0, **more))
+    both, apart, human = (log_of(tmp_path / name)[0]["tcc"] for name in ("with", "without", "human"))
+    assert both > apart > human  # more negatives cost more; B' adds its own term
+    train(arguments(world, zoo, tmp_path / "frozen", "combiner", steps=1, train_text=False))
+    assert all(name.startswith("combiner.") for name in load_file(tmp_path / "frozen" / "model.safetensors"))
+    train(arguments(world, zoo, tmp_path / "blip", steps=1, train_text=False, tdm=False))
+    saved = load_file(tmp_path / "blip" / "model.safetensors")
+    assert saved and not any(name.startswith("backbone.text_encoder") for name in saved)
+    with pytest.raises(common.UserError, match="trains nothing"):
+        train(arguments(world, zoo, tmp_path / "x", "sum", train_text=False))
+    with pytest.raises(common.UserError, match="no triplet has a reverse_delta"):
+        train(arguments(world, zoo, tmp_path / "x", "sum", bidirectional=0.5, reversed_text="delta"))
+
+
+def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
+    """The Combiner behind stage I's text encoder, frozen; the checkpoint finds it again."""
+    how = {"steps": 2, "bidirectional": 0.5, "pseudo": ""}
+    train(arguments(world, zoo, tmp_path / "one", "sum", **how))
+    train(arguments(world, zoo, tmp_path / "two", "combiner", start=tmp_path / "one", train_text=False, **how))
+    saved, first = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert all(name.startswith("combiner.") or "directions" in name for name in saved)
+    model = train_cir.load_cir(str(tmp_path / "two"))
+    state = model.state_dict()
+    assert all(torch.equal(state[name], first[name]) for name in first if "directions" not in name)
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    with pytest.raises(common.UserError, match="do not fit"):  # stage I had directions, this has none
+        train(arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "one", pseudo="", steps=1))
+
+
+def test_reversed_training_teaches_reversed_queries(world, zoo, tmp_path):
+    """On a handful of triplets L_rev falls, and the checkpoint keeps its directions."""
+    how = {"steps": 40, "views": 1, "augment": False, "pseudo": "", "lr": 3e-3, "batch": 12, "bidirectional": 1.0}
+    train(arguments(world, zoo, tmp_path, "combiner", **how))
+    losses = [r["rev"] for r in log_of(tmp_path)]
+    assert np.mean(losses[-4:]) < 0.8 * losses[0]
+    model = train_cir.load_cir(str(tmp_path))
+    assert model.directed
+    tokens = model.tokens(pixels_of(model, 1))
+    assert (model.compose(tokens, ["a"]) - model.compose(tokens, ["a"], backward=True)).abs().max() > 1e-3
 
 
 def test_steps_and_what_is_trained_on(world, zoo, tmp_path, capsys):
@@ -333,7 +508,11 @@ def test_a_learned_temperature_stays_in_its_bounds(world, zoo, tmp_path):
 
 
 def test_wrong_flags_are_one_line(world, zoo, tmp_path):
-    for flags, words in (({"model": "blip"}, "one of combiner"), ({"beta": "hard"}, "--beta hard")):
+    for flags, words in (
+        ({"model": "blip"}, "one of combiner"),
+        ({"beta": "hard"}, "--beta hard"),
+        ({"reversed_text": "words"}, "--reversed_text words"),
+    ):
         with pytest.raises(common.UserError, match=words):
             train(arguments(world, zoo, tmp_path, **{"model": "combiner"} | flags))
     with pytest.raises(common.UserError, match="--first_token"):
@@ -372,8 +551,8 @@ def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(world, zoo, tmp_path, monkeypatch):
-    real, factors = train_cir.l_tcc, iter([1.0, 1.0, math.nan])
-    monkeypatch.setattr(train_cir, "l_tcc", lambda *given: real(*given) * next(factors))
+    real, factors = train_cir.l_tcc_ranks, iter([1.0, 1.0, math.nan])
+    monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *given, **more: real(*given, **more) * next(factors))
     with pytest.raises(common.UserError, match="not finite at step 3"):
         train(arguments(world, zoo, tmp_path, save_every=1))
     assert sorted(p.name for p in (tmp_path / "last").iterdir()) == ["step-1", "step-2"]
@@ -392,8 +571,8 @@ def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
     assert "gone.png" in capsys.readouterr().out
     train([*arguments(world, zoo, tmp_path / "none"), "--check"])
     assert "human: 24 triplets" in capsys.readouterr().out and not (tmp_path / "none").exists()
-    items = [train_cir.Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
-    items += [train_cir.Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
+    items = [data.Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
+    items += [data.Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
     store = data.ImageStore(str(world / "aux"))
     assert len(data.drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, "auxiliary")) == 1999
     assert "left out" in capsys.readouterr().out

@@ -1,0 +1,56 @@
+"""demo/claims.py without training: its commands are ones the stages take, its table is the mean and the range."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import common
+from demo import claims
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_commands_and_table(tmp_path, monkeypatch):
+    demos = [tmp_path / "demo", tmp_path / "demo-seed-1"]
+    for demo in demos:
+        common.write_json(demo / "vdg" / "config.json", {})
+        common.write_json(demo / "cir" / "blip_tdm-auxiliary" / "config.json", {})
+        record = {"reference": "a", "target_hard": "b", "caption": "make it red"}
+        common.write_json(demo / "world" / "cirr" / "captions" / "cap.rc2.train.json", [record])
+    asked = []
+
+    def stage(words: list[str], log: str) -> None:
+        flags = common.parse_flags(common.read_flags(ROOT / words[0]), words[1:])  # raises for a flag that is none
+        asked.append((words[0], flags))
+        out = Path(flags["OUT"])
+        if words[0] == "gen_deltas.py":
+            common.write_text(out / "pseudo.jsonl", '{"reference": "a", "target": "b", "reverse_delta": "undo it"}\n')
+        elif words[0] == "eval_cir.py":
+            value = 10.0 if "seed-1" in str(out) else 40.0
+            common.write_json(out / "metrics.json", {"metrics": {"R@1": value, "R@5": value, "R@10": value + 3}})
+
+    monkeypatch.setattr(claims, "stage", stage)
+    monkeypatch.setattr(claims, "DEMOS", tuple(map(str, demos)))
+    monkeypatch.setattr(claims, "OUT", str(tmp_path / "out"))
+    claims.main()
+    trained = [flags for script, flags in asked if script == "train_cir.py"]
+    assert len(trained) == 2 * len(claims.RUNS) and {flags["SEED"] for flags in trained} == {0, 1}
+    assert sum(flags.get("REVERSED_TEXT") == "delta" for flags in trained) == 4
+    assert sum(flags.get("BIDIRECTIONAL", 0) == claims.ALPHA for flags in trained) == 8
+    for flags in trained:  # VDG's text leads back, the human's leads forth
+        if flags.get("REVERSED_TEXT") == "delta":
+            (line,) = common.read_jsonl(flags["SAME_PAIRS"])
+            assert line == {"reference": "a", "target": "b", "delta": "make it red", "reverse_delta": "undo it"}
+    evaluated = [flags for script, flags in asked if script == "eval_cir.py"]
+    assert len(evaluated) == 2 * (len(claims.RUNS) * 3 + 2) and sum("RERANK" in flags for flags in evaluated) == 2
+    rows = (tmp_path / "out" / "claims.md").read_text().splitlines()
+    assert len(rows) == 2 + len(claims.RUNS) + 2
+    assert "| 26.0 (11.0 to 41.0) |" in rows[2]
+    assert json.loads((tmp_path / "out" / "claims.json").read_text())["mean of R@1, R@5, R@10"]["sum"]["vdg"] == [
+        41,
+        11,
+    ]
+    monkeypatch.setattr(claims, "DEMOS", (str(tmp_path / "nothing"),))
+    with pytest.raises(common.UserError, match="run ./demo.sh"):
+        claims.main()
