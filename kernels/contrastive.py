@@ -48,7 +48,7 @@ from torch import Tensor
 
 from kernels.similarity_topk import INTERPRET, full_precision
 
-BLOCK = 1 << 21  # logits held at a time on CPU (8 MiB of fp32, four such arrays)
+BLOCK = 1 << 21  # logits held at a time on CPU (8 MiB of fp32, five such arrays)
 STRIP = 1 << 27  # logits held at a time by the Triton path above D = 256 (512 MiB of fp32)
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
@@ -110,21 +110,32 @@ def _blocks(edges: list[int], columns: int, held: int) -> list[slice]:
     return [slice(at, min(at + block, end)) for start, end in spans for at in range(start, end, block)]
 
 
-def _powers(u: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _scratch(like: Tensor, blocks: list[slice], columns: int, count: int) -> list[Tensor]:
+    """Flat arrays that hold a block each, allocated once: fresh ones a block cost more in page faults than the sums."""
+    rows = max((part.stop - part.start for part in blocks), default=0)
+    return [like.new_empty(rows * columns) for _ in range(count)]
+
+
+def _shaped(flat: Tensor, s: Tensor) -> Tensor:
+    return flat[: s.numel()].view(s.shape)
+
+
+def _powers(u: Tensor, beta: float, spare: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """e^{(1 + beta) u} and e^{beta u}; u is overwritten. At beta = 0 nobody asks for the second (N = log n)."""
     if beta == 0:
         return u.exp_(), u
     if beta == 0.5:
         small = u.mul_(0.5).exp_()
-        return (small * small).mul_(small), small
-    big = torch.mul(u, 1 + beta).exp_()
+        return torch.mul(small, small, out=spare).mul_(small), small
+    big = torch.mul(u, 1 + beta, out=spare).exp_()
     return big, u.mul_(beta).exp_()
 
 
-def _sums(s: Tensor, dim: int, beta: float) -> Tensor:
+def _sums(s: Tensor, dim: int, beta: float, spare: list[Tensor]) -> Tensor:
     """o, S and T over dim, (3, the other dimension); where all of s is -inf: the smallest number, 0, 0."""
     top = s.amax(dim, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
-    big, small = _powers(s - top, beta)
+    u, other = (_shaped(flat, s) for flat in spare)
+    big, small = _powers(torch.sub(s, top, out=u), beta, other)
     return torch.stack([top.squeeze(dim), big.sum(dim), small.sum(dim)])
 
 
@@ -140,8 +151,11 @@ def _statistics(x, c, label, bank: int, first_row: int, first_column: int, scale
     and of each column within either group of rows (2 groups, 3, M)."""
     nothing = x.new_tensor([torch.finfo(x.dtype).min, 0, 0])[:, None]
     rows, columns = (nothing.expand(2, 3, n).clone() for n in (len(x), len(c)))
-    for part in _blocks([0, bank, first_row, len(x)], len(c), BLOCK):
-        s = (x[part] @ c.T).mul_(scale)
+    blocks = _blocks([0, bank, first_row, len(x)], len(c), BLOCK)
+    held, *spare = _scratch(x, blocks, len(c), 3)
+    for part in blocks:
+        s = held[: (part.stop - part.start) * len(c)].view(-1, len(c))
+        torch.mm(x[part], c.T, out=s).mul_(scale)
         if part.start >= bank:
             s[torch.arange(len(s), device=s.device), label[part]] = -torch.inf
         row_group = int(part.start >= first_row)
@@ -149,20 +163,21 @@ def _statistics(x, c, label, bank: int, first_row: int, first_column: int, scale
             if cut.start == cut.stop:
                 continue
             if part.start >= bank:  # the bank's rows have no loss
-                rows[group, :, part] = _sums(s[:, cut], 1, beta)
+                rows[group, :, part] = _sums(s[:, cut], 1, beta, spare)
             before = columns[row_group, :, cut]
-            columns[row_group, :, cut] = _merge(torch.stack([before, _sums(s[:, cut], 0, beta)]), beta)
+            columns[row_group, :, cut] = _merge(torch.stack([before, _sums(s[:, cut], 0, beta, spare)]), beta)
     return rows, columns
 
 
-def _bracket(s: Tensor, offset: Tensor, big: Tensor, small: Tensor, beta: float) -> Tensor:
-    """big e^{(1 + beta) u} - small e^{beta u} with u = s - offset."""
+def _bracket(s: Tensor, offset: Tensor, big: Tensor, small: Tensor, beta: float, spare: list[Tensor]) -> Tensor:
+    """big e^{(1 + beta) u} - small e^{beta u} with u = s - offset; it lies in one of the two spare arrays."""
+    u, other = (_shaped(flat, s) for flat in spare)
     if beta == 0:
-        return (s - offset).exp_().mul_(big)
+        return torch.sub(s, offset, out=u).exp_().mul_(big)
     if beta == 0.5:
-        t = torch.add(offset * -0.5, s, alpha=0.5).exp_()
-        return torch.addcmul(-small, t * t, big).mul_(t)
-    powers = _powers(s - offset, beta)
+        t = torch.add(offset * -0.5, s, alpha=0.5, out=u).exp_()
+        return torch.addcmul(-small, torch.mul(t, t, out=other), big, out=other).mul_(t)
+    powers = _powers(torch.sub(s, offset, out=u), beta, other)
     return powers[0].mul_(big).sub_(powers[1].mul_(small))
 
 
@@ -173,14 +188,17 @@ def _gradient(x, c, label, bank: int, first_row: int, first_column: int, scale: 
     sub-block. own (R - bank,): dL/ds at the positives."""
     of_rows, of_columns = vectors
     dx, dc = x.new_empty(len(x) - bank, x.size(1)), torch.zeros_like(c)
-    for part in _blocks([0, bank, first_row, len(x)], len(c), BLOCK):
-        g = (x[part] @ c.T).mul_(scale)
+    blocks = _blocks([0, bank, first_row, len(x)], len(c), BLOCK)
+    held, *spare = _scratch(x, blocks, len(c), 5)
+    for part in blocks:
+        g = held[: (part.stop - part.start) * len(c)].view(-1, len(c))
+        torch.mm(x[part], c.T, out=g).mul_(scale)
         for group, cut in enumerate((slice(0, first_column), slice(first_column, len(c)))):
             inside = int(part.start < first_row and group == 0)
             s = g[:, cut]
-            from_columns = _bracket(s, *of_columns[inside, :, None, cut], beta)
+            from_columns = _bracket(s, *of_columns[inside, :, None, cut], beta, spare[:2])
             if part.start >= bank:
-                torch.add(_bracket(s, *of_rows[inside, :, part, None], beta), from_columns, out=s)
+                torch.add(_bracket(s, *of_rows[inside, :, part, None], beta, spare[2:]), from_columns, out=s)
             else:
                 s.copy_(from_columns)
         if part.start >= bank:
