@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import measure  # first: it puts the repository on the path
@@ -53,15 +54,14 @@ def load(folder: str) -> None:
     import memory
     import vdg_align
 
-    before = memory.peak(torch.device("cpu"))
-    found = []
-    seconds = measure.clock(lambda: found.append(vdg_align.load_llm(folder, torch.bfloat16, "cpu", "nf4")))
-    peak = memory.peak(torch.device("cpu"))
+    found, began = [], time.time()
+    peak = measure.peak_bytes(lambda: found.append(vdg_align.load_llm(folder, torch.bfloat16, "cpu", "nf4"))) / 2**30
+    seconds = time.time() - began
     plan = list(memory.frozen(memory.llm_shape(folder), "nf4", 2, "").items())[:2]  # the LLM and its largest weight
     planned = sum(amount for _, amount in plan) / 2**30
     held = sum(p.numel() * p.element_size() for p in found[0][0].parameters()) / 2**30
     size = f"{Path(folder).name} shape, bf16 in two shards"
-    note = f"{before:.2f} GiB of it before the load; parameters {held:.2f} GiB; {seconds:.0f} s"
+    note = f"above the interpreter and its libraries; parameters {held:.2f} GiB; {seconds:.0f} s"
     measure.publish([measure.row("loading: NF4, peak resident", size, "cpu", peak, "GiB", planned, note)])
     print(f"peak {peak:.2f} GiB = {peak / planned:.2f} x the plan's {planned:.2f} GiB")
 
