@@ -519,6 +519,11 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    """One record a line; the old file or the new one, never a part."""
+    write_text(path, "".join(map(_line, records)))
+
+
 def _parse(data: bytes, where: str) -> Any:
     """Strict JSON: what a lenient reader takes silently (NaN, the second of two equal keys) is an error here."""
 

@@ -153,7 +153,7 @@ def encode_images(vision, images: data.ImageStore, names: list[str], folder: Pat
 
     The file is named by the hash of encoder weights and image contents: a changed picture or encoder is another file.
     Rows of an earlier file by the same encoder are taken over. Half precision unless the model computes in fp32."""
-    share = {name: file_digest(images.path(name)) for name in names[world.rank :: world.size]}
+    share = {name: common.file_sha256(images.path(name)) for name in names[world.rank :: world.size]}
     content = {name: digest for part in common.gather_objects(share) for name, digest in part.items()}
     keys = sorted(set(content.values()))
     encoder, shape = weights_digest(vision), (len(keys), *vision.query_tokens.shape[1:])
@@ -201,11 +201,6 @@ def encode_images(vision, images: data.ImageStore, names: list[str], folder: Pat
                 old.unlink()
     common.barrier()
     return np.load(path, mmap_mode="r"), {name: row[key] for name, key in content.items()}
-
-
-def file_digest(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(vision) -> str:
@@ -493,7 +488,7 @@ def subgroup_ranks(model, images: data.ImageStore, records: list[dict], members:
 
 def write_results(out: Path, records: list[dict], members: dict, images: data.ImageStore, show: int, seed: int, layout):
     """Writes the four files -> what report.json holds. layout: ("cirr" or "fashioniq", split)."""
-    common.write_text(out / "pseudo.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    common.write_jsonl(out / "pseudo.jsonl", records)
     known = ((record, members.get(record.get("subgroup", record["id"]))) for record in records)
     if layout[0] == "fashioniq":
         data.write_fashioniq_captions(out / "fashioniq", layout[1], records)
@@ -532,7 +527,7 @@ def digest_of(folder: str) -> str:
     absent = [name for name in names if not os.path.isfile(f"{folder}/{name}")]
     if absent:
         raise common.UserError(f"{folder}/{absent[0]} not found; wanted a finished checkpoint of vdg_tune.py")
-    return hashlib.sha256("".join(file_digest(f"{folder}/{name}") for name in names).encode()).hexdigest()
+    return hashlib.sha256("".join(common.file_sha256(f"{folder}/{name}") for name in names).encode()).hexdigest()
 
 
 def main() -> None:

@@ -118,16 +118,11 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
     return stems, pictures
 
 
-def file_hash(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hash_files(paths: list[str], workers: int, world: common.World) -> list[str]:
     """sha256 of every file; the ranks share the reading."""
     mine = paths[world.rank :: world.size]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        mine = list(common.progress(pool.map(file_hash, mine), "read", len(mine)))
+        mine = list(common.progress(pool.map(common.file_sha256, mine), "read", len(mine)))
     hashes = [""] * len(paths)
     for rank, part in enumerate(common.gather_objects(mine)):
         hashes[rank :: world.size] = part
@@ -239,7 +234,7 @@ def embed_gallery(
         width = np.load(chunks[0][1], mmap_mode="r").shape[1]
         write_array(array, (len(names), width), (np.load(path) for _, path in chunks))
         common.write_json(listing, names)
-        common.write_json(meta, {"fingerprint": fingerprint, "sha256": file_hash(array)})
+        common.write_json(meta, {"fingerprint": fingerprint, "sha256": common.file_sha256(array)})
         shutil.rmtree(parts)
     common.barrier()
     return True
@@ -251,7 +246,7 @@ def is_current(array: Path, listing: Path, meta: Path, fingerprint: str, names: 
     wanted = common.read_json(meta)
     if wanted["fingerprint"] != fingerprint or common.read_json(listing) != names:
         return False
-    return file_hash(array) == wanted["sha256"]
+    return common.file_sha256(array) == wanted["sha256"]
 
 
 def write_array(path: Path, shape: tuple[int, ...], blocks) -> None:
@@ -343,10 +338,6 @@ def pairs_of(embeddings: Tensor, members: list[int], places: list[tuple[int, int
 
 
 # ---- outputs ----
-def write_jsonl(path: str, records: list[dict]) -> None:
-    common.write_text(path, "".join(common.json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
 def draw(subgroups: list[dict], images: data.ImageStore, stats: dict, out: str, show: int, seed: int) -> None:
     """subgroups.png and subgroups.html: some subgroups, one a row, the anchor first."""
     count = min(show, len(subgroups))
@@ -425,8 +416,8 @@ def main() -> None:
     rule |= {"grouping": GROUPING}
     stats = {"counts": counts, "rule": rule, "encoder": ENCODER, "exclude": list(EXCLUDE)}
 
-    write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
-    write_jsonl(f"{OUT}/pairs.jsonl", pairs)
+    common.write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
+    common.write_jsonl(f"{OUT}/pairs.jsonl", pairs)
     common.write_json(f"{OUT}/stats.json", stats, indent=2)
     draw(subgroups, images, stats, OUT, SHOW, SEED)
     log.write(**counts)

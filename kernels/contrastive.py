@@ -598,9 +598,8 @@ class _Contrast(torch.autograd.Function):
         k = ctx.shape[0]
         n = len(rows) - k
         own = scale.new_zeros(n)
-        weights = scale.new_zeros(
-            len(saved) // 4, len(columns)
-        )  # h of each column's anchors times their incoming gradients
+        # h of each column's anchors times their incoming gradients, by term
+        weights = scale.new_zeros(len(saved) // 4, len(columns))
         of_rows, of_columns = [], []
         for term in range(len(weights)):
             row_share, column_share, row_sums, column_sums = saved[4 * term : 4 * term + 4]

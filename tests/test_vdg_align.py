@@ -21,13 +21,18 @@ import vdg_align
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def stage(name: str, *argv: str) -> None:
-    """main() of a stage in this process, with its public flags and fresh constants."""
+def fresh(name: str, *argv: str):
+    """A stage as a module of its own, with its public flags and fresh constants."""
     spec = importlib.util.spec_from_file_location(f"{name}_run", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     common.override(vars(module), list(argv))
-    module.main()
+    return module
+
+
+def stage(name: str, *argv: str) -> None:
+    """main() of a stage in this process."""
+    fresh(name, *argv).main()
 
 
 def records(folder) -> list[dict]:
@@ -331,14 +336,11 @@ def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, capsys):
 
 
 def test_images_encoded_once_give_the_same_run(whole, flags, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("vdg_align_keep", ROOT / "vdg_align.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = fresh("vdg_align", *flags, "--batch", "4", "--keep", "true", "--out", str(tmp_path / "kept"))
     shown, queries = [], module.VisionProjector.queries
     monkeypatch.setattr(
         module.VisionProjector, "queries", lambda self, pixels: shown.append(len(pixels)) or queries(self, pixels)
     )
-    common.override(vars(module), [*flags, "--batch", "4", "--keep", "true", "--out", str(tmp_path / "kept")])
     module.main()
     assert sum(shown) == 10  # 20 without: two epochs of ten images
     a, b = (load_file(folder / "projection.safetensors") for folder in (whole, tmp_path / "kept"))
