@@ -668,7 +668,7 @@ def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet])
     for t in triplets:
         groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
         if dataset == "jsonl" and t.alternatives:
-            groups.append(t.alternatives[1:])  # the VDG release's [human, generated]
+            groups.append(t.alternatives)  # the VDG release's [human, generated]: those after the human one
         if same:
             groups.append(tuple(other.delta for other in same))
         items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same])))

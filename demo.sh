@@ -31,7 +31,7 @@ python demo/world.py --out $W --seed $SEED
 
 step "1 align: the projection learns to describe pictures"
 python vdg_align.py --vision $M/instructblip --llm $M/llama --chat $W/chat/chat.json --images $W/chat/images \
-  --epochs 7 --batch 24 --lr 5e-3 --out $OUT/align --seed $SEED
+  --keep true --epochs 12 --batch 24 --lr 5e-3 --out $OUT/align --seed $SEED
 
 step "2 tune: the language model learns visual deltas from the human triplets"
 LINEARS=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj

@@ -44,7 +44,7 @@ MAX_CHARACTERS = 2000  # a longer caption stops the run at start-up rather than 
 # ---- training ----
 EPOCHS = 1  # passes over CHAT [S4.1]
 BATCH = 64  # captions per GPU and forward pass [S4.1]
-KEEP = False  # encode each image once, its Q-Former outputs stay in memory: for EPOCHS > 1 [ours: speed]
+KEEP = False  # encode each image once, its Q-Former outputs stay in host memory, 96 KiB each: for EPOCHS > 1 [ours]
 ENCODE_BATCH = 64  # images per forward pass when they are encoded once [ours]
 ACCUMULATE = 1  # forward passes per optimiser step; 512 captions a step in the paper: 8 GPUs x 64 x 1 [ours]
 LR = 1e-3  # peak learning rate [S4.1]

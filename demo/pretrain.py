@@ -5,8 +5,8 @@
 
 What each stand-in is shown (never an image pair, a triplet, a human-like delta as training text, or a picture of the
 world that a stage reads; the pictures here are drawn from seeds of their own):
-- llama         text only: described garments ("tags"), captions, and comparisons of two *described* garments, worded
-                otherwise than the human-like deltas are;
+- llama         text only (demo/texts.py): captions of described garments ("tags"), comparisons of two *described*
+                garments, worded otherwise than the human-like deltas are, and requests about things of other kinds;
 - instructblip  pictures and their attributes: the ViT by its cls token, Q-Former query k by attribute k;
 - clip, blip    pictures and captions (contrast; BLIP also matching); their vision towers start from the ViT above;
 - resnet        pictures and attributes.
@@ -29,6 +29,7 @@ from torch import nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
 from demo import world  # noqa: E402
+from demo.texts import KINDS_OF_TEXT, SLOTS, corpus, document  # noqa: E402
 
 # ---- what ----
 OUT = "demo/models"  # where the folders go
@@ -39,8 +40,9 @@ BANK = "out/pretrain"  # the drawn pictures are kept here between parts
 THREADS = 2  # CPU threads
 
 # ---- steps (batch 128) ----
-LLAMA_FROM = ""  # go on from the weights of this folder, an earlier run of this script
-LLAMA_STEPS = 5000  # of 96 documents
+LLAMA_STEPS = 3600  # of 96 documents
+COMPARING = 0.2  # share of these steps that mostly compare slot by slot: the skill the rest stands on shows up first
+NOISY = 0.15  # share of the steps after them over which the described words turn into something like image tokens
 VISION_STEPS = 2000  # ViT and Q-Former together
 CLIP_STEPS = 1000  # vision tower, text tower
 BLIP_STEPS = 800  # text encoder; the vision tower is the one already trained
@@ -48,18 +50,7 @@ RESNET_STEPS = 1000
 
 PIXELS = 96
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SLOTS = tuple(world.VALUES)
-NOTHING = {"print": "noprint", "sleeves": "armless", "length": "lengthless", "neck": "neckless"}  # attribute not there
-TAG = {
-    ("sleeves", "none"): "sleeveless",
-    ("sleeves", "short"): "shortsleeved",
-    ("sleeves", "long"): "longsleeved",
-    ("neck", "round"): "roundneck",
-    ("neck", "v"): "vneck",
-    ("neck", "collar"): "collared",
-    ("length", "knee"): "midi",
-    ("length", "ankle"): "maxi",
-}
+NOTHING = ("print", "sleeves", "length", "neck")  # attributes that a garment may lack
 CLASSES = [(k, v) for k in SLOTS for v in world.VALUES[k] + ((None,) if k in NOTHING else ())]
 CLASS_OF = {kv: i for i, kv in enumerate(CLASSES)}
 
@@ -67,170 +58,6 @@ CLASS_OF = {kv: i for i, kv in enumerate(CLASSES)}
 def label(garment: dict) -> list[int]:
     """Class of each slot, "not there" being a class of its own."""
     return [CLASS_OF[k, garment[k] if world.applies(garment, k) else None] for k in SLOTS]
-
-
-def tags(garment: dict) -> list[str]:
-    """One word a slot, in slot order."""
-    return [TAG.get((k, garment[k]), garment[k]) if world.applies(garment, k) else NOTHING[k] for k in SLOTS]
-
-
-# ---- text for the language model ----
-ASK_CAPTION = (
-    "describe the image :",
-    "a short description :",
-    "caption :",
-    "write what the picture shows :",
-    "Give a brief summary .",
-    "Share an informative description of the image .",
-)
-LABELS = (
-    ("first :", "second :"),
-    ("before :", "after :"),
-    ("one :", "other :"),
-    ("old :", "new :"),
-    ("A :", "B :"),
-    ("Reference:", "Target:"),
-    ("given image :", "target image :"),
-    ("left :", "right :"),
-)
-ASK_SLOTS = ("slot by slot :", "row by row :", "compare slots :")
-ASK_ALL = ("list what differs :", "all differences :", "every change :")
-ASK_SOME = ("name a difference :", "what to change :", "Response:", "Answer:", "Response:")
-OPENINGS = (
-    "",
-    "",
-    "",
-    "Request: analyze the images and list what differs .\n",
-    "compare the two garments .\n",
-    "Request: provide a description of the given images .\n",
-    "Task: match the first to the second .\n",
-    "Analyze what transforms one to the other .\n",
-)
-
-
-NOUN = {
-    "category": "kind", "colour": "shade", "pattern": "print", "print": "print", "sleeves": "arms", "length": "hem",
-    "neck": "top", "background": "scene",
-}  # fmt: skip
-FRAMES = (
-    "{noun} : {new}", "from {old} to {new}", "{new} , not {old}", "{new} rather than {old}", "now {new}",
-    "it turned {new}", "swap {old} for {new}", "want {new}", "give it {new}", "prefer {new}", "{new} please",
-    "was {old} , now {new}", "the {noun} went to {new}", "take {new}", "here {new}", "let it be {new}", "{new} now",
-)  # fmt: skip
-PREFACES = ("", "", "well ", "keep the rest , ", "like the first yet ", "all else equal , ", "so ", "compared to it ")
-
-
-def verbal(key: str, a: dict, b: dict, rng) -> str:
-    """One difference in words that `world.phrase` never puts together."""
-
-    def told(garment):
-        value = garment[key]
-        if key in ("sleeves", "length", "neck"):
-            return {"sleeves": world.SLEEVES, "length": world.LENGTH, "neck": world.NECK}[key][value]
-        if key in ("pattern", "print") and garment["pattern"] != "plain":
-            return f"{garment['print']} {garment['pattern']}" if rng.random() < 0.7 else garment["pattern"]
-        return {"category": f"a {value}", "background": f"a {value} backdrop", "pattern": "no print"}.get(key, value)
-
-    new = told(b)
-    if key == "print":
-        new = f"{b['print']} {b['pattern']}"
-    if key in ("sleeves", "length") and rng.random() < 0.3:
-        more = world.VALUES[key].index(b[key]) > world.VALUES[key].index(a[key])
-        new = {"sleeves": ("shorter arms", "longer arms"), "length": ("shorter hem", "longer hem")}[key][more]
-    return world._pick(rng, FRAMES).format(noun=NOUN[key], old=told(a), new=new)
-
-
-THINGS = ("car", "house", "dog", "cat", "bird", "table", "cup", "lamp", "boat", "tree", "bag", "chair", "flag", "bus")
-PARTS = ("doors", "windows", "wheels", "ears", "legs", "leaves", "handles", "wings", "lamps", "lines", "pages")
-KINDS = ("big", "small", "old", "new", "wooden", "open", "bright", "dark", "tall", "wet", "clean", "golden", "silver")
-PLACES = ("garden", "street", "beach", "kitchen", "forest", "river", "field")
-
-
-def plain(rng) -> str:
-    """A web sentence about other things than garments: how people ask for changes, in words any model has read.
-
-    None says anything of a garment's attributes, so none can be a human-like delta."""
-
-    def clause():
-        thing, other, part, kind, place = (world._pick(rng, w) for w in (THINGS, THINGS, PARTS, KINDS, PLACES))
-        return world._pick(
-            rng,
-            (
-                f"is {kind}", f"make it {kind}", f"make the {part} {kind}", f"in {kind}", f"has a {kind} colour",
-                f"{kind} instead of {world._pick(rng, KINDS)}", f"is a {thing}", f"change it to a {thing}",
-                f"should be a {thing}",
-                f"a {thing} instead of a {other}", f"has no {part}", f"remove the {part}", f"add {kind} {part}",
-                f"with {kind} {part}", f"has {kind} {part}", f"the {part} are {kind}", f"has {part}", f"with a {thing}",
-                f"has longer {part}", f"has shorter {part}", "is longer", "is shorter", "make it longer",
-                "make it shorter", f"the background is a {place}", f"on a {place} background", f"has no {thing}",
-                f"change the background to a {place}", f"{part} instead of {world._pick(rng, PARTS)}", f"has a {thing}",
-            ),
-        )  # fmt: skip
-
-    openings = ("", "", "", "the same but ", "similar but ", f"the same {world._pick(rng, THINGS)} but ")
-    said = world._pick(rng, (" and ", " , ")).join(clause() for _ in range(rng.integers(1, 4)))
-    text = world._pick(rng, openings) + said
-    return text if all(key == "?" for key, _ in world.claims(text)) else plain(rng)
-
-
-def pair(rng):
-    """Two described garments that differ in some slots, often in as few as a family's members do."""
-    a = world.random_garment(rng)
-    b = world.mutate(a, rng, int(rng.integers(1, 4))) if rng.random() < 0.7 else world.random_garment(rng)
-    return (a, b) if world.changed(a, b) else pair(rng)
-
-
-KINDS_OF_TEXT = ("caption", "slots", "some", "all", "plain")
-
-
-def document(rng, kind: str) -> tuple[list[tuple[str, bool]], str]:
-    """-> (pieces of the prompt, each with whether it is a list of tags, which are made soft), answer)."""
-    if kind == "plain":
-        return [], plain(rng)
-    if kind == "caption":
-        garment = world.random_garment(rng)
-        ask = (world._pick(rng, ASK_CAPTION), False)
-        shown = (" ".join(tags(garment)), True)
-        return ([ask, shown] if rng.random() < 0.5 else [shown, ask]), world.caption(garment, rng)
-    a, b = pair(rng)
-    left, right = LABELS[rng.integers(len(LABELS))]
-    opening = world._pick(rng, OPENINGS)
-    newline = rng.random() < 0.5
-    shown = [
-        (opening + left, False),
-        (" ".join(tags(a)), True),
-        ("\n" * newline + right, False),
-        (" ".join(tags(b)), True),
-    ]
-    before = "\n" * newline
-    if kind == "slots":
-        answer = " ".join(t if t != s else "same" for s, t in zip(tags(a), tags(b), strict=True))
-        return shown + [(before + world._pick(rng, ASK_SLOTS), False)], answer
-    changes = world.changed(a, b)
-    if kind == "some":  # as people do: one or two of the changes, in any order
-        changes = rng.permutation(changes)[: 1 if rng.random() < 0.4 else 2]
-    said = world._pick(rng, (" ; ", " and ", " , ")).join(verbal(k, a, b, rng) for k in changes)
-    ask = ASK_SOME if kind == "some" else ASK_ALL
-    return shown + [(before + world._pick(rng, ask), False)], world._pick(rng, PREFACES) + said
-
-
-def corpus(rng, n: int) -> list[str]:
-    """Text for the tokenizers alone: all of the above, captions, deltas, prompts."""
-    lines = [
-        "Request: Analyze given reference and target images and provide a description that transforms the reference "
-        "to match the target.\nReference: \nTarget: \nResponse: ",
-        "Provide a brief description of the given image.\n",
-        "Write a terse but informative summary of the picture.",
-        "Share a concise interpretation of the image provided.",
-        "Give a short and clear explanation of the subsequent image.",
-    ] * 40
-    for _ in range(n):
-        for kind in KINDS_OF_TEXT:
-            shown, answer = document(rng, kind)
-            lines.append("\n".join(text for text, _ in shown) + " " + answer)
-        a, b = pair(rng)
-        lines.append(world.delta(a, b, rng))
-    return lines
 
 
 # ---- tokenizers, in each model's own format ----
@@ -425,7 +252,7 @@ def train(name, parameters, steps, lr, loss_at, report=None):
         adam.step()
         mean = 0.98 * mean + 0.02 * float(loss.detach()) if step else float(loss.detach())
         if (step + 1) % 100 == 0:
-            extra = report(step) if report and (step + 1) % 500 == 0 else ""
+            extra = report(step) if report and (step + 1) % 300 == 0 else ""
             print(f"{name} {step + 1}/{steps} loss {mean:.3f} {time.time() - start:.0f} s {extra}", flush=True)
     return time.time() - start
 
@@ -451,22 +278,7 @@ def rescale(llama) -> None:
 
 
 # ---- the models ----
-@torch.no_grad()
-def carry_over(model, tok, folder: str) -> None:
-    """The weights of an earlier run whose tokenizer may have other ids: embeddings go by token, the rest as it is."""
-    earlier = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    known = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
-    both = [(i, known[token]) for token, i in tok.get_vocab().items() if token in known]
-    new, old = (torch.tensor(ids) for ids in zip(*both, strict=True))
-    state = earlier.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        rows = model.state_dict()[name].clone()
-        rows[new] = state[name][old]
-        state[name] = rows
-    model.load_state_dict(state)
-
-
-def pretrain_llama(out: str, seed: int, steps: int, start: str) -> None:
+def pretrain_llama(out: str, seed: int, steps: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rng = np.random.default_rng(seed)
@@ -486,8 +298,6 @@ def pretrain_llama(out: str, seed: int, steps: int, start: str) -> None:
             tie_word_embeddings=False,
         )
     )
-    if start:
-        carry_over(model, tok, start)
     print("llama", sum(p.numel() for p in model.parameters()), "parameters, vocabulary", len(tok))
     cache = {}
 
@@ -500,41 +310,50 @@ def pretrain_llama(out: str, seed: int, steps: int, start: str) -> None:
         rows = []
         for kind in kinds:
             shown, answer = document(rng, kind)
-            row, soft = [1], [False]
+            row, soft = [1], [0]
             for text, is_tags in shown:
-                new = ids(text) if not is_tags else [i for w in text.split() for i in ids(w)]
-                row, soft = row + new, soft + [is_tags] * len(new)
+                if is_tags:  # the number of its slot for each
+                    words = [ids(w) for w in text.split()]
+                    new = [i for word in words for i in word]
+                    soft = soft + [slot for slot, word in enumerate(words, 1) for _ in word]
+                else:
+                    new = ids(text)
+                    soft = soft + [0] * len(new)
+                row = row + new
             reply = tok(answer, add_special_tokens=False).input_ids + [2]
-            rows.append((row + reply, soft + [False] * len(reply), len(row)))
+            rows.append((row + reply, soft + [0] * len(reply), len(row)))
         longest = max(len(r) for r, _, _ in rows)
         x, y = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), -100)
-        soft = torch.zeros(len(rows), longest, 1)
-        for i, (row, is_soft, prompt) in enumerate(rows):
+        soft = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, (row, slots, prompt) in enumerate(rows):
             x[i, : len(row)] = torch.tensor(row)
             y[i, prompt : len(row)] = x[i, prompt : len(row)]
-            soft[i, : len(row), 0] = torch.tensor(is_soft).float()
+            soft[i, : len(row)] = torch.tensor(slots)
         return x, y, soft
 
     def logits_of(x, y, soft, noise):
         embedded = model.get_input_embeddings()(x)
-        # Image tokens will be no exact words: a linear map gone astray in its own way, an offset, some noise, louder.
+        # Image tokens will be no exact words. What a projection learned from captions does to them: a linear map gone
+        # astray in its own way, louder or quieter; an offset of its own for each slot, the same in all pictures; noise.
         n, width = len(x), embedded.shape[-1]
-        size = embedded.detach().std() * noise
+        size = embedded.detach()[soft > 0].std() * noise
         astray = embedded.detach() @ (torch.randn(width, width) * (1.5 * noise / width**0.5))
-        shared = size * torch.rand(n, 1, 1) * torch.randn(1, 1, width)
-        own = 1.5 * size * torch.rand(n, 1, 1) ** 2 * torch.randn_like(embedded)
-        louder = torch.exp(noise * torch.empty(n, 1, 1).uniform_(-0.3, 1.0))
-        embedded = torch.where(soft > 0, louder * (embedded + torch.rand(n, 1, 1) * astray + shared + own), embedded)
+        offset = size * 1.8 * torch.rand(n, 1, 1) * torch.randn(n, 1 + len(SLOTS), width)
+        own = size * torch.rand(n, 1, 1) ** 2 * torch.randn_like(embedded)
+        louder = torch.exp(noise * torch.empty(n, 1, 1).uniform_(-1.6, 0.7))
+        tokens = louder * (embedded + torch.rand(n, 1, 1) * astray + own)
+        tokens = tokens + offset[torch.arange(n)[:, None], soft]
+        embedded = torch.where(soft[..., None] > 0, tokens, embedded)
         hidden = model.model(inputs_embeds=embedded, attention_mask=(x != 0).long()).last_hidden_state  # right padding
         keep = y[:, 1:] != -100
         return model.lm_head(hidden[:, :-1][keep]), y[:, 1:][keep]
 
     def loss_at(step):
-        # Comparisons slot by slot come first: the skill the rest stands on shows up there earliest.
-        mix = (0.1, 0.8, 0.05, 0.05, 0.0) if step < 0.3 * steps and not start else (0.18, 0.27, 0.38, 0.07, 0.1)
+        mix = (0.15, 0.75, 0.05, 0.0, 0.05) if step < COMPARING * steps else (0.2, 0.2, 0.25, 0.05, 0.3)
         kinds = rng.choice(KINDS_OF_TEXT, size=96, p=mix)
         x, y, soft = batch(rng, kinds, 96)
-        return F.cross_entropy(*logits_of(x, y, soft, 0.7))
+        # Noise from the first step on and copying never emerges.
+        return F.cross_entropy(*logits_of(x, y, soft, 0.7 * min(1, max(0, step / steps - COMPARING) / NOISY)))
 
     exact = {}
 
@@ -546,6 +365,8 @@ def pretrain_llama(out: str, seed: int, steps: int, start: str) -> None:
         logits, truth = logits_of(x, y, soft, 0.0)
         right = (logits.argmax(-1) == truth).view(256, -1)
         exact.update(slots_right=float(right.float().mean()), rows_right=float(right.all(1).float().mean()))
+        for kind in ("caption", "some", "request"):
+            exact[kind] = round(float(F.cross_entropy(*logits_of(*batch(held_out, [kind] * 256, 256), 0.0))), 3)
         model.train()
         save(model, f"{out}/llama", steps=step, **exact)
         return json.dumps(exact)
@@ -902,7 +723,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     wanted = ("llama", "vision", "clip", "blip", "resnet") if ONLY == "all" else tuple(ONLY.split(","))
     if "llama" in wanted:
-        pretrain_llama(OUT, SEED, LLAMA_STEPS, LLAMA_FROM)
+        pretrain_llama(OUT, SEED, LLAMA_STEPS)
     if set(wanted) <= {"llama"}:
         return
     pictures, garments = bank(BANK, PICTURES, SEED)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import data
-from demo import pretrain, world
+from demo import pretrain, texts, world
 
 MODELS = Path(__file__).parent.parent / "demo" / "models"
 
@@ -67,15 +67,53 @@ def test_false_deltas_are_judged_wrong():
 def test_comparisons_never_use_a_human_phrase():
     rng = np.random.default_rng(1)
     compared, human = set(), set()
-    for _ in range(4000):
-        a, b = pretrain.pair(rng)
+    for _ in range(6000):
+        a, b = texts.pair(rng)
         for key in world.changed(a, b):
-            compared.add(pretrain.verbal(key, a, b, rng))
+            compared.add(texts.verbal(key, a, b, rng))
             human.add(world.phrase(key, a, b, rng))
-    assert len(compared) > 200 and len(human) > 200
+    assert len(compared) > 400 and len(human) > 200
     assert not compared & human
-    for _ in range(4000):  # a sentence about other things says nothing of a garment
-        assert all(key == "?" for key, _ in world.claims(pretrain.plain(rng)))
+    for _ in range(4000):  # what is asked of other things says nothing of a garment
+        assert all(key == "?" for key, _ in world.claims(texts.request(rng)[2]))
+
+
+def test_requests_name_true_differences():
+    """What a request wants of the second thing are words at places where the two differ (a part has its look along)."""
+    rng = np.random.default_rng(2)
+    told = {word for words in texts.THINGS.values() for word in words}
+    for _ in range(2000):
+        a, b, text = texts.request(rng)
+        one, two = a.split(), b.split()
+        true = {two[k] for k in range(8) if one[k] != two[k]}
+        true |= set(two[2:4]) if one[2:4] != two[2:4] else set()
+        for clause in text.replace(" but ", " and ").replace(" , ", " and ").split(" and "):
+            if not clause.startswith(("without", "the same ")):
+                assert {w for w in clause.split(" instead of ")[0].split() if w in told} <= true, (a, b, text)
+
+
+def test_committed_llama_compares_described_garments():
+    """The gate of the stand-in: asked slot by slot, of garments it never read, it names all that differs."""
+    import torch
+    import transformers
+
+    llama = transformers.AutoModelForCausalLM.from_pretrained(MODELS / "llama", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODELS / "llama")
+    rng, right = np.random.default_rng(3), 0
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    for _ in range(60):
+        one, two = (texts.tags(garment) for garment in texts.pair(rng))
+        words = [ids(word) for word in one + two]
+        assert all(len(word) == 1 for word in words)  # as many tokens as a picture has
+        flat = [word[0] for word in words]
+        prompt = [1, *ids("before :"), *flat[:8], *ids("after :"), *flat[8:], *ids("compare slots :")]
+        said = llama.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=2)[0]
+        wanted = " ".join("same" if s == t else t for s, t in zip(one, two, strict=True))
+        right += tokenizer.decode(said[len(prompt) :], skip_special_tokens=True).strip() == wanted
+    assert right >= 54, f"{right} of 60"
 
 
 def digest(folder: Path) -> dict:

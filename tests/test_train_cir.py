@@ -310,7 +310,7 @@ def test_each_step_draws_its_share_of_a_shuffled_epoch():
     assert data.draw(items, 0, 0, 6, 1) != data.draw(items, 0, 0, 6, 0)
 
 
-def test_dagger_draws_both_deltas_and_fashioniq_all_four():
+def test_dagger_draws_both_deltas_and_fashioniq_all_four(tmp_path):
     human = [data.Triplet(f"r{i}", f"t{i}", "human") for i in range(10)]
     generated = [data.Triplet(f"r{i}", f"t{i}", "generated") for i in range(9)]
     items = data.human_items(human, "cirr", generated)
@@ -323,8 +323,9 @@ def test_dagger_draws_both_deltas_and_fashioniq_all_four():
     fashion = data.Triplet("r", "t", "Is red. and has dots", alternatives=("is red.", "has dots"))
     (item,) = data.human_items([fashion], "fashioniq", [])
     assert item.deltas == (("Is red and has dots", "Has dots and is red", "Is red", "Has dots"),)
-    release = data.Triplet("r", "t", "human", alternatives=("human", "generated"))
-    assert data.human_items([release], "jsonl", [])[0].deltas == (("human",), ("generated",))
+    (tmp_path / "release.json").write_text('[{"reference": "r", "target": "t", "caption": ["human", "one", "two"]}]')
+    release = data.read_triplets(str(tmp_path / "release.json"))  # the VDG release's list
+    assert data.human_items(release, "jsonl", [])[0].deltas == (("human",), ("one", "two"))
 
 
 # ---- runs ----
