@@ -256,6 +256,13 @@ def constants_of(constants: dict[str, Any]) -> dict[str, Any]:
     return {flag.name: constants[flag.name] for flag in read_flags(constants["__file__"])}
 
 
+def at_least(constants: dict[str, Any], **lowest: float) -> None:
+    """`common.at_least(globals(), BATCH=1, TAU=1e-4)`: UserError naming the first constant below its lowest value."""
+    for name, low in lowest.items():
+        if not constants[name] >= low:  # so is NaN
+            raise UserError(f"--{name.lower()} {constants[name]}: wanted {low} or more")
+
+
 # ---------------------------------------------------------------- the world of ranks
 
 
@@ -661,6 +668,17 @@ def file_sha256(path: str | Path) -> str:
     """The hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(named: Iterable, more: str = "") -> str:
+    """sha256 of (name, tensor) pairs in their order: names, dtypes, shapes and bytes; `more` text comes first."""
+    import torch
+
+    digest = hashlib.sha256(more.encode())
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> dict:

@@ -659,8 +659,10 @@ def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
     return tuple(text for text in texts if isinstance(text, str) and text.strip())
 
 
-def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet]) -> list[Item]:
-    """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn)."""
+def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet], deltas: bool = True) -> list[Item]:
+    """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn).
+
+    deltas: False takes only the reversed texts of what was generated."""
     also: dict[tuple[str, str], list[Triplet]] = {}
     for t in generated:
         also.setdefault((t.reference, t.target), []).append(t)
@@ -669,7 +671,7 @@ def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet])
         groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
         if dataset == "jsonl" and t.alternatives:
             groups.append(t.alternatives)  # the VDG release's [human, generated]: those after the human one
-        if same:
+        if same and deltas:
             groups.append(tuple(other.delta for other in same))
         items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same])))
     without = sum((t.reference, t.target) not in also for t in triplets)
@@ -681,7 +683,15 @@ def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet])
 
 
 def training_items(
-    dataset: str, root: str, split: str, images: str, same_pairs: str, pseudo: str, pseudo_images: str, human: bool
+    dataset: str,
+    root: str,
+    split: str,
+    images: str,
+    same_pairs: str,
+    same_deltas: bool,
+    pseudo: str,
+    pseudo_images: str,
+    human: bool,
 ) -> tuple[list[ImageStore], list[list[Item]]]:
     """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
     stores, streams = [ImageStore([]), ImageStore([])], [[], []]
@@ -690,7 +700,7 @@ def training_items(
             raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
         triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
         same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
-        streams[0] = human_items(triplets, dataset, same)
+        streams[0] = human_items(triplets, dataset, same, same_deltas)
     if pseudo:
         triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
         kept = with_text(triplets, pseudo)

@@ -20,7 +20,6 @@ import common
 common.early_help(__name__, __file__)  # answers --help before torch is imported
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -441,11 +440,15 @@ def score(benchmark: data.Benchmark, files: tuple[str, ...], says: str) -> None:
     """Prints the recalls of one or both files, and CIRR's average when both are given."""
     if benchmark.dataset != "cirr":
         raise common.UserError("--score takes CIRR's server files; found --dataset " + benchmark.dataset)
-    numbers = {}
+    numbers, given = {}, {}
     for path in files:
         record = common.read_json(path)
         subset = isinstance(record, dict) and record.get("metric") == "recall_subset"
-        numbers |= score_submission(path, benchmark, "recall_subset" if subset else "recall")
+        metric = "recall_subset" if subset else "recall"
+        if metric in given:
+            raise common.UserError(f"--score: {given[metric]} and {path} both hold {metric}; give one file of each")
+        given[metric] = path
+        numbers |= score_submission(path, benchmark, metric)
     if {"R@5", "Rs@1"} <= numbers.keys():
         numbers["Avg"] = (numbers["R@5"] + numbers["Rs@1"]) / 2
     row = [benchmark.title, *numbers.values(), len(benchmark.queries), len(benchmark.gallery)]
@@ -596,10 +599,8 @@ def load(checkpoint: str, baseline: str, backbone: str, match: bool, device) -> 
     backbone = backbone or train_cir.HUB["sum"]
     kind = "blip_tdm" if train_cir.model_type(backbone) == "blip" else "sum"
     model = train_cir.build_cir(kind, backbone).eval().to(device)
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        digest.update(name.encode() + p.detach().cpu().numpy().tobytes())
-    return Baseline(model, baseline), f"plain {backbone}, {baseline}", digest.hexdigest(), 1.0
+    digest = common.tensors_sha256(model.named_parameters(), repr(model.preprocess))
+    return Baseline(model, baseline), f"plain {backbone}, {baseline}", digest, 1.0
 
 
 def main() -> None:
@@ -613,15 +614,23 @@ def main() -> None:
     ):
         if value not in allowed:
             raise common.UserError(f"--{flag} is {value!r}; wanted one of {', '.join(filter(None, allowed))}")
+    common.at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0)
     dtype = common.pick_dtype(DTYPE, world.device)
     how = (BATCH, world.device, dtype, WORKERS)
-    if bool(REFERENCE) != bool(GALLERY) or (REFERENCE and world.size > 1):
+    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY)]
+    if any(asks) and (not all(asks) or world.size > 1):
         raise common.UserError("one query wants --reference, --text and --gallery together, and one process")
     if REVERSE_TEXT and not REVERSED:
         raise common.UserError("--reverse_text is the text of reversed queries: add --reversed")
+    if REVERSED and (SCORE or (RERANK and not REVERSE_TEXT)):
+        raise common.UserError("--reversed: --score knows forward queries only, --rerank texts that lead back only")
+    if (CHECKPOINT and BASELINE) or (BACKBONE and not BASELINE):
+        raise common.UserError("--baseline with its --backbone, or --checkpoint, which knows its own backbone")
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
         raise common.UserError("--checkpoint is empty; name a folder written by train_cir.py, or take a --baseline")
     if REFERENCE:
+        place, file = os.path.split(os.path.abspath(REFERENCE))
+        data.ImageStore(place).open(file)  # a wrong name shows before the gallery is encoded
         common.lock_folder(OUT)
         model, _, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, RERANK > 0, world.device)
         return search(model, REFERENCE, TEXT, GALLERY, digest, TOP, RERANK, tau, RERANK_WEIGHT, how, OUT)

@@ -205,12 +205,7 @@ def encode_images(vision, images: data.ImageStore, names: list[str], folder: Pat
 
 def weights_digest(vision) -> str:
     """Hash of the frozen part, ViT and Q-Former; the projection comes after what is stored."""
-    digest = hashlib.sha256()
-    for name, tensor in vision.state_dict().items():
-        if not name.startswith("projection."):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return common.tensors_sha256(x for x in vision.state_dict().items() if not x[0].startswith("projection."))
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -533,8 +528,8 @@ def digest_of(folder: str) -> str:
 def main() -> None:
     transformers.logging.set_verbosity_error()
     world = common.init_world(DEVICE)
-    if TEMPERATURE < 0 or TOP_K < 0 or min(MAX_NEW, BATCH, ENCODE_BATCH) < 1:
-        raise common.UserError("--temperature and --top_k start at 0, --max_new, --batch and --encode_batch at 1")
+    common.at_least(globals(), TEMPERATURE=0, TOP_K=0, MAX_NEW=1, BATCH=1, ENCODE_BATCH=1, FILTER_TOP=1)
+    common.at_least(globals(), SUBGROUPS=0, MAX_PAIRS=0, SHOW=0, WORKERS=0)
     dtype = common.pick_dtype(DTYPE, world.device)
     tuned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": "", "prompt": vdg_tune.PROMPT}
     if not (PLAN or CHECK) or os.path.exists(f"{VDG}/config.json"):

@@ -359,8 +359,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if GROUP < 3 or TOP_K < GROUP - 1:
         raise common.UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    if BATCH < 1 or BLOCK < 1:
-        raise common.UserError(f"--batch {BATCH} --block {BLOCK}: wanted 1 or more")
+    common.at_least(globals(), BATCH=1, BLOCK=1)
     world = common.init_world(DEVICE)
     names, images = data.list_images(IMAGES), data.ImageStore(IMAGES)
     if CHECK:

@@ -49,6 +49,7 @@ SPLIT = "train"  # split of the human triplets
 IMAGES = ""  # folder of the images of ROOT; empty: the usual places in and beside ROOT
 TRIPLETS = True  # train on the human triplets; false: on PSEUDO alone
 SAME_PAIRS = ""  # pseudo.jsonl of the same human pairs: human or generated delta, one drawn per step [Table 2, dagger]
+SAME_DELTAS = True  # false: take only the reverse_delta of SAME_PAIRS, for REVERSED_TEXT "delta" [ours]
 PSEUDO = ""  # auxiliary pseudo triplets B': pseudo.jsonl of gen_deltas.py, as large a part of each step as B
 PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
 WORKERS = 4  # threads that decode and augment images
@@ -70,6 +71,7 @@ CONCAT = True  # second term of L_tcc over B + B' [Eq. 2]; false: over B' alone
 TDM = True  # blip_tdm: L_tdm [Eq. 3]; false: L_tcc alone
 BANK = False  # every training image, encoded once without augmentation, is a further negative target of L_tcc [ours]
 BIDIRECTIONAL = 0.0  # alpha of [Bi]: weight of the reversed loss; 0 = off; CIRR 0.1; FashionIQ 0.4 (sum), 0.5
+# Beside L_tcc, whose terms have two directions where [Bi]'s forward loss has one, alpha weighs half as much [ours].
 REVERSED_TEXT = "token"  # "token": the delta behind a learned [BACKWARD] [Bi]; "delta": reverse_delta of VDG [ours]
 REVERSED_NEGATIVES = 8  # blip_tdm: targets composed with each reversed text, drawn as in L_tdm [ours]; 0 = all [Bi]
 
@@ -384,7 +386,16 @@ def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
         raise common.UserError(f"{folder}/config.json is not one of train_cir.py")
     model = build_cir(**settings["build"])
     put_trained(model, common.load_tensors(folder, "model.safetensors"), folder)
+    if settings.get("frozen_sha256", digest := frozen_digest(model)) != digest:
+        on = " or ".join(filter(None, (settings["build"]["backbone"], settings["build"].get("start"))))
+        raise common.UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")
     return model.eval().to(device)
+
+
+def frozen_digest(model: CirModel) -> str:
+    """sha256 of what a checkpoint stands on but does not hold: frozen weights and the pictures' preprocessing."""
+    frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    return common.tensors_sha256(frozen, repr(model.preprocess))
 
 
 def get_trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -402,7 +413,8 @@ def put_weights(own: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], 
     odd = sorted(own.keys() ^ tensors.keys())
     odd += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if odd:
-        raise common.UserError(f"{where}: weights do not fit the model, first {odd[0]}; is the backbone another one?")
+        why = "are both with --bidirectional, or both without?" if "directions" in odd[0] else "another backbone?"
+        raise common.UserError(f"{where}: weights do not fit the model, first {odd[0]}; {why}")
     for name, p in own.items():
         p.copy_(tensors[name])
 
@@ -457,14 +469,20 @@ def encode_bank(model: nn.Module, images: list[tuple], stores: list, batch: int,
 def main() -> None:
     world = common.init_world(DEVICE)
     device, dtype = world.device, common.pick_dtype(DTYPE, world.device)
+    common.at_least(globals(), BATCH=1, EPOCHS=0, STEPS=0, VIEWS=0, LOG_EVERY=1, SAVE_EVERY=1, VAL_EVERY=1, LR=0)
+    common.at_least(globals(), TAU=1e-4, ALPHA=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0, TEXT_LENGTH=0, COMBINER_P=0)
+    common.at_least(globals(), COMBINER_H=0, COMBINER_DROPOUT=0, WEIGHT_DECAY=0)
     # ---- what there is to train on, checked before a model loads
-    stores, streams = data.training_items(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
+    given = (SAME_PAIRS, SAME_DELTAS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
+    stores, streams = data.training_items(DATASET, ROOT, SPLIT, IMAGES, *given)
     benchmarks = []
     if VAL_SPLIT:
         if DATASET == "jsonl":
             raise common.UserError(f"--val_split {VAL_SPLIT}: triplets of --dataset jsonl have no gallery to search")
         protocol = "original" if DATASET == "fashioniq" else "split"
         benchmarks = data.read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol)
+        if any(query.target is None for benchmark in benchmarks for query in benchmark.queries):
+            raise common.UserError(f"--val_split {VAL_SPLIT}: its targets are hidden; take a split with labels")
     if CHECK:
         return data.check_items(stores, streams, benchmarks)
     for benchmark in benchmarks:
@@ -637,7 +655,8 @@ def main() -> None:
             log.write(step=done, val=VAL_SPLIT, score=score, **recall)
             common.say(f"step {done}: {VAL_SPLIT}", *(f"{name} {value:.2f}" for name, value in recall.items()))
             if best is None or score > best["score"]:
-                best = {"score": score, "step": done, "weights": get_trained(model) if KEEP_BEST else None}
+                best = {"score": score, "step": done, "tau": tau.item()}
+                best["weights"] = get_trained(model) if KEEP_BEST else None
         stop = common.any_rank(common.stop_requested()) and done < steps
         if stop or done % SAVE_EVERY == 0 or done == steps:
             state = {"weights": get_trained(model), "optimizer": optimizer.state_dict(), "tau": tau.item()}
@@ -648,8 +667,9 @@ def main() -> None:
             raise SystemExit(143)
     pool.shutdown()
 
-    keep = best if best and KEEP_BEST else {"step": steps, "weights": get_trained(model)}
-    config = {"stage": "cir", "build": build, "step": keep["step"], "tau": tau.item(), "constants": constants}
+    keep = best if best and KEEP_BEST else {"step": steps, "tau": tau.item(), "weights": get_trained(model)}
+    config = {"stage": "cir", "build": build, "step": keep["step"], "tau": keep["tau"], "constants": constants}
+    config["frozen_sha256"] = frozen_digest(model)
     config |= {"val": {"split": VAL_SPLIT, "score": best["score"], "step": best["step"]}} if best else {}
     common.save_folder(OUT, {"model.safetensors": keep["weights"]}, {"config.json": config})
     common.say(f"wrote {OUT}/model.safetensors: {MODEL} after step {keep['step']}")

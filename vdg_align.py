@@ -468,6 +468,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     world = common.init_world(DEVICE)
     dtype = common.pick_dtype(DTYPE, world.device)
+    common.at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
+    common.at_least(globals(), LR=0, WARMUP=0, FLOOR=0, CLIP=0, WEIGHT_DECAY=0, START=0)
     shape, size = memory.llm_shape(LLM), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
 
     def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:

@@ -377,6 +377,8 @@ def main() -> None:
         common.say(f"wrote {MERGE}, a LLaMA with the LoRA of {OUT} in its weights")
         return
     aligned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": ""}  # of a plan or a check without one
+    common.at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0, MAX_NEW=1)
+    common.at_least(globals(), LR=0, WARMUP=0, DECAY_AT=0, DECAY=0, CLIP=0, WEIGHT_DECAY=0, HELD_OUT=0, VIEWS=0, SHOW=0)
     if not (PLAN or CHECK) or os.path.exists(f"{ALIGNED}/config.json"):
         aligned = read_stage(ALIGNED, "align")
     quantize = {"": aligned["quantize"], "none": ""}.get(QUANTIZE, QUANTIZE)

@@ -5,13 +5,14 @@
 Runs the stages with their public flags on the human triplets of each finished demo folder (its world, its tuned VDG,
 its BLIP_tdm checkpoint with auxiliary triplets) and writes OUT/claims.json and OUT/claims.md: mean over the folders,
 and the range. Recall is the mean of R@1, R@5 and R@10 in percent on val; the training step is chosen on dev, by
-forward queries. What is there already is not run again. Three kinds of queries:
+forward queries. What was run on the same world, VDG and models is not run again. Three kinds of queries:
 
     forward            reference + human text -> target
     backward           target + [BACKWARD] + the same human text -> reference (a model without directions: text alone)
     VDG's text         target + the text that VDG writes for the swapped images -> reference
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -28,7 +29,8 @@ MODELS = "demo/models"  # stand-in backbones
 JOBS = 2  # runs at a time, one thread each
 ALPHA = 0.5  # weight of the reversed loss; [Bi] takes 0.4 and 0.5 on FashionIQ
 
-BACK, VDG = "--bidirectional {alpha} ", "--reversed_text delta --same_pairs {folder}/train.jsonl "
+BACK = "--bidirectional {alpha} "
+VDG = "--reversed_text delta --same_deltas false --same_pairs {folder}/train/pseudo.jsonl "  # human forward, VDG back
 (STAGE2,) = ("--train_text false --start {folder}/cir/",)  # the Combiner behind stage I's text encoder, as in [Bi]
 RUNS = {  # row of the table, model, flags; on the human triplets alone
     "sum": ("sum, forward only", "sum", ""),
@@ -44,6 +46,13 @@ QUERIES = {"forward": "", "backward": "--reversed", "vdg": "--reversed --reverse
 RERANKED = {"plain": "", "reranked": "--rerank 50"}
 
 
+def stands_on(demo: str, blip: str) -> str:
+    """Hash of what a demo's runs follow from (world, VDG, backbone, the runs themselves): the name of their folder."""
+    files = [f"{demo}/world/attributes.json", f"{demo}/vdg/manifest.json", f"{blip}/manifest.json"]
+    parts = [common.file_sha256(file) for file in (*files, f"{MODELS}/clip/model.safetensors")]
+    return hashlib.sha256(json.dumps([parts, RUNS, QUERIES, RERANKED, ALPHA]).encode()).hexdigest()[:8]
+
+
 def stage(words: list[str], log: str) -> None:
     """One command line with one thread; its output goes to a file, whose end is shown if it fails."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
@@ -56,19 +65,12 @@ def stage(words: list[str], log: str) -> None:
 
 
 def reversed_texts(demo: str, folder: str, seed: str) -> None:
-    """VDG's texts for the swapped images of the train and val pairs; train.jsonl gives each human triplet its own."""
+    """VDG's texts for the swapped images of the train and val pairs."""
     root = f"{demo}/world/cirr"
     for split in ("train", "val"):
         if not os.path.exists(f"{folder}/{split}/pseudo.jsonl"):
             words = f"gen_deltas.py --vdg {demo}/vdg --triplets cirr/{split} --root {root} --reverse --seed {seed}"
             stage(f"{words} --out {folder}/{split}".split(), f"{folder}/logs/gen-{split}.log")
-    back = {(r["reference"], r["target"]): r for r in common.read_jsonl(f"{folder}/train/pseudo.jsonl")}
-    lines = []
-    for r in common.read_json(f"{root}/captions/cap.rc2.train.json"):
-        pair = r["reference"], r["target_hard"]
-        texts = {"delta": r["caption"], "reverse_delta": back[pair]["reverse_delta"]}  # human forward, VDG backward
-        lines.append(json.dumps(dict(zip(("reference", "target"), pair, strict=True)) | texts) + "\n")
-    common.write_text(f"{folder}/train.jsonl", "".join(lines))
 
 
 def one_run(name: str, demo: str, folder: str, seed: str) -> dict[str, float]:
@@ -108,15 +110,18 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for demo in DEMOS:
         demo, seed = demo.rstrip("/"), (demo.rstrip("/").rsplit("-seed-", 1) + ["0"])[1]
-        folder = f"{OUT}/{os.path.basename(demo)}"
-        if not os.path.exists(f"{demo}/vdg/config.json"):
-            raise common.UserError(f"{demo} is not a finished demo; run ./demo.sh, or ./demo.sh --seed N, first")
-        reversed_texts(demo, folder, seed)
         blip = f"{demo}/cir/blip_tdm-auxiliary"
+        for made in (f"{demo}/vdg", blip):
+            if not os.path.exists(f"{made}/manifest.json"):
+                raise common.UserError(f"{demo} is not a finished demo; run ./demo.sh, or ./demo.sh --seed N, first")
+        folder = f"{OUT}/{os.path.basename(demo)}-{stands_on(demo, blip)}"
+        reversed_texts(demo, folder, seed)
         with ThreadPoolExecutor(JOBS) as pool:
             chains = [pool.submit(one_chain, names, demo, folder, seed) for names in CHAINS]
-            shown = RERANKED.items() if os.path.exists(f"{blip}/config.json") else ()
-            ranked = {name: pool.submit(evaluation, blip, demo, f"{folder}/eval/{name}", how) for name, how in shown}
+            ranked = {
+                name: pool.submit(evaluation, blip, demo, f"{folder}/eval/{name}", how)
+                for name, how in RERANKED.items()
+            }
             done = {name: kinds for job in chains for name, kinds in job.result().items()}
             for name in RUNS:
                 for kind, value in done[name].items():

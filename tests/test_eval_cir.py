@@ -424,6 +424,18 @@ def test_score_of_both_files_of_the_real_split(shared, tmp_path, monkeypatch, ca
     percent = {name: 100 * count / 4181 for name, count in hits.items()}
     percent["Avg"] = (percent["R@5"] + percent["Rs@1"]) / 2
     assert found == {name: f"{value:.2f}" for name, value in percent.items()} and percent["R@50"] > 90
+    with pytest.raises(common.UserError, match="both hold recall;"):
+        monkeypatch.setattr(eval_cir, "SCORE", (str(files[1]), str(files[1])))
+        eval_cir.main()
+    monkeypatch.setattr(eval_cir, "SCORE", tuple(map(str, files)))
+    perfect = [{"version": "rc2", "metric": metric} for metric in ("recall_subset", "recall")]
+    for q in benchmark.queries:
+        for record, names, k in ((perfect[0], q.members, 3), (perfect[1], benchmark.gallery[:60], 50)):
+            record[str(q.id)] = [q.target, *(n for n in names if n not in (q.target, q.reference))][:k]
+    for file, record in zip(files, perfect, strict=True):
+        file.write_text(json.dumps(record))
+    eval_cir.main()
+    assert capsys.readouterr().out.splitlines()[-1].split()[2:-2] == ["100.00"] * 8
     records[0][str(benchmark.queries[7].id)][3] = benchmark.queries[7].reference
     files[1].write_text(json.dumps(records[0]))
     with pytest.raises(common.UserError, match=f"pairid {benchmark.queries[7].id}: lists the query's own reference"):

@@ -45,6 +45,12 @@ def test_an_unknown_flag_names_the_nearest(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_of_nothing_is_one_line(stage):
+    done = run(stage, "--batch", "0", "--device", "cpu")
+    assert done.returncode == 1 and done.stderr == "error: --batch 0: wanted 1 or more\n"
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_only_main_reads_the_flags(stage):
     """An imported stage keeps its own constants: a function that read them would ignore the importer's flags."""
     flags = {flag.name for flag in common.read_flags(ROOT / f"{stage}.py")}

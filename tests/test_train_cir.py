@@ -326,6 +326,9 @@ def test_dagger_draws_both_deltas_and_fashioniq_all_four(tmp_path):
     (tmp_path / "release.json").write_text('[{"reference": "r", "target": "t", "caption": ["human", "one", "two"]}]')
     release = data.read_triplets(str(tmp_path / "release.json"))  # the VDG release's list
     assert data.human_items(release, "jsonl", [])[0].deltas == (("human",), ("one", "two"))
+    both = data.Triplet("r1", "t1", "generated", extra={"reverse_delta": "back"})
+    (item,) = data.human_items(human[1:2], "cirr", [both], deltas=False)  # what leads back, and nothing else
+    assert item.deltas == (("human",),) and item.back == ("back",)
 
 
 # ---- runs ----
@@ -426,7 +429,7 @@ def test_the_bank_is_every_other_image(world, zoo, tmp_path, monkeypatch):
     for step in (0, 1):
         targets = {d.target for at, draws in drawn if at == step for d in draws}
         _, items = data.training_items(
-            "cirr", str(world / "cirr"), "train", "", "", str(world / "pseudo.jsonl"), str(world / "aux"), True
+            "cirr", str(world / "cirr"), "train", "", "", True, str(world / "pseudo.jsonl"), str(world / "aux"), True
         )
         images = {image for stream in items for item in stream for image in (item.reference, item.target)} - targets
         files = [
@@ -513,14 +516,36 @@ def test_wrong_flags_are_one_line(world, zoo, tmp_path):
         ({"model": "blip"}, "one of combiner"),
         ({"beta": "hard"}, "--beta hard"),
         ({"reversed_text": "words"}, "--reversed_text words"),
+        ({"steps": -5}, "--steps -5: wanted 0 or more"),
+        ({"tau": -0.01}, "--tau -0.01: wanted 0.0001 or more"),
+        ({"log_every": 0}, "--log_every 0: wanted 1 or more"),
     ):
         with pytest.raises(common.UserError, match=words):
             train(arguments(world, zoo, tmp_path, **{"model": "combiner"} | flags))
     with pytest.raises(common.UserError, match="--first_token"):
         train(arguments(world, zoo, tmp_path, first_token="dec"))
+    root = shutil.copytree(world / "cirr", tmp_path / "cirr")
+    records = common.read_json(root / "captions" / "cap.rc2.val.json")
+    hidden = [{key: r[key] for key in r if not key.startswith("target")} for r in records]
+    common.write_json(root / "captions" / "cap.rc2.test1.json", hidden)
+    shutil.copy(root / "image_splits" / "split.rc2.val.json", root / "image_splits" / "split.rc2.test1.json")
+    with pytest.raises(common.UserError, match="--val_split test1: its targets are hidden"):
+        train(arguments(world, zoo, tmp_path, "combiner", root=root, images=world / "img_raw", val_split="test1"))
     pairs = world / "pseudo.jsonl"
     with pytest.raises(common.UserError, match="no gallery"):
         train(arguments(world, zoo, tmp_path, dataset="jsonl", root=pairs, images=world / "aux", val_split="val"))
+
+
+def test_a_checkpoint_knows_what_it_stands_on(world, zoo, tmp_path):
+    """Its file holds trained weights alone: other frozen ones behind the same name would be another model."""
+    shutil.copytree(zoo / "clip", tmp_path / "clip")
+    train(arguments(world, zoo, tmp_path / "run", "combiner", backbone=tmp_path / "clip", steps=1))
+    train_cir.load_cir(str(tmp_path / "run"))
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] += 1e-3
+    save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(common.UserError, match="other frozen weights than .*clip holds now"):
+        train_cir.load_cir(str(tmp_path / "run"))
 
 
 def test_views_are_the_same_images_encoded_once(world, zoo, tmp_path, monkeypatch):
@@ -544,10 +569,12 @@ def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
         return {"R@1": next(scores), "R@5": 1.0, "R@10": 2.0}
 
     monkeypatch.setattr(train_cir, "evaluate", evaluate)
-    train(arguments(world, zoo, tmp_path, "combiner", steps=5, val_split="val", val_every=2))
+    more = {"learn_tau": True, "log_every": 1}
+    train(arguments(world, zoo, tmp_path, "combiner", steps=5, val_split="val", val_every=2, **more))
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
-    assert json.loads((tmp_path / "config.json").read_text())["step"] == 4
+    config, taus = common.read_json(tmp_path / "config.json"), [r["tau"] for r in log_of(tmp_path) if "tau" in r]
+    assert config["step"] == 4 and config["tau"] == taus[3] != taus[4]
     assert [(r["step"], r["score"]) for r in log_of(tmp_path) if "val" in r] == [(2, 2.0), (4, 4.0), (5, 8 / 3)]
 
 
