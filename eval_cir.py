@@ -7,9 +7,10 @@
     python eval_cir.py --checkpoint out/cir --reference a.jpg --text "with long sleeves" --gallery my_pictures
 
 Reads a CIR checkpoint of train_cir.py (or a plain --baseline), the annotations under ROOT and every image that they
-name: no number comes from fewer queries or gallery images than the protocol says. Writes OUT/metrics.json and
-OUT/index.html (the hardest queries with what was found); where targets are hidden, the server's files instead of
-numbers. `--check` only counts queries, gallery and images; `--score` needs neither a model nor images.
+name: no number comes from fewer queries or gallery images than the protocol says. Writes OUT/metrics.json,
+OUT/found.jsonl (each query, the rank of the right image, the first ten) and OUT/index.html (the hardest queries with
+what was found); where targets are hidden, the server's files instead. `--check` only counts queries, gallery and
+images; `--score` needs neither a model nor images.
 
 Rank of a target = 1 + the gallery images with a higher score + those with an equal score earlier in the gallery's own
 order. Scores are cosines in float32 (TF32 off). A target outside the gallery is never found.
@@ -321,10 +322,12 @@ def _merge(rows: list, what: str, benchmark: data.Benchmark) -> torch.Tensor:
     return F.normalize(x, dim=1)
 
 
-def shortlist(queries: torch.Tensor, images: torch.Tensor, at: Indices, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns (N, K) of the best of the gallery and their cosines."""
+def shortlist(
+    queries: torch.Tensor, images: torch.Tensor, at: Indices, k: int, first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns (N, K) of the best of the gallery and their scores: cosines, or above all those the places of `first`."""
     parts = []
-    for rows, scores in score_blocks(queries, images):
+    for rows, scores in score_blocks(queries, images, first):
         scores = scores[:, : at.gallery]
         top = best(scores, k, None if at.excluded is None else at.excluded[rows].to(scores.device))
         parts.append((top.cpu(), scores.gather(1, top).cpu()))
@@ -525,7 +528,18 @@ def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[s
     return "; ".join([says, *more])
 
 
-def panels(benchmark: data.Benchmark, at: Indices, queries, images, first, ranks, subset, show: int) -> list[tuple]:
+def found_of(benchmark: data.Benchmark, at: Indices, top, ranks, subset) -> list[dict]:
+    """Lines of OUT/found.jsonl: what was asked, the right image's rank (null: not in the gallery), the first ten."""
+    lines = []
+    for i, query in enumerate(benchmark.queries):
+        line = {"id": query.id, "reference": query.reference, "delta": query.delta, "target": query.target}
+        line["rank"] = None if ranks[i] == NEVER else int(ranks[i])
+        line |= {} if subset is None else {"subset_rank": int(subset[i])}
+        lines.append(line | {"top": [at.names[j] for j in top[i].tolist()]})
+    return lines
+
+
+def panels(benchmark: data.Benchmark, at: Indices, top, ranks, subset, show: int) -> list[tuple]:
     """Two sections of retrieval panels, hardest first: the hardest queries, then a spread over the rest."""
     order = sorted(range(len(ranks)), key=lambda i: -int(ranks[i]))
     hard, rest = order[: show // 2], order[show // 2 :]
@@ -536,13 +550,10 @@ def panels(benchmark: data.Benchmark, at: Indices, queries, images, first, ranks
         parts = []
         for i in chosen:
             query = benchmark.queries[i]
-            part = None if first is None else first[i : i + 1]
-            ((_, scores),) = score_blocks(queries[i : i + 1], images, part)  # (1, names)
-            excluded = None if at.excluded is None else at.excluded[i : i + 1].to(scores.device)
-            top = best(scores[:, : at.gallery], 10, excluded)[0].tolist()
+            columns = top[i].tolist()
             place = "not in the gallery" if ranks[i] == NEVER else f"at rank {int(ranks[i]):,} of {at.gallery:,}"
             within = "" if subset is None else f", {int(subset[i])} of 5 in its subset"
-            shown = [(benchmark.images.path(at.names[j]), f"{n} · {at.names[j]}") for n, j in enumerate(top, 1)]
+            shown = [(benchmark.images.path(at.names[j]), f"{n} · {at.names[j]}") for n, j in enumerate(columns, 1)]
             answer = None
             if int(at.target[i]) >= 0:
                 answer = (benchmark.images.path(query.target), f"right · {query.target}")
@@ -551,7 +562,7 @@ def panels(benchmark: data.Benchmark, at: Indices, queries, images, first, ranks
                     (benchmark.images.path(query.reference), query.reference),
                     query.delta,
                     shown,
-                    right=top.index(int(at.target[i])) if int(at.target[i]) in top else None,
+                    right=columns.index(int(at.target[i])) if int(at.target[i]) in columns else None,
                     note=f"the right one is {place}{within}",
                     answer=answer,
                 )
@@ -561,8 +572,8 @@ def panels(benchmark: data.Benchmark, at: Indices, queries, images, first, ranks
     return sections
 
 
-def report(results: list[dict], sections: list, dataset: str, split: str, says: str, checkpoint: str, digest: str, out):
-    """Prints the table with its protocol; writes OUT/metrics.json and OUT/index.html."""
+def report(results: list[dict], found: list[dict], sections: list, dataset, split, says, checkpoint, digest, out):
+    """Prints the table with its protocol; writes OUT/metrics.json, OUT/found.jsonl and OUT/index.html."""
     metrics = {key: sum(r["metrics"][key] for r in results) / len(results) for key in results[0]["metrics"]}
     if dataset == "fashioniq":
         metrics["Avg"] = (metrics["R@10"] + metrics["R@50"]) / 2
@@ -576,6 +587,7 @@ def report(results: list[dict], sections: list, dataset: str, split: str, says: 
     common.say(f"{dataset} {split}, {says}\n{pages.text_table(rows, headers)}\n{checkpoint}: sha256 {digest}")
     record = {"dataset": dataset, "split": split, "protocol": says, "checkpoint": checkpoint, "sha256": digest}
     common.write_json(os.path.join(out, "metrics.json"), record | {"metrics": metrics, "parts": results}, indent=1)
+    common.write_jsonl(os.path.join(out, "found.jsonl"), found)
     if sections:
         top = (f"{dataset} {split}", pages.table(rows, headers), says, f"Checkpoint {checkpoint}, sha256 {digest}")
         common.write_text(os.path.join(out, "index.html"), pages.page("What the model found", [top, *sections]))
@@ -662,7 +674,7 @@ def main() -> None:
 
     # ---- embed, rank, report
     model, name, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, RERANK > 0, world.device)
-    results, sections = [], []
+    results, found, sections = [], [], []
     for benchmark, at in zip(benchmarks, indices, strict=True):
         # with a text that leads back, the query is a forward one
         queries, images = embed(model, benchmark, at, *how, backward=REVERSED and not REVERSE_TEXT)
@@ -677,9 +689,11 @@ def main() -> None:
             ranks, subset, truths = measure(queries, images, at, first)
             counts = {"queries": len(ranks), "gallery": at.gallery}
             results.append({"category": benchmark.category, **counts, "metrics": recalls(ranks, subset, truths)})
-            sections += panels(benchmark, at, queries, images, first, ranks, subset, SHOW)
+            shown = shortlist(queries, images, at, 10, first)[0]
+            found += found_of(benchmark, at, shown, ranks, subset)
+            sections += panels(benchmark, at, shown, ranks, subset, SHOW)
     if results:  # rank 0, labelled
-        report(results, sections, DATASET, SPLIT, says, name, digest, OUT)
+        report(results, found, sections, DATASET, SPLIT, says, name, digest, OUT)
     common.barrier()
 
 

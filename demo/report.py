@@ -145,17 +145,38 @@ def main() -> None:
             text = record["delta"] if key == "target" else "turn this into"
             cells.append((os.path.join(WORLD, "aux", record[key]), text))
     pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200)
-    losses = {}
-    for stage in ("align", "vdg"):
-        losses[stage] = [(r["step"], r["loss"]) for r in common.read_jsonl(f"{OUT}/{stage}/log.jsonl") if "loss" in r]
-    sections.append(("Alignment and tuning", pages.curve(losses, y_label="loss")))
     for model in MODELS:
+        found = common.read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl")
+        shown = []
+        for r in found[:: max(1, len(found) // 8)][:8]:
+            names = r["top"][:6]
+            top = [(os.path.join(root, places[name]), str(n)) for n, name in enumerate(names, 1)]
+            shown.append(
+                pages.panel(
+                    (os.path.join(root, places[r["reference"]]), "reference"),
+                    r["delta"],
+                    top,
+                    right=names.index(r["target"]) if r["target"] in names else None,
+                    note=f"the right one is at rank {r['rank']:,}",
+                    answer=(os.path.join(root, places[r["target"]]), "right"),
+                )
+            )
+        sections.append((f"Retrievals of {model}, {ROWS['auxiliary']}: human queries, taken evenly", *shown))
+
+    def losses_of(runs: dict[str, str]) -> dict:
+        logs = {name: common.read_jsonl(f"{OUT}/{folder}/log.jsonl") for name, folder in runs.items()}
+        return {name: [(r["step"], r["loss"]) for r in log if "loss" in r] for name, log in logs.items()}
+
+    sections.append(("Alignment and tuning", pages.curve(losses_of({"align": "align", "vdg": "vdg"}), y_label="loss")))
+    for model in MODELS:
+        runs = {name: f"cir/{model}-{key}" for key, name in ROWS.items()}
+        sections.append((f"{model}: loss", pages.curve(losses_of(runs), y_label="loss")))
         sections.append(
             (f"{model}: recall on dev while training", pages.curve(curves[model], y_label="mean of R@1, 5, 10"))
         )
     sections.append(
         (
-            "Retrievals",
+            "More retrievals",
             pages.Html(
                 "<p>"
                 + " · ".join(

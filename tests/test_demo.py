@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import common
 import data
-from demo import pretrain, texts, world
+from demo import pretrain, report, texts, world
 
 MODELS = Path(__file__).parent.parent / "demo" / "models"
 
@@ -170,3 +171,40 @@ def test_committed_models_are_ordinary_folders(name):
 def test_committed_models_are_small():
     size = sum(os.path.getsize(p) for p in MODELS.rglob("*") if p.is_file())
     assert size < 25 * 2**20, f"{size / 2**20:.1f} MiB"
+
+
+def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, monkeypatch, capsys):
+    """From files as the stages write them: all sections, the right picture framed, the files' numbers."""
+    val = data.read_cirr(str(small / "cirr"), "val")
+    records = [{"reference": q.reference, "target": q.target, "delta": q.delta} for q in val.queries]
+    attributes = json.loads((small / "attributes.json").read_text())
+    aux = sorted(name for name in attributes if name.startswith("aux_"))
+    pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
+    out = tmp_path / "demo"
+    for folder, lines in (("heldout", records), ("pseudo", pairs), ("same", records)):
+        common.write_jsonl(out / folder / "pseudo.jsonl", lines)
+    for folder in ("align", "vdg"):
+        common.write_jsonl(out / folder / "log.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    for model in report.MODELS:
+        for number, key in enumerate(report.ROWS):
+            run, found = f"{model}-{key}", []
+            for q in val.queries:
+                top = [q.target] + [name for name in val.gallery if name not in (q.target, q.reference)][:9]
+                line = {"id": q.id, "reference": q.reference, "delta": q.delta, "target": q.target, "rank": 1}
+                found.append(line | {"top": top if number % 2 == 0 else top[::-1]})
+            common.write_jsonl(out / "eval" / run / "found.jsonl", found)
+            numbers = {"R@1": 10.0 + number, "R@5": 20.0, "R@10": 30.0, "R@50": 40.0, "Rs@1": 50.0}
+            common.write_json(out / "eval" / run / "metrics.json", {"metrics": numbers})
+            common.write_json(out / "cir" / run / "config.json", {"step": 5})
+            log = [{"step": 5, "loss": 3.0}, {"step": 5, "score": 1.0}]
+            common.write_jsonl(out / "cir" / run / "log.jsonl", log)
+    monkeypatch.setattr(report, "OUT", str(out))
+    monkeypatch.setattr(report, "WORLD", str(small))
+    report.main()
+    rows = json.loads((out / "metrics.json").read_text())["rows"]
+    assert [(r["model"], r["name"]) for r in rows] == [(m, n) for m in report.MODELS for n in report.ROWS.values()]
+    assert rows[3]["R@1"] == 13.0 and rows[3]["mean"] == pytest.approx((13 + 20 + 30) / 3)
+    page = (out / "index.html").read_text()
+    assert "<script" not in page and "Retrievals of combiner" in page and "Retrievals of blip_tdm" in page
+    assert page.count('class="right"') == 2 * len(val.queries[::2]) and page.count("<svg") == 5
+    assert "VDG, held-out pairs          precision 100.0" in capsys.readouterr().out

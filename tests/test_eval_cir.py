@@ -273,6 +273,12 @@ def test_main_writes_metrics_and_a_page(monkeypatch, tmp_path, world, capsys):
     shown = [int(place) for place in re.findall(r"the right one is at rank (\d+) of 24", page)]
     assert len(shown) == 5 and shown == sorted(shown, reverse=True) and shown[0] > shown[-1]  # hardest first
     assert page.count('class="panel"') == 5 and page.count('class="right"') == 5
+    lines = common.read_jsonl(tmp_path / "out" / "found.jsonl")
+    assert [line["id"] for line in lines] == [q.id for q in benchmark.queries]
+    for line in lines:  # the same ranks by hand: where the target stands, and no reference
+        assert line["reference"] not in line["top"] and len(line["top"]) == 10
+        assert (line["top"].index(line["target"]) + 1 if line["target"] in line["top"] else 11) == min(line["rank"], 11)
+    assert found["metrics"]["R@5"] == 100 * sum(line["rank"] <= 5 for line in lines) / 8
 
 
 def test_other_data_is_not_the_official_set(monkeypatch, tmp_path, world):
