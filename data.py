@@ -949,18 +949,18 @@ def random_resized_crop(
 def augment(
     image: Image.Image,
     rng: np.random.Generator,
-    scale=(0.5, 1.0),
-    ratio=(3 / 4, 4 / 3),
-    flip=0.5,
-    jitter=0.2,
-    shift=0.1,
-    degrees=10.0,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: float,
+    jitter: float,
+    shift: float,
+    degrees: float,
     size: int | None = None,
 ) -> Image.Image:
     """CIR training: resized crop, flip, contrast / brightness / sharpness, translation and rotation [S6.1].
 
     `flip` is a probability, `jitter` the largest change of a factor from 1, `shift` the largest move as a fraction of
-    the side. The paper names the operations and the crop's scale; the other strengths are [ours]: mild ones.
+    the side. The paper names the operations and the crop's scale; the other strengths are the caller's [ours].
     """
     image = random_resized_crop(image, rng, scale, ratio, size)
     if rng.random() < flip:
@@ -981,9 +981,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 _order_of = functools.lru_cache(maxsize=4)(epoch_order)  # asked for at every step
 
 
-def rank_batches(
-    order: Sequence[int], batch: int, rank: int = 0, size: int = 1, drop_last: bool = False
-) -> list[list[int]]:
+def rank_batches(order: Sequence[int], batch: int, rank: int = 0, size: int = 1) -> list[list[int]]:
     """Cuts `order` into global batches of `batch` items and returns this rank's contiguous part of each.
 
     All ranks get equally many parts. Their sizes differ by one at most; a part is empty where the last batch has fewer
@@ -993,8 +991,6 @@ def rank_batches(
     parts = []
     for start in range(0, len(order), batch):
         items = list(order[start : start + batch])
-        if drop_last and len(items) < batch:
-            break
         parts.append(items[len(items) * rank // size : len(items) * (rank + 1) // size])
     return parts
 

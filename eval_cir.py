@@ -480,11 +480,17 @@ def folder_features(
     common.say(f"{folder}: {len(names):,} pictures, {len(todo):,} to encode")
     if todo:
         digests = list(todo)
-        for rows, _, targets in encode(model, store, list(todo.values()), *how, "encoding the gallery"):
-            kept |= zip((digests[i] for i in rows), targets.float().cpu(), strict=True)
-        content = torch.tensor([list(bytes.fromhex(digest)) for digest in kept], dtype=torch.uint8)
-        save_file({"features": torch.stack(list(kept.values())), "sha256": content}, file + ".tmp")
-        os.replace(file + ".tmp", file)
+        said, readable = data.check_report(todo.values(), store)
+        if not readable:
+            raise common.UserError(f"{folder}: {said}; take what cannot be read out of the folder")
+        try:
+            for rows, _, targets in encode(model, store, list(todo.values()), *how, "encoding the gallery"):
+                kept |= zip((digests[i] for i in rows), targets.float().cpu(), strict=True)
+        finally:  # an interrupted run keeps what it has
+            if kept:
+                content = torch.tensor([list(bytes.fromhex(digest)) for digest in kept], dtype=torch.uint8)
+                save_file({"features": torch.stack(list(kept.values())), "sha256": content}, file + ".tmp")
+                os.replace(file + ".tmp", file)
     return torch.stack([kept[digest] for digest in hashes]), hashes
 
 

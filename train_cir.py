@@ -25,7 +25,7 @@ import transformers
 from torch import nn
 
 import data
-from eval_cir import evaluate
+from eval_cir import evaluate, protocol_of
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
 from kernels.reversed import reversed_combiner, reversed_sum
@@ -475,7 +475,7 @@ def main() -> None:
     # ---- what there is to train on, checked before a model loads
     given = (SAME_PAIRS, SAME_DELTAS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
     stores, streams = data.training_items(DATASET, ROOT, SPLIT, IMAGES, *given)
-    benchmarks = []
+    benchmarks, says = [], ""
     if VAL_SPLIT:
         if DATASET == "jsonl":
             raise common.UserError(f"--val_split {VAL_SPLIT}: triplets of --dataset jsonl have no gallery to search")
@@ -483,12 +483,16 @@ def main() -> None:
         benchmarks = data.read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol)
         if any(query.target is None for benchmark in benchmarks for query in benchmark.queries):
             raise common.UserError(f"--val_split {VAL_SPLIT}: its targets are hidden; take a split with labels")
+        counts = [f"{len(b.queries):,} queries, {len(b.gallery):,} gallery images" for b in benchmarks]
+        says = f"{protocol_of(DATASET, protocol, True, ())}: {'; '.join(counts)}"
     if CHECK:
         return data.check_items(stores, streams, benchmarks)
     for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
             raise common.UserError(f"--val_split {VAL_SPLIT}: {len(missing):,} images missing, first {missing[0]!r}")
     common.lock_folder(OUT)
+    if VAL_SPLIT:
+        common.say(f"validation on {VAL_SPLIT}, {says}")
     streams = [
         data.drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, f"{what} triplets")
         for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True)
@@ -537,6 +541,9 @@ def main() -> None:
     start, best = 0, None
     if found := common.load_state(OUT, constants):
         start, state = found
+        if start >= steps and os.path.exists(f"{OUT}/model.safetensors"):
+            common.say(f"{OUT} is finished ({steps} steps); for another run take another --out")
+            return
         put_trained(model, state["weights"], OUT)
         optimizer.load_state_dict(state["optimizer"])
         tau.data.fill_(state["tau"])
@@ -670,7 +677,8 @@ def main() -> None:
     keep = best if best and KEEP_BEST else {"step": steps, "tau": tau.item(), "weights": get_trained(model)}
     config = {"stage": "cir", "build": build, "step": keep["step"], "tau": keep["tau"], "constants": constants}
     config["frozen_sha256"] = frozen_digest(model)
-    config |= {"val": {"split": VAL_SPLIT, "score": best["score"], "step": best["step"]}} if best else {}
+    if best:
+        config["val"] = {"split": VAL_SPLIT, "protocol": says, "score": best["score"], "step": best["step"]}
     common.save_folder(OUT, {"model.safetensors": keep["weights"]}, {"config.json": config})
     common.say(f"wrote {OUT}/model.safetensors: {MODEL} after step {keep['step']}")
     common.barrier()

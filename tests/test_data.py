@@ -625,16 +625,14 @@ def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_only():
 @pytest.mark.parametrize("n, batch, size", [(100, 8, 1), (100, 8, 2), (101, 8, 3), (2, 8, 4), (33, 7, 4), (0, 4, 2)])
 def test_ranks_share_what_one_rank_would_see(n, batch, size):
     order = data.epoch_order(n, 0, 0)
-    for drop_last in (False, True):
-        alone = data.rank_batches(order, batch, drop_last=drop_last)
-        ranks = [data.rank_batches(order, batch, rank, size, drop_last) for rank in range(size)]
-        for step, items in enumerate(alone):
-            parts = [ranks[rank][step] for rank in range(size)]
-            assert sum(parts, []) == items
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert {len(rank) for rank in ranks} == {len(alone)}
-        assert sum(alone, []) == (order[: n // batch * batch] if drop_last else order)
-        assert all(len(items) == batch for items in alone[: None if drop_last else -1])
+    alone = data.rank_batches(order, batch)
+    ranks = [data.rank_batches(order, batch, rank, size) for rank in range(size)]
+    for step, items in enumerate(alone):
+        parts = [ranks[rank][step] for rank in range(size)]
+        assert sum(parts, []) == items
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert {len(rank) for rank in ranks} == {len(alone)}
+    assert sum(alone, []) == order and all(len(items) == batch for items in alone[:-1])
 
 
 def test_load_pixels(tmp_path):
@@ -650,7 +648,8 @@ def test_load_pixels(tmp_path):
     assert torch.equal(data.load_pixels(store, names, transform, workers=3), pixels)
 
     def augmented(i: int):
-        return lambda image: transform(data.augment(image, common.rng(0, i)))
+        strengths = ((0.5, 1.0), (0.75, 1.3333), 0.5, 0.2, 0.05, 10.0)
+        return lambda image: transform(data.augment(image, common.rng(0, i), *strengths))
 
     each = [data.load_pixels(store, names, [augmented(i) for i in range(4)], workers) for workers in (0, 3)]
     assert torch.equal(*each) and not torch.equal(each[0], pixels)

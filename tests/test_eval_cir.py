@@ -618,7 +618,8 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
 
     def ask(**more):
         capsys.readouterr()
-        run_stage(monkeypatch, tmp_path, REFERENCE=str(query), TEXT="+r", GALLERY=str(gallery), DEVICE="cpu", **more)
+        given = {"REFERENCE": str(query), "TEXT": "+r", "GALLERY": str(gallery)} | more
+        run_stage(monkeypatch, tmp_path, DEVICE="cpu", **given)
         models.append(loaded[-1].seen)
         lines = capsys.readouterr().out.splitlines()
         return [line.split()[-1] for line in lines if re.match(r" *\d+  -?\d\.\d{4}  ", line)]
@@ -644,8 +645,19 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
     (file,) = tmp_path.glob("mine.*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
     assert len(ask()) == 8 and models[-1] == 9 + 1  # a damaged file is made again
-    with pytest.raises(common.UserError, match="--reference, --text and --gallery together"):
-        run_stage(monkeypatch, tmp_path, REFERENCE=str(query), GALLERY="", DEVICE="cpu")
+    for lack in ({"GALLERY": ""}, {"TEXT": " "}, {"REFERENCE": ""}):
+        with pytest.raises(common.UserError, match="--reference, --text and --gallery together"):
+            ask(**lack)
+    with pytest.raises(FileNotFoundError, match="typo.png"):  # before anything is encoded
+        ask(REFERENCE=str(gallery / "typo.png"))
+    (gallery / "torn.png").write_bytes((gallery / "p2.png").read_bytes()[:60])
+    with pytest.raises(common.UserError, match="1 unreadable, 0 missing; first unreadable.*torn.png"):
+        ask()
+    for more in ({"BASELINE": "sum"}, {"BACKBONE": "clip"}):
+        with pytest.raises(common.UserError, match="--baseline with its --backbone, or --checkpoint"):
+            ask(**more)
+    with pytest.raises(common.UserError, match="--reversed: --score knows"):
+        run_stage(monkeypatch, tmp_path, REVERSED=True, RERANK=5, DEVICE="cpu", REFERENCE="", TEXT="", GALLERY="")
 
 
 @pytest.mark.parametrize("folder", ["clip", "blip"])

@@ -1,0 +1,79 @@
+"""One training step of BLIP_tdm at the size of blip-itm-large-coco, random weights, on the CPU: does it fit and run?
+
+    python bench/real_step.py                    # 446 M parameters, 384 px, B = B' = 2; writes 1.8 GB, removes it
+
+Prints the seconds of the whole command, its largest resident memory, the losses, and how many images went through the
+vision encoder: two references and two targets of B, as many of B', once each. Any other count is an error.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import measure  # first: it puts the repository on the path
+
+from demo import world
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def write_blip(folder: Path) -> int:
+    """The configuration of Salesforce/blip-itm-large-coco with random weights -> number of parameters."""
+    import torch
+    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
+
+    torch.manual_seed(0)
+    text = BlipTextConfig(
+        vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, max_position_embeddings=512, bos_token_id=30522, eos_token_id=2, sep_token_id=102,
+        pad_token_id=0,
+    )  # fmt: skip
+    vision = BlipVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=384,
+        patch_size=16,
+    )  # fmt: skip
+    config = BlipConfig(image_text_hidden_size=256, text_config=text.to_dict(), vision_config=vision.to_dict())
+    model = BlipForImageTextRetrieval(config)
+    model.save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *".,!?'-"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    pictures = {
+        "image_processor_type": "BlipImageProcessor", "do_resize": True, "resample": 3, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "size": {"height": 384, "width": 384},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    return sum(p.numel() for p in model.parameters())
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch)
+        sizes = {"train": 4, "dev": 1, "val": 1, "test": 1, "queries": 1, "chat": 1, "aux": 1, "fashioniq": 1}
+        world.write_world(str(here / "world"), 0, **sizes)
+        aux = sorted(path.name for path in (here / "world" / "aux").iterdir())
+        pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
+        (here / "pseudo.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        parameters = write_blip(here / "blip")
+        began = time.time()
+        words = f"train_cir.py --model blip_tdm --backbone {here}/blip --root {here}/world/cirr --out {here}/run"
+        words += f" --pseudo {here}/pseudo.jsonl --pseudo_images {here}/world/aux"
+        words += " --batch 2 --steps 1 --log_every 1 --device cpu"
+        subprocess.run([sys.executable, *words.split()], cwd=measure.ROOT, check=True)
+        seconds = time.time() - began
+        (line,) = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    losses = f"L_tcc {line['tcc']:.3f}, L_tdm {line['tdm']:.3f}"
+    print(f"{parameters / 1e6:.0f} M parameters, {seconds:.0f} s, {peak:.1f} GiB at most; {losses}")
+    assert line["images"] == 8, f"{line['images']} images through the vision encoder; 8 are there"
+    print("8 images through the vision encoder: 4 references and 4 targets, once each")
+
+
+if __name__ == "__main__":
+    main()
