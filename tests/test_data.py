@@ -563,7 +563,8 @@ def test_preprocess_not_there_or_not_usable_is_one_line(tmp_path):
 # ---- augmentation ----
 def test_augmentation_is_a_function_of_its_generator():
     image = smooth(90, 85)
-    for change in (data.augment, data.random_resized_crop):
+    strengths = ((0.5, 1.0), (0.75, 1.3333), 0.5, 0.2, 0.05, 10.0)
+    for change in (lambda *a, **k: data.augment(*a, *strengths, **k), data.random_resized_crop):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         one = change(image, common.rng(0, 1, 2), size=32)
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
