@@ -264,10 +264,10 @@ def page(title: str, sections: list) -> str:
     )
 
 
-def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: str = "") -> None:
-    """Writes a PNG of rows of pictures with a line of text under each. rows: [[(image, label), ...], ...]."""
+def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: str = "", lines: int = 1) -> None:
+    """Writes a PNG of rows of pictures with `lines` lines of text under each. rows: [[(image, label), ...], ...]."""
     font, big = ImageFont.load_default(12), ImageFont.load_default(17)
-    gap, line = 10, 20
+    gap, line = 10, 4 + 16 * lines
     columns = max((len(row) for row in rows), default=1)
     head = 34 if title else gap
     size = (columns * (cell + gap) + gap, head + len(rows) * (cell + line + gap) + gap)
@@ -291,7 +291,13 @@ def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: s
             small = ImageOps.contain(_open(image), (cell, cell), Image.Resampling.LANCZOS)
             draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=(240, 241, 242))
             sheet.paste(small, (left + (cell - small.width) // 2, top + (cell - small.height) // 2))
-            write((left, top + cell + 3), label, font, cell, (98, 107, 117))
+            words = clean(label)[:300].split(" ")
+            for n in range(lines):
+                fits = len(words) if n == lines - 1 else 1
+                while fits < len(words) and font.getlength(" ".join(words[: fits + 1])) <= cell:
+                    fits += 1
+                write((left, top + cell + 3 + 16 * n), " ".join(words[:fits]), font, cell, (98, 107, 117))
+                words = words[fits:]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")

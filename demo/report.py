@@ -144,7 +144,7 @@ def main() -> None:
         for key in ("reference", "target"):
             text = record["delta"] if key == "target" else "turn this into"
             cells.append((os.path.join(WORLD, "aux", record[key]), text))
-    pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200)
+    pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200, lines=2)
     for model in MODELS:
         found = common.read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl")
         shown = []
