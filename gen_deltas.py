@@ -9,7 +9,7 @@ and deltas.html.
 
 A delta is a function of the VDG, the two images, the pair's id and the sampling constants, never of batch, order or
 number of ranks: the same command goes on after a kill, also with another batch size or on another number of ranks.
-What OUT holds stays: for pictures changed under the same names, or an LLM changed in its folder, take another OUT.
+Deltas already in OUT are kept: if pictures changed under the same names, or the LLM in its folder, use a new OUT.
 On a CPU with MKL this holds to the bit; on a GPU, where a product of another shape rounds otherwise, at the same BATCH.
 """
 

@@ -71,7 +71,7 @@ CONCAT = True  # second term of L_tcc over B + B' [Eq. 2]; false: over B' alone
 TDM = True  # blip_tdm: L_tdm [Eq. 3]; false: L_tcc alone
 BANK = False  # every training image, encoded once without augmentation, is a further negative target of L_tcc [ours]
 BIDIRECTIONAL = 0.0  # alpha of [Bi]: weight of the reversed loss; 0 = off; CIRR 0.1; FashionIQ 0.4 (sum), 0.5
-# Beside L_tcc, whose terms have two directions where [Bi]'s forward loss has one, alpha weighs half as much [ours].
+# L_tcc sums two directions where [Bi]'s forward loss has one, so the same alpha weighs half as much here [ours].
 REVERSED_TEXT = "token"  # "token": the delta behind a learned [BACKWARD] [Bi]; "delta": reverse_delta of VDG [ours]
 REVERSED_NEGATIVES = 8  # blip_tdm: targets composed with each reversed text, drawn as in L_tdm [ours]; 0 = all [Bi]
 
@@ -537,11 +537,14 @@ def main() -> None:
 
     # ---- resume
     data_hash = hashlib.sha256(json.dumps(streams).encode()).hexdigest()
+    stands_on = frozen_digest(model)
     constants = common.constants_of(globals()) | {"RANKS": world.size, "TRIPLETS_SHA256": data_hash}
+    constants["FROZEN_SHA256"] = stands_on
     start, best = 0, None
     if found := common.load_state(OUT, constants):
         start, state = found
         if start >= steps and os.path.exists(f"{OUT}/model.safetensors"):
+            common.load_tensors(OUT, "model.safetensors")  # it is whole
             common.say(f"{OUT} is finished ({steps} steps); for another run take another --out")
             return
         put_trained(model, state["weights"], OUT)
@@ -676,7 +679,7 @@ def main() -> None:
 
     keep = best if best and KEEP_BEST else {"step": steps, "tau": tau.item(), "weights": get_trained(model)}
     config = {"stage": "cir", "build": build, "step": keep["step"], "tau": keep["tau"], "constants": constants}
-    config["frozen_sha256"] = frozen_digest(model)
+    config["frozen_sha256"] = stands_on
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": says, "score": best["score"], "step": best["step"]}
     common.save_folder(OUT, {"model.safetensors": keep["weights"]}, {"config.json": config})

@@ -497,7 +497,7 @@ def main() -> None:
     constants = {**common.constants_of(globals()), "items a step": items, "data": fingerprint(captions)}
     saved = common.load_state(OUT, constants, common.MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT"})
     done, state = saved or (0, None)
-    if done >= total and os.path.exists(f"{OUT}/config.json"):
+    if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
         common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
         return
 

@@ -419,7 +419,7 @@ def main() -> None:
     free = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW"}
     saved = common.load_state(OUT, constants, common.MAY_CHANGE | free)
     done, state = saved or (0, None)
-    if done >= total and os.path.exists(f"{OUT}/config.json"):
+    if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
         common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
         return
 

@@ -5,7 +5,7 @@
 Runs the stages with their public flags on the human triplets of each finished demo folder (its world, its tuned VDG,
 its BLIP_tdm checkpoint with auxiliary triplets) and writes OUT/claims.json and OUT/claims.md: mean over the folders,
 and the range. Recall is the mean of R@1, R@5 and R@10 in percent on val; the training step is chosen on dev, by
-forward queries. What was run on the same world, VDG and models is not run again. Three kinds of queries:
+forward queries. A run whose world, VDG and models have not changed is not repeated. Three kinds of queries:
 
     forward            reference + human text -> target
     backward           target + [BACKWARD] + the same human text -> reference (a model without directions: text alone)
@@ -28,6 +28,7 @@ OUT = "out/claims"  # folder written
 MODELS = "demo/models"  # stand-in backbones
 JOBS = 2  # runs at a time, one thread each
 ALPHA = 0.5  # weight of the reversed loss; [Bi] takes 0.4 and 0.5 on FashionIQ
+SIZES = "--steps 80 --batch 48 --lr 5e-4 --tau 0.05 --views 2 --val_split dev --val_every 10"  # of every training run
 
 BACK = "--bidirectional {alpha} "
 VDG = "--reversed_text delta --same_deltas false --same_pairs {folder}/train/pseudo.jsonl "  # human forward, VDG back
@@ -50,7 +51,7 @@ def stands_on(demo: str, blip: str) -> str:
     """Hash of what a demo's runs follow from (world, VDG, backbone, the runs themselves): the name of their folder."""
     files = [f"{demo}/world/attributes.json", f"{demo}/vdg/manifest.json", f"{blip}/manifest.json"]
     parts = [common.file_sha256(file) for file in (*files, f"{MODELS}/clip/model.safetensors")]
-    return hashlib.sha256(json.dumps([parts, RUNS, QUERIES, RERANKED, ALPHA]).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([parts, RUNS, QUERIES, RERANKED, ALPHA, SIZES]).encode()).hexdigest()[:8]
 
 
 def stage(words: list[str], log: str) -> None:
@@ -79,8 +80,7 @@ def one_run(name: str, demo: str, folder: str, seed: str) -> dict[str, float]:
     checkpoint, log = f"{folder}/cir/{name}", f"{folder}/logs/{name}.log"
     if not os.path.exists(f"{checkpoint}/model.safetensors"):
         words = f"train_cir.py --model {model} --backbone {MODELS}/clip --dataset cirr --root {demo}/world/cirr"
-        words += f" --steps 80 --batch 48 --lr 5e-4 --tau 0.05 --views 2 --val_split dev --val_every 10 --seed {seed}"
-        words += f" --out {checkpoint} " + flags.format(alpha=ALPHA, folder=folder)
+        words += f" {SIZES} --seed {seed} --out {checkpoint} " + flags.format(alpha=ALPHA, folder=folder)
         stage(words.split(), log)
     asked = {kind: how.format(folder=folder) for kind, how in QUERIES.items()}
     return {kind: evaluation(checkpoint, demo, f"{folder}/eval/{name}-{kind}", how) for kind, how in asked.items()}

@@ -366,7 +366,9 @@ def pretrain_llama(out: str, seed: int, steps: int) -> None:
         right = (logits.argmax(-1) == truth).view(256, -1)
         exact.update(slots_right=float(right.float().mean()), rows_right=float(right.all(1).float().mean()))
         for kind in ("caption", "some", "request"):
-            exact[kind] = round(float(F.cross_entropy(*logits_of(*batch(held_out, [kind] * 256, 256), 0.0))), 3)
+            exact[f"{kind}_loss"] = round(
+                float(F.cross_entropy(*logits_of(*batch(held_out, [kind] * 256, 256), 0.0))), 3
+            )
         model.train()
         save(model, f"{out}/llama", steps=step, **exact)
         return json.dumps(exact)

@@ -30,14 +30,20 @@ def judge(records: list[dict], attributes: dict) -> dict:
     """Precision: of what the deltas name, the share that truly changed and is named with the right value. Recall: of
     what changed, the share rightly named. Percent; a human delta names one or two changes on purpose."""
     said = right = named = changed = 0
+    of = {key: [0, 0] for key in (*world.VALUES, "?")}  # attribute -> claims that are right, claims
     for record in records:
-        a, b, c, d = world.judge(record["delta"], attributes[record["reference"]], attributes[record["target"]])
+        given = record["delta"], attributes[record["reference"]], attributes[record["target"]]
+        a, b, c, d = world.judge(*given)
         said, right, named, changed = said + a, right + b, named + len(c), changed + len(d)
+        for key, good in world.judged(*given):
+            of[key][0] += good
+            of[key][1] += 1
     return {
         "pairs": len(records),
         "claims": said,
         "precision": 100 * right / max(said, 1),
         "recall": 100 * named / max(changed, 1),
+        "right of claims": of,
     }
 
 

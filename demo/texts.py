@@ -1,8 +1,9 @@
 """What the stand-in language model reads: described garments and things, captions, comparisons in many wordings.
 
-`document(rng, kind)` -> (pieces of the prompt, answer); `corpus` is text for the tokenizers. No text here is a
-human-like delta of two garments: what is compared in people's phrases ("make it wooden") are things of other kinds, and
-garments are compared in other words (tests hold both).
+`document(rng, kind)` -> (pieces of the prompt, answer). No document is a human-like delta of two garments: what is
+compared in people's phrases ("make it wooden") are things of other kinds, and garments are compared in frames of their
+own (tests hold both; values such as "long sleeves" are said alike). `corpus` has such deltas, for the vocabularies of
+the tokenizers alone.
 """
 
 import os

@@ -428,7 +428,14 @@ def claims(text: str) -> list[tuple[str, str]]:
 def judge(text: str, a: dict, b: dict) -> tuple[int, int, set[str], list[str]]:
     """-> (claims made, claims that are a true change named with the right value, the attributes rightly named,
     the attributes that changed). A pattern and the colour of its print named together are one claim."""
-    truth, named, said, right = changed(a, b), set(), 0, 0
+    verdicts, truth = judged(text, a, b), changed(a, b)
+    right = [key for key, good in verdicts if good]
+    return len(verdicts), len(right), set(right), truth
+
+
+def judged(text: str, a: dict, b: dict) -> list[tuple[str, bool]]:
+    """Each claim of a delta: its attribute ("?": a clause that says nothing we know), and whether it is right."""
+    truth, verdicts = changed(a, b), []
     found = claims(text)
     spoken = dict(reversed([(k, v) for k, v in found if k in ("pattern", "print")]))  # the first of each
     for key, value in found:
@@ -436,8 +443,8 @@ def judge(text: str, a: dict, b: dict) -> tuple[int, int, set[str], list[str]]:
             continue  # "has white dots" where dots stay dots: judged by its print claim
         if key == "print" and "pattern" in truth:
             continue  # the colour of a new pattern is judged with the pattern
-        said += 1
         if key == "?" or key not in truth:
+            verdicts.append((key, False))
             continue
         if value in ("longer", "shorter"):
             rise = VALUES[key].index(b[key]) - VALUES[key].index(a[key])
@@ -446,10 +453,8 @@ def judge(text: str, a: dict, b: dict) -> tuple[int, int, set[str], list[str]]:
             good = value == b[key]
         if key == "pattern" and value != "plain":
             good = good and spoken.get("print", b["print"]) == b["print"]
-        if good:
-            right += 1
-            named.add(key)
-    return said, right, named, truth
+        verdicts.append((key, good))
+    return verdicts
 
 
 # ---- the world on disk ----

@@ -75,6 +75,14 @@ def test_comparisons_never_use_a_human_phrase():
             human.add(world.phrase(key, a, b, rng))
     assert len(compared) > 400 and len(human) > 200
     assert not compared & human
+    # values have one name each, some of them whole phrases ("long sleeves"); little beyond that is said alike
+    values = {*world.SLEEVES.values(), *world.LENGTH.values()}
+    alike = beyond = 0
+    for _ in range(1500):
+        said = " " + texts.document(rng, "some")[1] + " "
+        inside = [phrase for phrase in human if f" {phrase} " in said]
+        alike, beyond = alike + bool(inside), beyond + bool(set(inside) - values)
+    assert 0.1 < alike / 1500 < 0.3 and beyond / 1500 < 0.08  # as the README says
     for _ in range(4000):  # what is asked of other things says nothing of a garment
         assert all(key == "?" for key, _ in world.claims(texts.request(rng)[2]))
 
@@ -94,7 +102,7 @@ def test_requests_name_true_differences():
 
 
 def test_committed_llama_compares_described_garments():
-    """The gate of the stand-in: asked slot by slot, of garments it never read, it names all that differs."""
+    """The gate of the stand-in: asked slot by slot in exact words, on pairs of another seed, it says what differs."""
     import torch
     import transformers
 

@@ -645,6 +645,19 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
     (file,) = tmp_path.glob("mine.*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
     assert len(ask()) == 8 and models[-1] == 9 + 1  # a damaged file is made again
+    file.unlink()
+    whole = eval_cir.encode
+
+    def broken(*given):
+        for number, batch in enumerate(whole(*given)):
+            if number:
+                raise OSError("the power is gone")
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="power"):
+        patch.setattr(eval_cir, "encode", broken)
+        ask(BATCH=4)
+    assert len(ask(BATCH=4)) == 8 and models[-1] == 9 - 4 + 1  # what was encoded is kept
     for lack in ({"GALLERY": ""}, {"TEXT": " "}, {"REFERENCE": ""}):
         with pytest.raises(common.UserError, match="--reference, --text and --gallery together"):
             ask(**lack)

@@ -536,16 +536,22 @@ def test_wrong_flags_are_one_line(world, zoo, tmp_path):
         train(arguments(world, zoo, tmp_path, dataset="jsonl", root=pairs, images=world / "aux", val_split="val"))
 
 
-def test_a_checkpoint_knows_what_it_stands_on(world, zoo, tmp_path):
+def test_a_checkpoint_knows_what_it_stands_on(world, zoo, tmp_path, capsys):
     """Its file holds trained weights alone: other frozen ones behind the same name would be another model."""
     shutil.copytree(zoo / "clip", tmp_path / "clip")
-    train(arguments(world, zoo, tmp_path / "run", "combiner", backbone=tmp_path / "clip", steps=1))
+    same = arguments(world, zoo, tmp_path / "run", "combiner", backbone=tmp_path / "clip", steps=1)
+    train(same)
     train_cir.load_cir(str(tmp_path / "run"))
+    capsys.readouterr()
+    train(same)
+    assert "is finished (1 steps)" in capsys.readouterr().out and len(log_of(tmp_path / "run")) == 1
     weights = load_file(tmp_path / "clip" / "model.safetensors")
     weights["visual_projection.weight"][0, 0] += 1e-3
     save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
     with pytest.raises(common.UserError, match="other frozen weights than .*clip holds now"):
         train_cir.load_cir(str(tmp_path / "run"))
+    with pytest.raises(common.UserError, match="FROZEN_SHA256"):
+        train(same)
 
 
 def test_views_are_the_same_images_encoded_once(world, zoo, tmp_path, monkeypatch):
