@@ -40,8 +40,8 @@ BANK = "out/pretrain"  # the drawn pictures are kept here between parts
 THREADS = 2  # CPU threads
 
 # ---- steps (batch 128) ----
-LLAMA_STEPS = 3600  # of 96 documents
-COMPARING = 0.2  # share of these steps that mostly compare slot by slot: the skill the rest stands on shows up first
+LLAMA_STEPS = 2600  # of 96 documents
+COMPARING = 0.27  # share of these steps that mostly compare slot by slot: the skill the rest stands on shows up first
 NOISY = 0.15  # share of the steps after them over which the described words turn into something like image tokens
 VISION_STEPS = 2000  # ViT and Q-Former together
 CLIP_STEPS = 1000  # vision tower, text tower

@@ -1,9 +1,9 @@
 """What the stand-in language model reads: described garments and things, captions, comparisons in many wordings.
 
 `document(rng, kind)` -> (pieces of the prompt, answer). No document is a human-like delta of two garments: what is
-compared in people's phrases ("make it wooden") are things of other kinds, and garments are compared in frames of their
-own (tests hold both; values such as "long sleeves" are said alike). `corpus` has such deltas, for the vocabularies of
-the tokenizers alone.
+compared in people's phrases ("make it wooden") are things of other kinds, and garments are compared in other words: no
+human phrase of two words or more stands in a comparison (tests hold both). `corpus` has such deltas, for the
+vocabularies of the tokenizers alone.
 """
 
 import os
@@ -79,27 +79,29 @@ OWN = {  # ... and such as one attribute has for itself
         "dye it {new}", "paint it {new}", "recoloured to {new}", "its shade turns {new}", "fade the {old} to {new}",
     ),
     "pattern": (
-        "cover it in {new}", "put {new} over it", "printed with {new}", "the cloth gets {new}", "weave in {new}",
+        "cover it in {new}", "put {new} over it", "printed in {new}", "the cloth gets {new}", "weave in {new}",
     ),
-    "print": ("print it with {new}", "recolour the print to {new}", "its print turns {new}"),
+    "print": ("print it in {new}", "recolour the print to {new}", "its print turns {new}"),
     "sleeves": ("its arms get {new}", "tailor it to {new}", "cut to {new}", "the arms : {new}"),
     "length": ("let the hem be {new}", "hem it to {new}", "hanging {new}", "the hem goes {new}"),
-    "neck": ("finish the top with {new}", "around the throat {new}", "the top shows {new}", "open it to {new}"),
+    "neck": ("finish the neck as {new}", "around the throat {new}", "the neck shows {new}", "open it to {new}"),
     "background": ("stand it before {new}", "shot against {new}", "the scene shows {new}", "put it before {new}"),
 }  # fmt: skip
 PREFACES = ("", "", "well ", "keep the rest , ", "like the first yet ", "all else equal , ", "so ", "compared to it ")
 
 
 def verbal(key: str, a: dict, b: dict, rng) -> str:
-    """One difference in words that `world.phrase` never puts together."""
+    """One difference in other words than `world.phrase`: no phrase of two words or more of it stands in here."""
 
     def told(garment):
-        value = garment[key]
-        if key in ("sleeves", "length", "neck"):
-            return {"sleeves": world.SLEEVES, "length": world.LENGTH, "neck": world.NECK}[key][value]
+        value = TAG.get((key, garment[key]), garment[key])
         if key in ("pattern", "print") and garment["pattern"] != "plain":
             return f"{garment['print']} {garment['pattern']}" if rng.random() < 0.7 else garment["pattern"]
-        return {"category": f"a {value}", "background": f"a {value} backdrop", "pattern": "no print"}.get(key, value)
+        named = {
+            "category": f"a {value}", "pattern": "no print", "sleeves": f"{value} arms", "length": f"{value} hem",
+            "neck": f"a {value} top", "background": f"a {value} backdrop",
+        }  # fmt: skip
+        return named.get(key, value)
 
     new = told(b)
     if key == "print":
