@@ -498,9 +498,9 @@ def folder_features(
 def search(model, reference: str, text: str, folder: str, key: str, top: int, k: int, tau, weight, how, out: str):
     """Ranks the pictures of a folder for one query: prints names, writes OUT/query.png and OUT/query.html."""
     names, (_, device, dtype, _) = data.list_images(folder), how
-    features, hashes = folder_features(model, folder, names, f"{key[:16]}-{str(dtype).removeprefix('torch.')}", how)
-    place, name = os.path.split(os.path.abspath(reference))
+    place, name = os.path.split(os.path.abspath(reference))  # first: a wrong name shows before the gallery is encoded
     ((_, tokens, _),) = encode(model, data.ImageStore(place), [name], 1, device, dtype, 0, "reference")
+    features, hashes = folder_features(model, folder, names, f"{key[:16]}-{str(dtype).removeprefix('torch.')}", how)
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
         c = F.normalize(model.eval().compose(tokens, [text]).float(), dim=1)
     ((_, scores),) = score_blocks(c.cpu(), features)  # (1, M)
@@ -647,8 +647,6 @@ def main() -> None:
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
         raise common.UserError("--checkpoint is empty; name a folder written by train_cir.py, or take a --baseline")
     if REFERENCE:
-        place, file = os.path.split(os.path.abspath(REFERENCE))
-        data.ImageStore(place).open(file)  # a wrong name shows before the gallery is encoded
         common.lock_folder(OUT)
         model, _, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, RERANK > 0, world.device)
         return search(model, REFERENCE, TEXT, GALLERY, digest, TOP, RERANK, tau, RERANK_WEIGHT, how, OUT)

@@ -157,7 +157,8 @@ def encode_images(vision, images: data.ImageStore, names: list[str], folder: Pat
     share = {name: common.file_sha256(images.path(name)) for name in names[world.rank :: world.size]}
     content = {name: digest for part in common.gather_objects(share) for name, digest in part.items()}
     keys = sorted(set(content.values()))
-    encoder, shape = weights_digest(vision), (len(keys), *vision.query_tokens.shape[1:])
+    frozen = (item for item in vision.state_dict().items() if not item[0].startswith("projection."))  # that comes after
+    encoder, shape = common.tensors_sha256(frozen), (len(keys), *vision.query_tokens.shape[1:])
     path = folder / f"{hashlib.sha256(json.dumps([encoder, keys]).encode()).hexdigest()[:16]}.npy"
     row = {key: i for i, key in enumerate(keys)}
     if not common.any_rank(not path.exists()):
@@ -202,11 +203,6 @@ def encode_images(vision, images: data.ImageStore, names: list[str], folder: Pat
                 old.unlink()
     common.barrier()
     return np.load(path, mmap_mode="r"), {name: row[key] for name, key in content.items()}
-
-
-def weights_digest(vision) -> str:
-    """Hash of the frozen part, ViT and Q-Former; the projection comes after what is stored."""
-    return common.tensors_sha256(x for x in vision.state_dict().items() if not x[0].startswith("projection."))
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -386,7 +386,8 @@ def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
         raise common.UserError(f"{folder}/config.json is not one of train_cir.py")
     model = build_cir(**settings["build"])
     put_trained(model, common.load_tensors(folder, "model.safetensors"), folder)
-    if settings.get("frozen_sha256", digest := frozen_digest(model)) != digest:
+    trained_on = settings.get("constants", {}).get("FROZEN_SHA256")
+    if trained_on and trained_on != frozen_digest(model):
         on = " or ".join(filter(None, (settings["build"]["backbone"], settings["build"].get("start"))))
         raise common.UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")
     return model.eval().to(device)
@@ -537,9 +538,8 @@ def main() -> None:
 
     # ---- resume
     data_hash = hashlib.sha256(json.dumps(streams).encode()).hexdigest()
-    stands_on = frozen_digest(model)
     constants = common.constants_of(globals()) | {"RANKS": world.size, "TRIPLETS_SHA256": data_hash}
-    constants["FROZEN_SHA256"] = stands_on
+    constants["FROZEN_SHA256"] = frozen_digest(model)  # load_cir compares it
     start, best = 0, None
     if found := common.load_state(OUT, constants):
         start, state = found
@@ -679,7 +679,6 @@ def main() -> None:
 
     keep = best if best and KEEP_BEST else {"step": steps, "tau": tau.item(), "weights": get_trained(model)}
     config = {"stage": "cir", "build": build, "step": keep["step"], "tau": keep["tau"], "constants": constants}
-    config["frozen_sha256"] = stands_on
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": says, "score": best["score"], "step": best["step"]}
     common.save_folder(OUT, {"model.safetensors": keep["weights"]}, {"config.json": config})

@@ -6,7 +6,6 @@ Prints the seconds of the whole command, its largest resident memory, the losses
 vision encoder: two references and two targets of B, as many of B', once each. Any other count is an error.
 """
 
-import json
 import resource
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import measure  # first: it puts the repository on the path
 
+import common
 from demo import world
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -42,13 +42,13 @@ def write_blip(folder: Path) -> int:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *".,!?'-"]
     (folder / "vocab.txt").write_text("\n".join(words))
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    common.write_json(folder / "tokenizer_config.json", tokenizer)
     pictures = {
         "image_processor_type": "BlipImageProcessor", "do_resize": True, "resample": 3, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "size": {"height": 384, "width": 384},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    common.write_json(folder / "preprocessor_config.json", pictures)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         world.write_world(str(here / "world"), 0, **sizes)
         aux = sorted(path.name for path in (here / "world" / "aux").iterdir())
         pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
-        (here / "pseudo.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        common.write_jsonl(here / "pseudo.jsonl", pairs)
         parameters = write_blip(here / "blip")
         began = time.time()
         words = f"train_cir.py --model blip_tdm --backbone {here}/blip --root {here}/world/cirr --out {here}/run"
@@ -67,7 +67,7 @@ def main() -> None:
         words += " --batch 2 --steps 1 --log_every 1 --device cpu"
         subprocess.run([sys.executable, *words.split()], cwd=measure.ROOT, check=True)
         seconds = time.time() - began
-        (line,) = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
+        (line,) = common.read_jsonl(here / "run" / "log.jsonl")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     losses = f"L_tcc {line['tcc']:.3f}, L_tdm {line['tdm']:.3f}"
     print(f"{parameters / 1e6:.0f} M parameters, {seconds:.0f} s, {peak:.1f} GiB at most; {losses}")

@@ -29,15 +29,17 @@ RECALLS = ("R@1", "R@5", "R@10", "R@50", "Rs@1")
 def judge(records: list[dict], attributes: dict) -> dict:
     """Precision: of what the deltas name, the share that truly changed and is named with the right value. Recall: of
     what changed, the share rightly named. Percent; a human delta names one or two changes on purpose."""
-    said = right = named = changed = 0
+    named = changed = 0
     of = {key: [0, 0] for key in (*world.VALUES, "?")}  # attribute -> claims that are right, claims
     for record in records:
-        given = record["delta"], attributes[record["reference"]], attributes[record["target"]]
-        a, b, c, d = world.judge(*given)
-        said, right, named, changed = said + a, right + b, named + len(c), changed + len(d)
-        for key, good in world.judged(*given):
+        a, b = attributes[record["reference"]], attributes[record["target"]]
+        verdicts = world.judged(record["delta"], a, b)
+        for key, good in verdicts:
             of[key][0] += good
             of[key][1] += 1
+        named += len({key for key, good in verdicts if good})
+        changed += len(world.changed(a, b))
+    right, said = map(sum, zip(*of.values(), strict=True))
     return {
         "pairs": len(records),
         "claims": said,
