@@ -10,9 +10,9 @@ embeddings.npy: neither the number of ranks nor the block size changes a byte. E
 and the bytes of the pictures are the same; the same command goes on where a killed run stopped.
 """
 
-import common
+from common.flags import early_help
 
-common.early_help(__name__, __file__)
+early_help(__name__, __file__)
 
 import hashlib
 import os
@@ -28,8 +28,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection, ResNetModel
 
-import data
-import pages
+from common import pages
+from common.console import UserError, progress, run, say
+from common.files import file_sha256, lock_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
+from common.flags import at_least, override
+from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, list_images, load_pixels
+from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
 
 # ---- gallery ----
@@ -71,7 +75,7 @@ def stem(name: str) -> str:
     """File name without folder and image extension: cirr/dev/dev-244-0-img0.png and dev-244-0-img0 are one picture."""
     base = name.rsplit("/", 1)[-1]
     root, extension = os.path.splitext(base)
-    return root if extension.lower() in data.EXTENSIONS else base
+    return root if extension.lower() in EXTENSIONS else base
 
 
 def names_in(value):
@@ -101,30 +105,30 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
     for source in sources:
         kind = os.path.splitext(source)[1]
         if os.path.isdir(source):
-            names = data.list_images(source)
+            names = list_images(source)
             pictures += [os.path.join(source, name) for name in names]
         elif not os.path.isfile(source):
-            raise common.UserError(f"--exclude {source}: not found; wanted a folder, .json, .jsonl or .txt")
+            raise UserError(f"--exclude {source}: not found; wanted a folder, .json, .jsonl or .txt")
         elif kind == ".txt":
             names = [line.strip() for line in Path(source).read_text(encoding="utf-8").split("\n")]
         elif kind in (".json", ".jsonl"):
-            names = list(names_in(common.read_json(source) if kind == ".json" else common.read_jsonl(source)))
+            names = list(names_in(read_json(source) if kind == ".json" else read_jsonl(source)))
         else:
-            raise common.UserError(f"--exclude {source}: wanted a folder, .json, .jsonl or .txt")
+            raise UserError(f"--exclude {source}: wanted a folder, .json, .jsonl or .txt")
         found = {stem(name) for name in names if name}
         if not found:
-            raise common.UserError(f"--exclude {source}: names no picture; wanted a split file, records or names")
+            raise UserError(f"--exclude {source}: names no picture; wanted a split file, records or names")
         stems |= found
     return stems, pictures
 
 
-def hash_files(paths: list[str], workers: int, world: common.World) -> list[str]:
+def hash_files(paths: list[str], workers: int, world: World) -> list[str]:
     """sha256 of every file; the ranks share the reading."""
     mine = paths[world.rank :: world.size]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        mine = list(common.progress(pool.map(common.file_sha256, mine), "read", len(mine)))
+        mine = list(progress(pool.map(file_sha256, mine), "read", len(mine)))
     hashes = [""] * len(paths)
-    for rank, part in enumerate(common.gather_objects(mine)):
+    for rank, part in enumerate(gather_objects(mine)):
         hashes[rank :: world.size] = part
     return hashes
 
@@ -149,24 +153,24 @@ class Encoder(nn.Module):
         try:
             config = AutoConfig.from_pretrained(source, local_files_only=local)
             if config.model_type not in kinds:
-                raise common.UserError(f"{source}: a {config.model_type} model; wanted a ResNet or CLIP")
+                raise UserError(f"{source}: a {config.model_type} model; wanted a ResNet or CLIP")
             self.model, report = kinds[config.model_type].from_pretrained(
                 source, dtype=dtype, use_safetensors=True, local_files_only=local, output_loading_info=True
             )
         except SafetensorError as fault:
-            raise common.UserError(f"{source}: damaged weights ({fault}); download or copy them again") from None
+            raise UserError(f"{source}: damaged weights ({fault}); download or copy them again") from None
         except OSError as fault:
             wanted = "wanted a folder with config.json and model.safetensors, or a hub id that can be downloaded"
-            raise common.UserError(f"--encoder {source} cannot be read ({fault}); {wanted}") from None
+            raise UserError(f"--encoder {source} cannot be read ({fault}); {wanted}") from None
         except ValueError as fault:  # transformers': no model_type in config.json
-            if isinstance(fault, common.UserError):
+            if isinstance(fault, UserError):
                 raise
-            raise common.UserError(f"{source}: {fault}; a folder written by save_pretrained is wanted") from None
+            raise UserError(f"{source}: {fault}; a folder written by save_pretrained is wanted") from None
         if report["missing_keys"] or report["mismatched_keys"]:  # transformers would go on with random weights
             first = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[0]
-            raise common.UserError(f"{source}: weights are missing, first {first}; download or copy them again")
+            raise UserError(f"{source}: weights are missing, first {first}; download or copy them again")
         self.pooled = config.model_type == "resnet"
-        self.preprocess = data.Preprocess.from_folder(source, "encoder")
+        self.preprocess = Preprocess.from_folder(source, "encoder")
         self.requires_grad_(False).to(device).eval()  # eval: batch norm's stored statistics
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -183,28 +187,28 @@ class Encoder(nn.Module):
 
 
 @torch.inference_mode()
-def embed(encoder: Encoder, images: data.ImageStore, names: list[str], device, workers: int) -> np.ndarray:
+def embed(encoder: Encoder, images: ImageStore, names: list[str], device, workers: int) -> np.ndarray:
     """L2-normalised fp32 embeddings (B, D); UserError names a picture without a usable one."""
-    pixels = data.load_pixels(images, names, encoder.preprocess, workers)
+    pixels = load_pixels(images, names, encoder.preprocess, workers)
     features = encoder(pixels.to(device, next(encoder.parameters()).dtype)).double()
     lengths = torch.linalg.vector_norm(features, dim=1)
     for name, length in zip(names, lengths.tolist(), strict=True):
         if not 1e-12 < length < float("inf"):  # also catches NaN
             what = "zero" if length <= 1e-12 else "NaN or infinite"
             path = images.path(name)
-            raise common.UserError(f"{path}: its embedding is {what}; remove the picture or use another encoder")
+            raise UserError(f"{path}: its embedding is {what}; remove the picture or use another encoder")
     return (features / lengths[:, None]).float().cpu().numpy()
 
 
 def embed_gallery(
     encoder: Encoder,
-    images: data.ImageStore,
+    images: ImageStore,
     names: list[str],
     hashes: list[str],
     out: str,
     batch: int,
     workers: int,
-    world: common.World,
+    world: World,
 ) -> bool:
     """Writes out/embeddings.npy and names.json, unless they are there for these pictures and this encoder.
 
@@ -214,7 +218,7 @@ def embed_gallery(
     key = encoder.fingerprint()
     fingerprint = hashlib.sha256("\n".join([key, *names, *hashes]).encode()).hexdigest()
     array, listing, meta = Path(out, "embeddings.npy"), Path(out, "names.json"), Path(out, "embeddings.json")
-    if common.gather_objects(world.rank == 0 and is_current(array, listing, meta, fingerprint, names))[0]:
+    if gather_objects(world.rank == 0 and is_current(array, listing, meta, fingerprint, names))[0]:
         return False
     parts = Path(out, "embeddings.parts")
     parts.mkdir(parents=True, exist_ok=True)
@@ -224,29 +228,29 @@ def embed_gallery(
         chunks.append((start, parts / f"{start:09d}-{content[:24]}.npy"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a CPU their number changes the last bit; to use all cores, start more ranks [ours]
-    for start, path in common.progress(chunks[world.rank :: world.size], "embed"):
+    for start, path in progress(chunks[world.rank :: world.size], "embed"):
         if not path.exists():
             rows = embed(encoder, images, names[start : start + batch], world.device, workers)
             write_array(path, rows.shape, [rows])
     torch.set_num_threads(threads)
-    common.barrier()
+    barrier()
     if world.rank == 0:
         width = np.load(chunks[0][1], mmap_mode="r").shape[1]
         write_array(array, (len(names), width), (np.load(path) for _, path in chunks))
-        common.write_json(listing, names)
-        common.write_json(meta, {"fingerprint": fingerprint, "sha256": common.file_sha256(array)})
+        write_json(listing, names)
+        write_json(meta, {"fingerprint": fingerprint, "sha256": file_sha256(array)})
         shutil.rmtree(parts)
-    common.barrier()
+    barrier()
     return True
 
 
 def is_current(array: Path, listing: Path, meta: Path, fingerprint: str, names: list[str]) -> bool:
     if not (array.exists() and listing.exists() and meta.exists()):
         return False
-    wanted = common.read_json(meta)
-    if wanted["fingerprint"] != fingerprint or common.read_json(listing) != names:
+    wanted = read_json(meta)
+    if wanted["fingerprint"] != fingerprint or read_json(listing) != names:
         return False
-    return common.file_sha256(array) == wanted["sha256"]
+    return file_sha256(array) == wanted["sha256"]
 
 
 def write_array(path: Path, shape: tuple[int, ...], blocks) -> None:
@@ -289,7 +293,7 @@ def candidates(
     queries = embeddings if whole else embeddings[rows.start : rows.stop]
     itself = torch.arange(rows.start, rows.stop, device=embeddings.device)
     top_k = max(1, min(top_k, len(embeddings) - 1))
-    nearest = exact_topk(queries, embeddings, top_k, itself, block, lambda tiles: common.progress(tiles, "search"))
+    nearest = exact_topk(queries, embeddings, top_k, itself, block, lambda tiles: progress(tiles, "search"))
     found, discarded = [], Counter()
     for anchor, scores, indices in zip(rows, *(part.cpu().numpy() for part in nearest), strict=True):
         chosen = choose(scores, max_score, min_gap, group - 1)
@@ -318,7 +322,7 @@ def random_groups(embeddings: Tensor, count: int, group: int, seed: int) -> list
     """[(members, scores with the first)] of `count` subgroups of random pictures."""
     groups = []
     for i in range(count):
-        members = common.rng("random group", seed, i).choice(len(embeddings), group, replace=False).tolist()
+        members = seeded_rng("random group", seed, i).choice(len(embeddings), group, replace=False).tolist()
         rows = embeddings[torch.tensor(members, device=embeddings.device)]
         groups.append((members, exact_dot(rows[:1].expand_as(rows), rows).tolist()))
     return groups
@@ -338,10 +342,10 @@ def pairs_of(embeddings: Tensor, members: list[int], places: list[tuple[int, int
 
 
 # ---- outputs ----
-def draw(subgroups: list[dict], images: data.ImageStore, stats: dict, out: str, show: int, seed: int) -> None:
+def draw(subgroups: list[dict], images: ImageStore, stats: dict, out: str, show: int, seed: int) -> None:
     """subgroups.png and subgroups.html: some subgroups, one a row, the anchor first."""
     count = min(show, len(subgroups))
-    picked = sorted(common.rng("contact sheet", seed).permutation(len(subgroups))[:count].tolist())
+    picked = sorted(seeded_rng("contact sheet", seed).permutation(len(subgroups))[:count].tolist())
     rows = []
     for subgroup in (subgroups[i] for i in picked):
         labels = ["anchor", *(f"{score:.3f}" for score in subgroup["scores"][1:])]
@@ -351,27 +355,27 @@ def draw(subgroups: list[dict], images: data.ImageStore, stats: dict, out: str, 
     pages.contact_sheet(rows, f"{out}/subgroups.png", title=title)
     counts = pages.table([[name, str(value)] for name, value in stats["counts"].items()], ["", "count"])
     strips = [(f"Subgroup {subgroups[i]['id']}", pages.strip(row)) for i, row in zip(picked, rows, strict=True)]
-    common.write_text(f"{out}/subgroups.html", pages.page("Mined subgroups", [("Counts", counts), title, *strips]))
+    write_text(f"{out}/subgroups.html", pages.page("Mined subgroups", [("Counts", counts), title, *strips]))
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if GROUP < 3 or TOP_K < GROUP - 1:
-        raise common.UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    common.at_least(globals(), BATCH=1, BLOCK=1)
-    world = common.init_world(DEVICE)
-    names, images = data.list_images(IMAGES), data.ImageStore(IMAGES)
+        raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
+    at_least(globals(), BATCH=1, BLOCK=1)
+    world = init_world(DEVICE)
+    names, images = list_images(IMAGES), ImageStore(IMAGES)
     if CHECK:
-        report, ok = data.check_report(names, images)
+        report, ok = check_report(names, images)
         if not ok:
-            raise common.UserError(report)
-        common.say(report)
+            raise UserError(report)
+        say(report)
         return
     if Path(OUT).resolve().is_relative_to(Path(IMAGES).resolve()):
-        raise common.UserError(f"--out {OUT} is in --images: its contact sheet would be mined next time; move --out")
-    common.lock_folder(OUT)
-    log = common.Log(OUT)
+        raise UserError(f"--out {OUT} is in --images: its contact sheet would be mined next time; move --out")
+    lock_folder(OUT)
+    log = Log(OUT)
 
     # the gallery G', without the pictures of the benchmark
     stems, others = excluded(EXCLUDE)
@@ -380,19 +384,19 @@ def main() -> None:
     counts = {"images": len(names), "excluded by name": len(by_name), "excluded by content": len(by_content)}
     for reason, left_out in (("name", by_name), ("content", by_content)):
         if left_out:
-            common.say(f"excluded by {reason}: {len(left_out):,} pictures, first {', '.join(left_out[:3])}")
+            say(f"excluded by {reason}: {len(left_out):,} pictures, first {', '.join(left_out[:3])}")
     if not kept:
-        raise common.UserError(f"all {len(names):,} pictures of {IMAGES} are excluded; check --exclude")
+        raise UserError(f"all {len(names):,} pictures of {IMAGES} are excluded; check --exclude")
     names, hashes = [names[i] for i in kept], [hashes[i] for i in kept]
 
     # embeddings, then subgroups: each rank searches for its anchors, one decides on overlap
-    encoder = Encoder(ENCODER, world.device, common.pick_dtype(DTYPE, world.device))
+    encoder = Encoder(ENCODER, world.device, pick_dtype(DTYPE, world.device))
     fresh = embed_gallery(encoder, images, names, hashes, OUT, BATCH, WORKERS, world)
-    common.say(f"embeddings of {len(names):,} pictures: {'written' if fresh else 'reused'} ({OUT}/embeddings.npy)")
+    say(f"embeddings of {len(names):,} pictures: {'written' if fresh else 'reused'} ({OUT}/embeddings.npy)")
     embeddings = load_embeddings(OUT).to(world.device)
     anchors = range(len(names) * world.rank // world.size, len(names) * (world.rank + 1) // world.size)
     searched = candidates(embeddings, anchors, TOP_K, MAX_SCORE, MIN_GAP, GROUP, BLOCK)
-    searched = common.gather_objects(searched)  # in rank order, hence in anchor order
+    searched = gather_objects(searched)  # in rank order, hence in anchor order
     if world.rank != 0:
         return
     found = [group for groups, _ in searched for group in groups]
@@ -415,20 +419,20 @@ def main() -> None:
     rule |= {"grouping": GROUPING}
     stats = {"counts": counts, "rule": rule, "encoder": ENCODER, "exclude": list(EXCLUDE)}
 
-    common.write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
-    common.write_jsonl(f"{OUT}/pairs.jsonl", pairs)
-    common.write_json(f"{OUT}/stats.json", stats, indent=2)
+    write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
+    write_jsonl(f"{OUT}/pairs.jsonl", pairs)
+    write_json(f"{OUT}/stats.json", stats, indent=2)
     draw(subgroups, images, stats, OUT, SHOW, SEED)
     log.write(**counts)
     for name, value in counts.items():
-        common.say(f"{value:>10,} {name}")
+        say(f"{value:>10,} {name}")
     if not subgroups:
-        common.say(
+        say(
             f"no subgroup: one takes an anchor and {GROUP - 1} pictures, none above {MAX_SCORE} similar to it and each "
             f"{MIN_GAP} below the last; see the counts (--max_score, --min_gap, another encoder or more pictures)"
         )
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(main)
+    override(globals())
+    run(main)

@@ -7,9 +7,9 @@ Reads triplets (CIRR, FashionIQ, jsonl), pseudo.jsonl of gen_deltas.py and a CLI
 Writes OUT/model.safetensors (trained weights only), OUT/config.json, OUT/log.jsonl, OUT/last/ (to resume).
 """
 
-import common
+from common.flags import early_help
 
-common.early_help(__name__, __file__)  # answers --help before torch is imported
+early_help(__name__, __file__)  # answers --help before torch is imported
 
 import functools
 import hashlib
@@ -24,8 +24,28 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-import data
-from eval_cir import evaluate, protocol_of
+from common.annotations import read_benchmarks
+from common.batches import Draw, check_items, draw, drop_missing, training_items
+from common.console import UserError, progress, run, say
+from common.files import load_state, load_tensors, lock_folder, read_json, save_folder, save_state, tensors_sha256
+from common.flags import at_least, constants_of, override
+from common.images import Preprocess, augment, load_pixels
+from common.ranks import (
+    Log,
+    all_reduce_gradients,
+    all_sum,
+    any_rank,
+    barrier,
+    gather_objects,
+    gather_with_grad,
+    init_world,
+    pick_dtype,
+    seed_step,
+    seeded_generator,
+    seeded_rng,
+    stop_requested,
+)
+from common.retrieval import evaluate, protocol_of
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
 from kernels.reversed import reversed_combiner, reversed_sum
@@ -135,17 +155,17 @@ class CirModel(nn.Module):
         transformers.logging.disable_progress_bar()
         here = {"local_files_only": os.path.isdir(backbone)}
         if (found := model_type(backbone)) != (wanted := kind.config_class.model_type):
-            raise common.UserError(f"--backbone {backbone} is a {found} model, wanted {wanted}: fix it or --model")
+            raise UserError(f"--backbone {backbone} is a {found} model, wanted {wanted}: fix it or --model")
         how |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True} | here
         self.backbone, info = kind.from_pretrained(backbone, **how)
         if missing := sorted(info["missing_keys"]):  # they would be random, with a warning
-            raise common.UserError(f"{backbone}: {len(missing)} weights of {kind.__name__} missing, first {missing[0]}")
+            raise UserError(f"{backbone}: {len(missing)} weights of {kind.__name__} missing, first {missing[0]}")
         self.backbone.requires_grad_(False)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(backbone, **here)
-        self.preprocess = data.Preprocess.from_folder(backbone, kind.__name__)
+        self.preprocess = Preprocess.from_folder(backbone, kind.__name__)
         positions = self.backbone.config.text_config.max_position_embeddings
         if text_length > positions:
-            raise common.UserError(f"--text_length {text_length}: the text encoder has {positions} positions")
+            raise UserError(f"--text_length {text_length}: the text encoder has {positions} positions")
         self.length = text_length or positions
 
     def direct(self, embeddings: nn.Module, name: str) -> None:
@@ -279,7 +299,7 @@ class BlipTdm(CirModel):
     ):
         super().__init__()
         if first_token not in ("enc", "cls"):
-            raise common.UserError(f"--first_token {first_token}: wanted enc or cls")
+            raise UserError(f"--first_token {first_token}: wanted enc or cls")
         self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)  # transformers has no sdpa for it
         self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
@@ -364,7 +384,7 @@ def build_cir(
 
     start: a checkpoint whose weights replace those of the same names, frozen or not."""
     if model not in HUB:
-        raise common.UserError(f"--model {model}: one of {', '.join(HUB)}")
+        raise UserError(f"--model {model}: one of {', '.join(HUB)}")
     backbone, shared = backbone or HUB[model], (text_length, train_text, directions)
     if model == "sum":
         built = SumModel(backbone, *shared)
@@ -374,29 +394,29 @@ def build_cir(
         built = BlipTdm(backbone, first_token, train_tdm_head, *shared)
     if start:
         own = dict(built.named_parameters())
-        tensors = common.load_tensors(start, "model.safetensors")
+        tensors = load_tensors(start, "model.safetensors")
         put_weights({name: own[name] for name in own.keys() & tensors.keys()}, tensors, start)
     return built
 
 
 def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
     """The model that main() saved in folder, in eval mode; UserError if weights and config do not belong together."""
-    settings = common.read_json(os.path.join(folder, "config.json"))
+    settings = read_json(os.path.join(folder, "config.json"))
     if not isinstance(settings, dict) or not isinstance(settings.get("build"), dict):
-        raise common.UserError(f"{folder}/config.json is not one of train_cir.py")
+        raise UserError(f"{folder}/config.json is not one of train_cir.py")
     model = build_cir(**settings["build"])
-    put_trained(model, common.load_tensors(folder, "model.safetensors"), folder)
+    put_trained(model, load_tensors(folder, "model.safetensors"), folder)
     trained_on = settings.get("constants", {}).get("FROZEN_SHA256")
     if trained_on and trained_on != frozen_digest(model):
         on = " or ".join(filter(None, (settings["build"]["backbone"], settings["build"].get("start"))))
-        raise common.UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")
+        raise UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")
     return model.eval().to(device)
 
 
 def frozen_digest(model: CirModel) -> str:
     """sha256 of what a checkpoint stands on but does not hold: frozen weights and the pictures' preprocessing."""
     frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-    return common.tensors_sha256(frozen, repr(model.preprocess))
+    return tensors_sha256(frozen, repr(model.preprocess))
 
 
 def get_trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -415,7 +435,7 @@ def put_weights(own: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], 
     odd += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if odd:
         why = "are both with --bidirectional, or both without?" if "directions" in odd[0] else "another backbone?"
-        raise common.UserError(f"{where}: weights do not fit the model, first {odd[0]}; {why}")
+        raise UserError(f"{where}: weights do not fit the model, first {odd[0]}; {why}")
     for name, p in own.items():
         p.copy_(tensors[name])
 
@@ -439,7 +459,7 @@ def tdm_loss(
 # ---- training ----
 
 
-def image_jobs(draws: list[data.Draw]) -> list[tuple]:
+def image_jobs(draws: list[Draw]) -> list[tuple]:
     """References, then targets: ((store, name), key of the augmentation)."""
     return [(d.reference, ("reference", *d.key)) for d in draws] + [(d.target, ("target", *d.key)) for d in draws]
 
@@ -448,7 +468,7 @@ def cache_views(model: nn.Module, images: list[tuple], views: int, load, batch: 
     """K augmented views of every image through the frozen vision encoder, once -> {image: K tokens, on the CPU}."""
     cache = {image: [] for image in images}
     jobs = [(image, ("view", *image, k)) for image in images for k in range(views)]
-    for i in common.progress(range(0, len(jobs), batch), "encoding views"):  # fixed blocks: resume sees the same bits
+    for i in progress(range(0, len(jobs), batch), "encoding views"):  # fixed blocks: resume sees the same bits
         pixels = torch.stack(load(jobs[i : i + batch])).to(device)
         for (image, _), tokens in zip(jobs[i : i + batch], model.tokens(pixels).cpu(), strict=True):
             cache[image].append(tokens)
@@ -459,61 +479,61 @@ def cache_views(model: nn.Module, images: list[tuple], views: int, load, batch: 
 def encode_bank(model: nn.Module, images: list[tuple], stores: list, batch: int, autocast, world):
     """Target embeddings (len(images), d) of every training image, not augmented; each rank encodes its share."""
     rows = []
-    for i in common.progress(range(0, len(images), batch)[world.rank :: world.size], "encoding the bank"):
-        part = [data.load_pixels(stores[s], [name], model.preprocess) for s, name in images[i : i + batch]]
+    for i in progress(range(0, len(images), batch)[world.rank :: world.size], "encoding the bank"):
+        part = [load_pixels(stores[s], [name], model.preprocess) for s, name in images[i : i + batch]]
         with autocast():
             rows.append((i, model.image(torch.cat(part).to(world.device))[1].cpu()))
-    parts = sorted((part for ranks in common.gather_objects(rows) for part in ranks), key=lambda part: part[0])
+    parts = sorted((part for ranks in gather_objects(rows) for part in ranks), key=lambda part: part[0])
     return torch.cat([x for _, x in parts]).to(world.device)
 
 
 def main() -> None:
-    world = common.init_world(DEVICE)
-    device, dtype = world.device, common.pick_dtype(DTYPE, world.device)
-    common.at_least(globals(), BATCH=1, EPOCHS=0, STEPS=0, VIEWS=0, LOG_EVERY=1, SAVE_EVERY=1, VAL_EVERY=1, LR=0)
-    common.at_least(globals(), TAU=1e-4, ALPHA=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0, TEXT_LENGTH=0, COMBINER_P=0)
-    common.at_least(globals(), COMBINER_H=0, COMBINER_DROPOUT=0, WEIGHT_DECAY=0)
+    world = init_world(DEVICE)
+    device, dtype = world.device, pick_dtype(DTYPE, world.device)
+    at_least(globals(), BATCH=1, EPOCHS=0, STEPS=0, VIEWS=0, LOG_EVERY=1, SAVE_EVERY=1, VAL_EVERY=1, LR=0)
+    at_least(globals(), TAU=1e-4, ALPHA=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0, TEXT_LENGTH=0, COMBINER_P=0)
+    at_least(globals(), COMBINER_H=0, COMBINER_DROPOUT=0, WEIGHT_DECAY=0)
     # ---- what there is to train on, checked before a model loads
     given = (SAME_PAIRS, SAME_DELTAS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
-    stores, streams = data.training_items(DATASET, ROOT, SPLIT, IMAGES, *given)
+    stores, streams = training_items(DATASET, ROOT, SPLIT, IMAGES, *given)
     benchmarks, says = [], ""
     if VAL_SPLIT:
         if DATASET == "jsonl":
-            raise common.UserError(f"--val_split {VAL_SPLIT}: triplets of --dataset jsonl have no gallery to search")
+            raise UserError(f"--val_split {VAL_SPLIT}: triplets of --dataset jsonl have no gallery to search")
         protocol = "original" if DATASET == "fashioniq" else "split"
-        benchmarks = data.read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol)
+        benchmarks = read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol)
         if any(query.target is None for benchmark in benchmarks for query in benchmark.queries):
-            raise common.UserError(f"--val_split {VAL_SPLIT}: its targets are hidden; take a split with labels")
+            raise UserError(f"--val_split {VAL_SPLIT}: its targets are hidden; take a split with labels")
         counts = [f"{len(b.queries):,} queries, {len(b.gallery):,} gallery images" for b in benchmarks]
         says = f"{protocol_of(DATASET, protocol, True, ())}: {'; '.join(counts)}"
     if CHECK:
-        return data.check_items(stores, streams, benchmarks)
+        return check_items(stores, streams, benchmarks)
     for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
-            raise common.UserError(f"--val_split {VAL_SPLIT}: {len(missing):,} images missing, first {missing[0]!r}")
-    common.lock_folder(OUT)
+            raise UserError(f"--val_split {VAL_SPLIT}: {len(missing):,} images missing, first {missing[0]!r}")
+    lock_folder(OUT)
     if VAL_SPLIT:
-        common.say(f"validation on {VAL_SPLIT}, {says}")
+        say(f"validation on {VAL_SPLIT}, {says}")
     streams = [
-        data.drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, f"{what} triplets")
+        drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, f"{what} triplets")
         for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True)
     ]
     sources = [(s, items) for s, items in enumerate(streams) if items]
     if (fewest := min(len(items) for _, items in sources)) < BATCH * world.size:
-        raise common.UserError(f"{fewest} triplets are fewer than {BATCH} on each of {world.size} ranks: lower --batch")
+        raise UserError(f"{fewest} triplets are fewer than {BATCH} on each of {world.size} ranks: lower --batch")
     epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
     steps = STEPS or epochs * (len(sources[0][1]) // (BATCH * world.size))
     if BETA != "auto" and not BETA.replace(".", "", 1).isdecimal():
-        raise common.UserError(f"--beta {BETA}: wanted a number from 0, or auto")
+        raise UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     beta = float(BETA) if BETA != "auto" else 0.5 if MODEL == "blip_tdm" else 0.0
     if REVERSED_TEXT not in ("token", "delta"):
-        raise common.UserError(f"--reversed_text {REVERSED_TEXT}: wanted token or delta")
+        raise UserError(f"--reversed_text {REVERSED_TEXT}: wanted token or delta")
     token, tdm_on = REVERSED_TEXT == "token", MODEL == "blip_tdm" and TDM
     if BIDIRECTIONAL and not token:
         have = [bool(item.back) for _, items in sources for item in items]
         if not any(have):
-            raise common.UserError("--reversed_text delta: no triplet has a reverse_delta (gen_deltas.py --reverse)")
-        common.say(f"{sum(have):,} of {len(have):,} triplets have a reverse_delta; the others have no reversed loss")
+            raise UserError("--reversed_text delta: no triplet has a reverse_delta (gen_deltas.py --reverse)")
+        say(f"{sum(have):,} of {len(have):,} triplets have a reverse_delta; the others have no reversed loss")
 
     # ---- model
     backbone = os.path.abspath(BACKBONE) if os.path.isdir(BACKBONE) else BACKBONE or HUB.get(MODEL, "")
@@ -527,32 +547,32 @@ def main() -> None:
     model = build_cir(**build).to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise common.UserError(f"--model {MODEL} --train_text false trains nothing: take a Combiner, or train the text")
+        raise UserError(f"--model {MODEL} --train_text false trains nothing: take a Combiner, or train the text")
     tau = torch.tensor(TAU, device=device, requires_grad=LEARN_TAU)
     trained = parameters + [tau] * LEARN_TAU
     groups = [{"params": parameters}] + ([{"params": [tau], "weight_decay": 0.0}] if LEARN_TAU else [])
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
     texts = {text for _, items in sources for item in items for group in (*item.deltas, item.back) for text in group}
     if cut := model.too_long(sorted(texts)):
-        common.say(f"{len(cut):,} of {len(texts):,} deltas lose what exceeds {model.length} tokens: {cut[0][:60]!r}")
+        say(f"{len(cut):,} of {len(texts):,} deltas lose what exceeds {model.length} tokens: {cut[0][:60]!r}")
 
     # ---- resume
     data_hash = hashlib.sha256(json.dumps(streams).encode()).hexdigest()
-    constants = common.constants_of(globals()) | {"RANKS": world.size, "TRIPLETS_SHA256": data_hash}
+    constants = constants_of(globals()) | {"RANKS": world.size, "TRIPLETS_SHA256": data_hash}
     constants["FROZEN_SHA256"] = frozen_digest(model)  # load_cir compares it
     start, best = 0, None
-    if found := common.load_state(OUT, constants):
+    if found := load_state(OUT, constants):
         start, state = found
         if start >= steps and os.path.exists(f"{OUT}/model.safetensors"):
-            common.load_tensors(OUT, "model.safetensors")  # it is whole
-            common.say(f"{OUT} is finished ({steps} steps); for another run take another --out")
+            load_tensors(OUT, "model.safetensors")  # it is whole
+            say(f"{OUT} is finished ({steps} steps); for another run take another --out")
             return
         put_trained(model, state["weights"], OUT)
         optimizer.load_state_dict(state["optimizer"])
         tau.data.fill_(state["tau"])
         best = state["best"]
-        common.say(f"resumed after step {start} of {steps}")
-    log = common.Log(OUT, resume_step=start)
+        say(f"resumed after step {start} of {steps}")
+    log = Log(OUT, resume_step=start)
 
     # ---- images: fresh augmentation decoded one step ahead, or cached views
     strengths = (CROP_SCALE, CROP_RATIO, FLIP, JITTER, TRANSLATE, ROTATE, model.preprocess.size)
@@ -561,13 +581,13 @@ def main() -> None:
     def load_one(job: tuple) -> torch.Tensor:
         (store, name), key = job
         image = stores[store].open(name)
-        return model.preprocess(data.augment(image, common.rng(SEED, *key), *strengths) if AUGMENT else image)
+        return model.preprocess(augment(image, seeded_rng(SEED, *key), *strengths) if AUGMENT else image)
 
     size = BATCH * world.size  # of the global batch of one stream
     own = [k * size + world.rank * BATCH + i for k in range(len(sources)) for i in range(BATCH)]  # rows of this rank
 
-    def draws_of(step: int) -> list[data.Draw]:
-        return [d for s, items in sources for d in data.draw(items, s, step, size, SEED)]
+    def draws_of(step: int) -> list[Draw]:
+        return [d for s, items in sources for d in draw(items, s, step, size, SEED)]
 
     def jobs_of(step: int) -> list[tuple]:
         draws = draws_of(step)
@@ -575,7 +595,7 @@ def main() -> None:
 
     def everywhere(rows: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks, in the order of the global batch."""
-        return torch.cat([common.gather_with_grad(part) for part in rows.split(BATCH)])
+        return torch.cat([gather_with_grad(part) for part in rows.split(BATCH)])
 
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     images = sorted({image for _, items in sources for item in items for image in (item.reference, item.target)})
@@ -587,8 +607,8 @@ def main() -> None:
         ahead = pool.map(load_one, jobs_of(start))
 
     clock, seen = time.perf_counter(), 0
-    for step in common.progress(range(start, steps), "training"):
-        common.seed_step(SEED, step, world.rank)
+    for step in progress(range(start, steps), "training"):
+        seed_step(SEED, step, world.rank)
         lr = 0.5 * LR * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -598,7 +618,7 @@ def main() -> None:
         with autocast():
             if VIEWS:
                 jobs = image_jobs([draws[i] for i in own])
-                views = [(image, common.rng(SEED, "view", *key).integers(VIEWS)) for image, key in jobs]
+                views = [(image, seeded_rng(SEED, "view", *key).integers(VIEWS)) for image, key in jobs]
                 tokens = torch.stack([cache[image][k] for image, k in views]).to(device)
             else:
                 pixels = torch.stack(list(ahead)).to(device)
@@ -618,7 +638,7 @@ def main() -> None:
         # L_tdm and L_rev, of this rank's rows, against the images of all; negatives drawn outside autocast, in fp32
         if tdm_on or BIDIRECTIONAL:
             xs, cs, everyones = everywhere(x.detach()), everywhere(c.detach()), everywhere(target)
-        noise = common.generator("step", SEED, step, 0)  # the same on every rank: so are the negatives
+        noise = seeded_generator("step", SEED, step, 0)  # the same on every rank: so are the negatives
         tdm, rev = x.new_zeros(()), x.new_zeros(())
         if tdm_on:
             negatives = draw_negatives(xs, cs, targets, tau.item(), noise)
@@ -634,13 +654,13 @@ def main() -> None:
             rev = rev / sum(token or bool(d.back) for d in draws)
         optimizer.zero_grad()
         (tcc + tdm + BIDIRECTIONAL * rev).backward()
-        common.all_reduce_gradients(trained)
+        all_reduce_gradients(trained)
         tcc, tdm, rev = tcc.detach(), tdm.detach(), rev.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if common.any_rank(not bool(torch.isfinite(tcc + tdm + rev + norm))):
+        if any_rank(not bool(torch.isfinite(tcc + tdm + rev + norm))):
             names = [(d.reference[1], d.target[1], d.delta) for d in draws]
             log.write(step=step + 1, error="loss or gradient not finite", tcc=float(tcc), norm=float(norm), items=names)
-            raise common.UserError(
+            raise UserError(
                 f"loss or gradient not finite at step {step + 1}: its items are in {OUT}/log.jsonl, the last good"
                 f" state in {OUT}/last; take a lower --lr or a higher --tau, with another --out"
             )
@@ -651,10 +671,10 @@ def main() -> None:
         done, seen = step + 1, seen + len(draws)
         if done % LOG_EVERY == 0 or done == steps:
             took = time.perf_counter() - clock
-            tcc, tdm, rev = (common.all_sum(loss) for loss in (tcc, tdm, rev))
+            tcc, tdm, rev = (all_sum(loss) for loss in (tcc, tdm, rev))
             record = {"step": done, "loss": float(tcc + tdm + BIDIRECTIONAL * rev), "tcc": float(tcc)}
             record |= ({"tdm": float(tdm)} if tdm_on else {}) | ({"rev": float(rev)} if BIDIRECTIONAL else {})
-            record |= {"lr": lr, "norm": float(norm), "tau": tau.item(), "images": int(common.all_sum(encoded))}
+            record |= {"lr": lr, "norm": float(norm), "tau": tau.item(), "images": int(all_sum(encoded))}
             speed = {"items_per_s": round(seen / took, 2), "eta_s": round(took / (done - start) * (steps - done))}
             log.write(**record, **speed)
         if benchmarks and (done % VAL_EVERY == 0 or done == steps):
@@ -663,17 +683,17 @@ def main() -> None:
             chosen = ("R@1", "R@5", "R@10") if DATASET == "cirr" else ("R@10", "R@50")
             score = sum(recall[name] for name in chosen) / len(chosen)
             log.write(step=done, val=VAL_SPLIT, score=score, **recall)
-            common.say(f"step {done}: {VAL_SPLIT}", *(f"{name} {value:.2f}" for name, value in recall.items()))
+            say(f"step {done}: {VAL_SPLIT}", *(f"{name} {value:.2f}" for name, value in recall.items()))
             if best is None or score > best["score"]:
                 best = {"score": score, "step": done, "tau": tau.item()}
                 best["weights"] = get_trained(model) if KEEP_BEST else None
-        stop = common.any_rank(common.stop_requested()) and done < steps
+        stop = any_rank(stop_requested()) and done < steps
         if stop or done % SAVE_EVERY == 0 or done == steps:
             state = {"weights": get_trained(model), "optimizer": optimizer.state_dict(), "tau": tau.item()}
-            common.save_state(OUT, done, state | {"best": best}, constants)
+            save_state(OUT, done, state | {"best": best}, constants)
         if stop:
             pool.shutdown(cancel_futures=True)
-            common.say(f"stopped after step {done} of {steps}; the same command goes on from there")
+            say(f"stopped after step {done} of {steps}; the same command goes on from there")
             raise SystemExit(143)
     pool.shutdown()
 
@@ -681,11 +701,11 @@ def main() -> None:
     config = {"stage": "cir", "build": build, "step": keep["step"], "tau": keep["tau"], "constants": constants}
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": says, "score": best["score"], "step": best["step"]}
-    common.save_folder(OUT, {"model.safetensors": keep["weights"]}, {"config.json": config})
-    common.say(f"wrote {OUT}/model.safetensors: {MODEL} after step {keep['step']}")
-    common.barrier()
+    save_folder(OUT, {"model.safetensors": keep["weights"]}, {"config.json": config})
+    say(f"wrote {OUT}/model.safetensors: {MODEL} after step {keep['step']}")
+    barrier()
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(main)
+    override(globals())
+    run(main)

@@ -7,29 +7,40 @@ Reads a vision side (InstructBLIP or BLIP-2; the language model inside is never 
 Writes OUT/projection.safetensors, OUT/config.json, OUT/log.jsonl, OUT/last/ (training state: the same command resumes).
 """
 
-import common
+from common.flags import early_help
 
-common.early_help(__name__, __file__)  # answers --help before torch is imported
+early_help(__name__, __file__)  # answers --help before torch is imported
 
-import hashlib
 import math
 import os
-import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.checkpoint import checkpoint as checkpointed
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
 
-import data
-import memory
+from common import memory
+from common.annotations import Caption, read_chat
+from common.batches import ahead, check_texts, drop_missing, fingerprint, steps_of, stop_together
+from common.console import UserError, progress, run, say
+from common.files import MAY_CHANGE, load_state, lock_folder, save_folder, save_state
+from common.flags import at_least, constants_of, override
+from common.images import ImageStore, Preprocess, check_report, load_pixels
+from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
+from common.pretrained import located, read_config, read_tensors
+from common.ranks import (
+    Log,
+    all_reduce_gradients,
+    all_sum,
+    any_rank,
+    gather_objects,
+    gather_with_grad,
+    init_world,
+    pick_dtype,
+    stop_requested,
+)
 
 # ---- models ----
 VISION = "Salesforce/instructblip-vicuna-13b"  # ViT + Q-Former: folder or hub id, InstructBLIP or BLIP-2 [S4.1]
@@ -68,48 +79,6 @@ CHECK = False  # only look at the data: counts of expected, present and unreadab
 
 
 # ---- reading checkpoints ----
-def checkpoint_file(source: str, name: str) -> str | None:
-    """Path of a file of a checkpoint folder or hub id (downloaded once), None when the checkpoint has no such file."""
-    if os.path.isdir(source):
-        path = os.path.join(source, name)
-        return path if os.path.isfile(path) else None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise common.UserError(f"{source}: no such folder, and no hub id (owner/name) either")
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-
-
-def read_tensors(source: str, prefixes: tuple[str, ...] = ("",)):
-    """Yield (name, tensor) under the prefixes; shards that hold none of them are neither opened nor downloaded."""
-    index = checkpoint_file(source, "model.safetensors.index.json")
-    if index:
-        weight_map = common.read_json(index)["weight_map"]
-        shards = sorted({file for name, file in weight_map.items() if name.startswith(prefixes)})
-    else:
-        shards = ["model.safetensors"]
-    for shard in shards:
-        if os.path.basename(shard) != shard:
-            raise common.UserError(f"{index}: names a file outside its folder: {shard!r}")
-        path = checkpoint_file(source, shard)
-        if path is None:
-            raise common.UserError(f"{source}: {shard} is missing; download the checkpoint again (safetensors only)")
-        try:
-            with safe_open(path, "pt") as file:
-                names = [name for name in file.keys() if name.startswith(prefixes)]
-            for name in names:
-                with safe_open(path, "pt") as file:  # anew: pages once read stay resident while a file is open
-                    yield name, file.get_tensor(name)
-        except SafetensorError as fault:
-            raise common.UserError(f"{path}: damaged ({fault}); download or copy it again") from fault
-
-
-def read_config(source: str, kinds: tuple[str, ...]):
-    """config.json of a folder or hub id as a transformers config; its model_type must be one of kinds."""
-    if checkpoint_file(source, "config.json") is None:
-        raise common.UserError(f"{source}: no config.json; a folder written by save_pretrained, or a hub id, is wanted")
-    config = AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source))
-    if config.model_type not in kinds:
-        raise common.UserError(f"{source}: a {config.model_type} model; wanted {' or '.join(kinds)}")
-    return config
 
 
 # ---- vision: ViT + Q-Former (frozen) + projection (trained) [S3.1] ----
@@ -117,6 +86,17 @@ def vision_classes(kind: str) -> tuple[type, type]:
     if kind == "instructblip":
         return transformers.InstructBlipVisionModel, transformers.InstructBlipQFormerModel
     return transformers.Blip2VisionModel, transformers.Blip2QFormerModel
+
+
+def vision_weights(source: str) -> int:
+    """How many weights ViT and Q-Former have; those of InstructBLIP are known without a download."""
+    if not os.path.isdir(source):
+        return 1_170_000_000  # ViT-g/14 0.99, Q-Former of InstructBLIP 0.18
+    config = read_config(source, ("instructblip", "blip-2"))
+    vit, qformer = vision_classes(config.model_type)
+    with torch.device("meta"):
+        models = vit(config.vision_config), qformer(config.qformer_config)
+    return sum(p.numel() for model in models for p in model.parameters())
 
 
 class VisionProjector(nn.Module):
@@ -137,7 +117,7 @@ class VisionProjector(nn.Module):
         self.requires_grad_(False).to(device=device, dtype=dtype)
         self.projection.requires_grad_(True).float()  # AdamW's steps at lr 1e-3 would be lost in bf16's 8 bits
         self.eval()  # the Q-Former has dropout 0.1
-        self.preprocess = data.Preprocess.from_folder(source, "instructblip")
+        self.preprocess = Preprocess.from_folder(source, "instructblip")
 
     def _load(self, source: str) -> None:
         """Strict, by prefix: from_pretrained of one part of a whole checkpoint gives random weights and only warns."""
@@ -147,10 +127,10 @@ class VisionProjector(nn.Module):
                 continue
             if name not in wanted or wanted[name].shape != tensor.shape:
                 here = tuple(wanted[name].shape) if name in wanted else "no such weight"
-                raise common.UserError(f"{source}: {name} is {tuple(tensor.shape)} in the file, {here} by config.json")
+                raise UserError(f"{source}: {name} is {tuple(tensor.shape)} in the file, {here} by config.json")
             wanted.pop(name).copy_(tensor)
         if wanted:
-            raise common.UserError(f"{source}: {len(wanted)} weights are not in the files, first {min(wanted)}")
+            raise UserError(f"{source}: {len(wanted)} weights are not in the files, first {min(wanted)}")
 
     @torch.no_grad()
     def queries(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -177,91 +157,7 @@ def start_quietly(projection: nn.Linear, size: float) -> None:
     projection.bias.zero_()
 
 
-def load_llm(name: str, dtype: torch.dtype, device: torch.device | str, quantize: str = ""):
-    """LLaMA from a folder or hub id -> (model in eval mode, frozen; tokenizer). quantize: "" | "int8" | "nf4".
-
-    Weights stream from the files to the device, one tensor at a time: no accelerate, and no copy in host memory."""
-    if quantize not in ("", "int8", "nf4"):
-        raise common.UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
-    tokenizer = load_tokenizer(name)
-    config = read_config(name, ("llama",))
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    convert = quantizer(llm, quantize, dtype, device) if quantize else None
-    missing = {n for n, _ in llm.named_parameters()}  # a tied lm_head.weight is not listed
-    for key, tensor in read_tensors(name):
-        if key not in missing:
-            if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings):
-                continue  # older checkpoints store them
-            raise common.UserError(f"{name}: {key} is not a weight of the LLaMA that config.json describes")
-        path, leaf = key.rsplit(".", 1)
-        module = llm.get_submodule(path)
-        shape = (
-            (module.out_features, module.in_features) if isinstance(module, nn.Linear) else getattr(module, leaf).shape
-        )
-        if tensor.shape != tuple(shape):
-            raise common.UserError(f"{name}: {key} is {tuple(tensor.shape)} in the file, {tuple(shape)} by config.json")
-        tensor = tensor.to(dtype)
-        weight = convert(module, leaf, tensor) if convert else None
-        module._parameters[leaf] = nn.Parameter(tensor.to(device)) if weight is None else weight
-        missing.discard(key)
-    llm.tie_weights()
-    if missing:
-        raise common.UserError(f"{name}: {len(missing)} weights are not in the files, first {min(missing)}")
-    llm.model.rotary_emb = type(llm.model.rotary_emb)(config).to(device)  # its buffers are in no file, fp32
-    return llm.requires_grad_(False).eval(), tokenizer
-
-
-def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.device | str):
-    """Swap the linears (all but lm_head) for bitsandbytes' -> function (module, leaf, tensor) -> weight or None."""
-    import bitsandbytes as bnb  # lazily: optional, and its CPU backend logs at import
-
-    for name, linear in list(llm.named_modules()):
-        if type(linear) is nn.Linear and name != "lm_head":
-            size = (linear.in_features, linear.out_features, linear.bias is not None)
-            with torch.device("meta"):
-                if quantize == "nf4":
-                    swap = bnb.nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
-                else:
-                    swap = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
-            llm.set_submodule(name, swap)
-
-    def convert(module: nn.Module, leaf: str, tensor: torch.Tensor) -> nn.Parameter | None:
-        if leaf == "weight" and isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.nn.Params4bit(tensor, False, quant_type="nf4", compress_statistics=True, module=module)
-            return weight.to(device)
-        if leaf == "weight" and isinstance(module, bnb.nn.Linear8bitLt):
-            return bnb.nn.Int8Params(tensor, requires_grad=False, has_fp16_weights=False).to(device)
-        return None
-
-    return convert
-
-
-def load_tokenizer(name: str):
-    """Tokenizer of a LLaMA folder or hub id; it must have the fast form, a start and an end token."""
-    if checkpoint_file(name, "tokenizer.json") is None:
-        raise common.UserError(
-            f"{name}: no tokenizer.json (tokenizer.model alone cannot be read); "
-            "where sentencepiece is installed, AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise common.UserError(f"{name}: its tokenizer_config.json sets no bos_token or no eos_token")
-    return tokenizer
-
-
 # ---- text pieces and image tokens -> one batch of embeddings ----
-def tokenize(tokenizer, text: str) -> list[int]:
-    """Ids of one piece of text, without special tokens: a "</s>" written in a caption is text, not an end."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-def answer_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a supervised text and the end token after it."""
-    ids = tokenize(tokenizer, text.strip())
-    if not ids:
-        raise common.UserError(f"a caption without text: {text!r}; a row needs at least one supervised token")
-    return [*ids, tokenizer.eos_token_id]
 
 
 class Packed(NamedTuple):
@@ -311,41 +207,6 @@ def pack(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None 
 
 
 # ---- the LLaMA's layers spelled out: training packs its rows, generation keeps keys and values in its own place ----
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, causal: bool = False) -> torch.Tensor:
-    """q (B, T, H, d), k and v (B, S, H_kv, d), mask (T, S) True where seen, or None -> (B, T, H, d)."""
-    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **grouped).transpose(1, 2)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: x (..., T, H, d), cos and sin (T, 1, d)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
-def run_layers(llm: nn.Module, x: torch.Tensor, positions: torch.Tensor, attend, keep=..., checkpoint: bool = False):
-    """x (..., T, D) at positions (T,) -> normalised outputs of the last layer, where `keep` (an index) says.
-
-    attend(layer, q (..., T, H, d), k (..., T, H_kv, d), v) -> (..., T, H, d). The numbers of LlamaModel.forward, less
-    what only other tokens of the last layer need. checkpoint: keep each layer's input alone, compute the rest again."""
-    cos, sin = (table[0, :, None] for table in llm.model.rotary_emb(x, positions[None]))  # (T, 1, d)
-    last = len(llm.model.layers) - 1
-
-    def layer(i: int, x: torch.Tensor) -> torch.Tensor:
-        block = llm.model.layers[i]
-        h, attn = block.input_layernorm(x), block.self_attn
-        q, k, v = (linear(h).unflatten(-1, (-1, attn.head_dim)) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
-        h = attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2)
-        if i == last:
-            x, h = x[keep], h[keep]
-        x = x + attn.o_proj(h)
-        return x + block.mlp(block.post_attention_layernorm(x))
-
-    for i in range(last + 1):
-        # non-reentrant: the input of the first layer may need no gradient
-        x = checkpointed(layer, i, x, use_reentrant=False) if checkpoint else layer(i, x)
-    return llm.model.norm(x)
 
 
 def caption_loss(llm: nn.Module, batch: Packed, tokens: float, checkpoint: bool = False) -> torch.Tensor:
@@ -368,7 +229,7 @@ def caption_loss(llm: nn.Module, batch: Packed, tokens: float, checkpoint: bool 
     return F.cross_entropy(logits, batch.labels, reduction="sum") / tokens
 
 
-def caption_row(tokenizer, caption: data.Caption, image: torch.Tensor) -> list:
+def caption_row(tokenizer, caption: Caption, image: torch.Tensor) -> list:
     """Pieces of one caption's prompt: the instruction and the image tokens (Q, D) in the order of the data."""
     start, prompt = [tokenizer.bos_token_id], caption.prompt.strip()
     if caption.image_first:
@@ -377,50 +238,12 @@ def caption_row(tokenizer, caption: data.Caption, image: torch.Tensor) -> list:
 
 
 # ---- one run: order, start, faults ----
-def plan(groups: list[list[int]], epochs: int, items: int, seed: int, world: common.World, done: int):
-    """Yield (step, epoch, this rank's items) from step `done` on; a step has `items` on all ranks.
-
-    groups: items that keep together while the groups are shuffled; of one item each as a rule."""
-    per_epoch = math.ceil(sum(map(len, groups)) / items)
-    for epoch in range(done // per_epoch, epochs):
-        order = [item for g in data.epoch_order(len(groups), seed, epoch) for item in groups[g]]
-        batches = data.rank_batches(order, items, world.rank, world.size)
-        for i, mine in enumerate(batches):
-            if epoch * per_epoch + i >= done:
-                yield epoch * per_epoch + i, epoch, mine
-
-
-def ahead(load, jobs):
-    """Yield (job, load(job)) while a thread loads the next; a user's mistake in load is yielded as its result."""
-
-    def attempt(job):
-        try:
-            return load(job)
-        except (common.UserError, OSError) as fault:
-            return fault
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for job in jobs:
-            following = job, pool.submit(attempt, job)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting:
-            yield waiting[0], waiting[1].result()
-
-
-def stop_together(result) -> None:
-    """All ranks stop when one loaded a fault: one that stops alone leaves the others waiting in a collective."""
-    found = isinstance(result, Exception)
-    if common.any_rank(found):
-        raise common.UserError(next(text for text in common.gather_objects(str(result) if found else "") if text))
 
 
 def stop_not_finite(step: int, loss: float, norm: float, mine: float, names: list[str]) -> None:
     """All ranks, before the optimiser steps; loss and norm are of all ranks, mine and names of this one."""
-    guilty = [name for part in common.gather_objects([] if math.isfinite(mine) else names) for name in part]
-    raise common.UserError(
+    guilty = [name for part in gather_objects([] if math.isfinite(mine) else names) for name in part]
+    raise UserError(
         f"step {step}: loss {loss}, gradient norm {norm}; the last state saved is good; items: "
         f"{', '.join(guilty[:16]) or 'any of this step'}; try a lower --lr, or look at these items"
     )
@@ -437,68 +260,53 @@ def encode(vision: VisionProjector, images, names: list[str], views, batch: int,
         mine = group[world.rank] if world.rank < len(group) else []
         transforms = [transform for name in mine for transform in views(name)]
         repeated = [name for name in mine for _ in views(name)]
-        return data.load_pixels(images, repeated, transforms, workers) if mine else None
+        return load_pixels(images, repeated, transforms, workers) if mine else None
 
     found = {}
-    for group, pixels in common.progress(ahead(load, groups), "encode", len(groups)):
+    for group, pixels in progress(ahead(load, groups), "encode", len(groups)):
         stop_together(pixels)
         queries = vision.query_tokens[:0] if pixels is None else vision.queries(pixels)
         k = len(views(group[0][0]))
-        queries = common.gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
+        queries = gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
         found |= zip([name for chunk in group for name in chunk], queries.cpu(), strict=True)
     return found
 
 
-def check_texts(texts, where: str, most: int) -> None:
-    """Stop at start-up over (id, text) that is blank (nothing to learn) or longer than `most` characters (memory)."""
-    for name, text in texts:
-        if not 0 < len(text.strip()) <= most:
-            raise common.UserError(
-                f"{where}: record {name}: a text of {len(text.strip())} characters, 1 to {most} wanted; correct it, "
-                "or raise --max_characters"
-            )
-
-
-def fingerprint(items: list) -> str:
-    """A hash of records: a resumed run must find the data that it began with."""
-    return hashlib.sha256("\n".join(map(repr, items)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    world = common.init_world(DEVICE)
-    dtype = common.pick_dtype(DTYPE, world.device)
-    common.at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
-    common.at_least(globals(), LR=0, WARMUP=0, FLOOR=0, CLIP=0, WEIGHT_DECAY=0, START=0)
-    shape, size = memory.llm_shape(LLM), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+    world = init_world(DEVICE)
+    dtype = pick_dtype(DTYPE, world.device)
+    at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
+    at_least(globals(), LR=0, WARMUP=0, FLOOR=0, CLIP=0, WEIGHT_DECAY=0, START=0)
+    shape, size = llm_shape(LLM), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
 
     def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
         trained, tokens = (768 + 1) * shape.width, (60, 15)  # of a caption of CC3M with its prompt; supervised ones
         training = memory.training(shape, size, batch * tokens[0], batch * tokens[1], trained, 8, (), checkpoint)
-        return memory.frozen(shape, quantize, size, VISION) | training
+        return memory.frozen(shape, quantize, size, vision_weights(VISION)) | training
 
     options = memory.options_of(parts, QUANTIZE, CHECKPOINT, BATCH)
     if PLAN:
         memory.say(options, [80, 40, 24])
         return
-    captions, images = data.read_chat(CHAT), data.ImageStore(IMAGES)
+    captions, images = read_chat(CHAT), ImageStore(IMAGES)
     if CHECK:
-        report, ok = data.check_report((caption.image for caption in captions), images)
+        report, ok = check_report((caption.image for caption in captions), images)
         if not ok:
-            raise common.UserError(report)
-        common.say(report)
+            raise UserError(report)
+        say(report)
         return
-    captions = data.drop_missing(captions, lambda caption: [caption.image], images, "captions")
+    captions = drop_missing(captions, lambda caption: [caption.image], images, "captions")
     check_texts(((caption.id, caption.text) for caption in captions), CHAT, MAX_CHARACTERS)
     items = BATCH * ACCUMULATE * world.size
     total = EPOCHS * math.ceil(len(captions) / items)
 
-    common.lock_folder(OUT)
-    constants = {**common.constants_of(globals()), "items a step": items, "data": fingerprint(captions)}
-    saved = common.load_state(OUT, constants, common.MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT"})
+    lock_folder(OUT)
+    constants = {**constants_of(globals()), "items a step": items, "data": fingerprint(captions)}
+    saved = load_state(OUT, constants, MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT"})
     done, state = saved or (0, None)
     if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
-        common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
+        say(f"{OUT} is finished ({total} steps); for another run take another --out")
         return
 
     memory.say(options, [memory.has(world.device)])
@@ -511,7 +319,7 @@ def main() -> None:
     if state:
         vision.projection.load_state_dict(state["projection"])
         optimizer.load_state_dict(state["optimizer"])
-        common.say(f"resuming after step {done} of {total}")
+        say(f"resuming after step {done} of {total}")
 
     everything = sorted({caption.image for caption in captions}) if KEEP else []
     kept = encode(vision, images, everything, lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
@@ -521,11 +329,11 @@ def main() -> None:
         names = [captions[i].image for i in job[2]]
         if KEEP and names:
             return torch.cat([kept[name] for name in names])  # (n, Q, q_width)
-        return data.load_pixels(images, names, vision.preprocess, WORKERS) if names else None
+        return load_pixels(images, names, vision.preprocess, WORKERS) if names else None
 
-    log, began, seen = common.Log(OUT, done), time.time(), 0
-    jobs = ahead(load, plan([[i] for i in range(len(captions))], EPOCHS, items, SEED, world, done))
-    for (step, epoch, mine), inputs in common.progress(jobs, "align", total - done):  # Algorithm 1
+    log, began, seen = Log(OUT, done), time.time(), 0
+    jobs = ahead(load, steps_of([[i] for i in range(len(captions))], EPOCHS, items, SEED, world, done))
+    for (step, epoch, mine), inputs in progress(jobs, "align", total - done):  # Algorithm 1
         stop_together(inputs)
         warm = (step + 1) / max(1, WARMUP * total)
         fall = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * step / total)) / 2
@@ -533,7 +341,7 @@ def main() -> None:
             group["lr"] = LR * min(warm, fall)
 
         answers = [answer_ids(tokenizer, captions[i].text) for i in mine]
-        tokens = common.all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
+        tokens = all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
         share = 0.0  # of the loss, this rank's
         for at in range(0, len(mine), BATCH):
             images_in = inputs[at : at + BATCH].to(world.device)
@@ -545,9 +353,9 @@ def main() -> None:
             loss.backward()
             seen += len(batch.home)
             share += loss.item()
-        common.all_reduce_gradients(weights)
+        all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
-        loss = common.all_sum(share)
+        loss = all_sum(share)
         if not math.isfinite(loss + norm):
             stop_not_finite(step, loss, norm, share, [captions[i].id for i in mine])
         optimizer.step()
@@ -561,29 +369,24 @@ def main() -> None:
             lr=group["lr"],
             grad_norm=norm,
             items_per_s=round(items / pace, 2),
-            tokens_per_s=round(common.all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
+            tokens_per_s=round(all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
             memory=memory.peak(world.device),  # GiB on this rank
             seconds_left=round(pace * (total - step - 1)),
         )
-        stop = common.any_rank(common.stop_requested())
+        stop = any_rank(stop_requested())
         if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
             state = {"projection": vision.projection.state_dict(), "optimizer": optimizer.state_dict()}
-            common.save_state(OUT, step + 1, state, constants)
+            save_state(OUT, step + 1, state, constants)
         if stop:
-            common.say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            say(f"stopped after step {step + 1} of {total}; the same command resumes")
             raise SystemExit(143)
 
     config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
     config |= {"dim": llm.config.hidden_size, "steps": total, "captions": len(captions), "seed": SEED}
-    common.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
-    common.say(f"wrote {OUT}/projection.safetensors")
-
-
-def located(source: str) -> str:
-    """A checkpoint's name for config.json: the next stage may run from another folder."""
-    return os.path.abspath(source) if os.path.isdir(source) else source
+    save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
+    say(f"wrote {OUT}/projection.safetensors")
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(memory.advise(main, "--batch 16 --accumulate 4, --checkpoint true or --quantize nf4"))
+    override(globals())
+    run(memory.advise(main, "--batch 16 --accumulate 4, --checkpoint true or --quantize nf4"))

@@ -9,9 +9,9 @@ OUT/config.json, OUT/README.md (a model card), OUT/held_out.html (deltas beside 
 OUT/last/ (training state: the same command resumes). --merge FOLDER makes a plain LLaMA of a finished OUT.
 """
 
-import common
+from common.flags import early_help
 
-common.early_help(__name__, __file__)  # answers --help before torch is imported
+early_help(__name__, __file__)  # answers --help before torch is imported
 
 import math
 import os
@@ -25,26 +25,47 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-import data
-import memory
-import pages
 import vdg_align
+from common import memory, pages
+from common.annotations import Triplet, training_triplets
+from common.batches import ahead, check_texts, chunks, drop_missing, fingerprint, steps_of, stop_together
+from common.console import UserError, progress, run, say
+from common.decode import describe, prompt_parts, start_engine
+from common.files import (
+    MAY_CHANGE,
+    load_state,
+    load_tensors,
+    lock_folder,
+    read_json,
+    read_jsonl,
+    save_folder,
+    save_state,
+    write_text,
+)
+from common.flags import at_least, constants_of, override
+from common.images import ImageStore, check_report, load_pixels, random_resized_crop
+from common.llama import answer_ids, llm_shape, load_llm, tokenize
+from common.pretrained import read_config
+from common.ranks import (
+    Log,
+    all_reduce_gradients,
+    all_sum,
+    any_rank,
+    gather_objects,
+    init_world,
+    pick_dtype,
+    seed_step,
+    seeded_rng,
+    stop_requested,
+)
 from vdg_align import (
     Packed,
     VisionProjector,
-    ahead,
-    answer_ids,
     caption_loss,
-    check_texts,
     encode,
-    fingerprint,
-    load_llm,
     pack,
-    plan,
-    read_config,
     stop_not_finite,
-    stop_together,
-    tokenize,
+    vision_weights,
 )
 
 # ---- data ----
@@ -124,7 +145,7 @@ def add_lora(llm: nn.Module, rank: int, alpha: float, dropout: float, targets: t
     absent = set(targets) - {name.split(".")[-1] for name in names}
     if absent or not names or rank < 1:
         what = f"LoRA of rank {rank} on {', '.join(targets)}"
-        raise common.UserError(f"{what}: the LLM has no {', '.join(absent) or 'such'} module; look at --lora_targets")
+        raise UserError(f"{what}: the LLM has no {', '.join(absent) or 'such'} module; look at --lora_targets")
     for name in names:
         llm.set_submodule(name, LoRALinear(llm.get_submodule(name), rank, alpha, dropout))
     return lora_modules(llm)
@@ -175,14 +196,14 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
 
     Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
     path = f"{folder}/adapter_config.json"
-    found = common.read_json(path)
+    found = read_json(path)
     wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
         here, there = (sorted(v) if isinstance(v, list) else v or None for v in (found.get(key), value))
         if here != there:
-            raise common.UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
+            raise UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
     modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
-    fill_lora(llm, common.load_tensors(folder, "adapter_model.safetensors"), folder)
+    fill_lora(llm, load_tensors(folder, "adapter_model.safetensors"), folder)
     return modules
 
 
@@ -191,20 +212,20 @@ def fill_lora(llm: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> N
     wanted = adapter_tensors(llm)
     if wanted.keys() != tensors.keys():
         name = min(wanted.keys() ^ tensors.keys())
-        raise common.UserError(
+        raise UserError(
             f"{where}: LoRA weight {name} is {'missing' if name in wanted else 'one too many'}; wrong LLM or file"
         )
     for name, weight in wanted.items():
         found = tensors[name].shape
         if weight.shape != found:
-            raise common.UserError(f"{where}: {name} is {tuple(found)}, {tuple(weight.shape)} wanted; wrong LLM")
+            raise UserError(f"{where}: {name} is {tuple(found)}, {tuple(weight.shape)} wanted; wrong LLM")
         weight.copy_(tensors[name])
 
 
 def check_saved(llm: nn.Module, folder: str) -> None:
     """What was saved, read back as a later stage reads it, must give the outputs of the modules that were trained."""
-    tensors = common.load_tensors(folder, "adapter_model.safetensors")
-    config = common.read_json(f"{folder}/adapter_config.json")
+    tensors = load_tensors(folder, "adapter_model.safetensors")
+    config = read_json(f"{folder}/adapter_config.json")
     for name, module in lora_modules(llm.eval()).items():
         again = LoRALinear(module.base, config["r"], config["lora_alpha"], 0.0).eval()
         again.lora_A.data.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
@@ -219,7 +240,7 @@ def prompt_pieces(tokenizer, prompt: str) -> list:
     """The start token and the prompt as ids, "<reference>" and "<target>" left standing where the image tokens go."""
     parts = re.split("(<reference>|<target>)", prompt)
     if sorted(parts[1::2]) != ["<reference>", "<target>"]:
-        raise common.UserError(f"the prompt wants <reference> and <target> once each; found {parts[1::2]}")
+        raise UserError(f"the prompt wants <reference> and <target> once each; found {parts[1::2]}")
     ids = [part if at % 2 else tokenize(tokenizer, part.strip(" ")) for at, part in enumerate(parts)]
     return [[tokenizer.bos_token_id], *ids]
 
@@ -246,10 +267,10 @@ def write_merged(folder: str, out: str, dtype: str) -> None:
 
     The projection is not in it: a LLaMA has no place for pictures. A quantised base is read in full precision."""
     if os.path.exists(out):
-        raise common.UserError(f"--merge {out} exists; name a new folder")
+        raise UserError(f"--merge {out} exists; name a new folder")
     config = read_stage(folder, "tune")
     own = read_config(config["llm"], ("llama",)).dtype
-    precision = own if dtype == "auto" and own else common.pick_dtype(dtype, "cpu")
+    precision = own if dtype == "auto" and own else pick_dtype(dtype, "cpu")
     llm, tokenizer = load_llm(config["llm"], precision, "cpu")
     load_adapter(llm, folder, config["lora"])
     merge_lora(llm)
@@ -299,23 +320,23 @@ def read_stage(folder: str, stage: str) -> dict:
     """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune")."""
     path = f"{folder}/config.json"
     if not os.path.exists(path):
-        raise common.UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
-    config = common.read_json(path)
+        raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("stage") != stage:
-        raise common.UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
+        raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
     return config
 
 
 def load_projection(vision: VisionProjector, folder: str) -> None:
-    tensors = common.load_tensors(folder, "projection.safetensors")
+    tensors = load_tensors(folder, "projection.safetensors")
     wanted, found = ({n: tuple(t.shape) for n, t in d.items()} for d in (vision.projection.state_dict(), tensors))
     if wanted != found:
-        raise common.UserError(f"{folder}/projection.safetensors holds {found}; Q-Former and LLM want {wanted}")
+        raise UserError(f"{folder}/projection.safetensors holds {found}; Q-Former and LLM want {wanted}")
     vision.projection.load_state_dict(tensors)
 
 
 # ---- images ----
-def names_of(triplets: list[data.Triplet]) -> list[str]:
+def names_of(triplets: list[Triplet]) -> list[str]:
     return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})
 
 
@@ -337,14 +358,14 @@ def plain_text(text: str) -> str:
 
 
 def count_flags(said: list[tuple[str, list[str]]], known: set[str]) -> dict[str, int]:
-    """said: (delta, flags) of gen_deltas.text_of -> how many are empty, repeated, too long, copied from `known`."""
+    """said: (delta, flags) of text_of -> how many are empty, repeated, too long, copied from `known`."""
     flags = Counter(flag for _, flags in said for flag in flags)
     copied = sum(plain_text(delta) in known for delta, _ in said)
     counts = {"empty": flags["empty"], "repeated": flags["repeated"], "too_long": flags["runaway"], "copied": copied}
     return {"deltas": len(said)} | counts
 
 
-def held_out_page(held: list[data.Triplet], said: list, images: data.ImageStore, history: list[dict], show: int) -> str:
+def held_out_page(held: list[Triplet], said: list, images: ImageStore, history: list[dict], show: int) -> str:
     """A page of held-out pairs with the human and the generated delta; history: the held-out records of the log."""
     panels = []
     for triplet, (delta, flags) in list(zip(held, said, strict=True))[:show]:
@@ -364,63 +385,63 @@ def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
 
         return bnb.optim.AdamW8bit(weights, **how)
     if kind != "adamw":
-        raise common.UserError(f'--optimizer is {kind!r}; "adamw" or "adamw8bit" is wanted')
+        raise UserError(f'--optimizer is {kind!r}; "adamw" or "adamw8bit" is wanted')
     return torch.optim.AdamW(weights, **how)
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    world = common.init_world(DEVICE)
-    dtype = common.pick_dtype(DTYPE, world.device)
+    world = init_world(DEVICE)
+    dtype = pick_dtype(DTYPE, world.device)
     if MERGE:
         write_merged(OUT, MERGE, DTYPE)
-        common.say(f"wrote {MERGE}, a LLaMA with the LoRA of {OUT} in its weights")
+        say(f"wrote {MERGE}, a LLaMA with the LoRA of {OUT} in its weights")
         return
     aligned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": ""}  # of a plan or a check without one
-    common.at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0, MAX_NEW=1)
-    common.at_least(globals(), LR=0, WARMUP=0, DECAY_AT=0, DECAY=0, CLIP=0, WEIGHT_DECAY=0, HELD_OUT=0, VIEWS=0, SHOW=0)
+    at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0, MAX_NEW=1)
+    at_least(globals(), LR=0, WARMUP=0, DECAY_AT=0, DECAY=0, CLIP=0, WEIGHT_DECAY=0, HELD_OUT=0, VIEWS=0, SHOW=0)
     if not (PLAN or CHECK) or os.path.exists(f"{ALIGNED}/config.json"):
         aligned = read_stage(ALIGNED, "align")
     quantize = {"": aligned["quantize"], "none": ""}.get(QUANTIZE, QUANTIZE)
-    shape, size = memory.llm_shape(aligned["llm"]), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+    shape, size = llm_shape(aligned["llm"]), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
 
     def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
         tokens, supervised = 124 * batch, 21 * batch  # of a triplet of CIRR: 39 of the prompt, 2 x 32, 21 of the delta
         lora = LORA_RANK * shape.layers * sum(sum(shape.linears()[name]) for name in LORA_TARGETS)
         trained, state = lora + (768 + 1) * shape.width, 2 if OPTIMIZER == "adamw8bit" else 8
         training = memory.training(shape, size, tokens, supervised, trained, state, LORA_TARGETS, checkpoint)
-        return memory.frozen(shape, quantize, size, aligned["vision"]) | training
+        return memory.frozen(shape, quantize, size, vision_weights(aligned["vision"])) | training
 
     if unknown := set(LORA_TARGETS) - shape.linears().keys():
-        raise common.UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(shape.linears())}")
+        raise UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(shape.linears())}")
     options = memory.options_of(parts, quantize, CHECKPOINT, BATCH)
     if PLAN:
         memory.say(options, [80, 40, 24])
         return
-    triplets, images = data.training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES)
+    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES)
     if CHECK:
-        report, ok = data.check_report(names_of(triplets), images)
+        report, ok = check_report(names_of(triplets), images)
         report = f"{len(triplets):,} triplets; {report}"
         if not ok:
-            raise common.UserError(report)
-        common.say(report)
+            raise UserError(report)
+        say(report)
         return
-    triplets = data.drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets")
+    triplets = drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets")
     check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
-    shuffled = common.rng("held out", SEED).permutation(len(triplets)).tolist()
+    shuffled = seeded_rng("held out", SEED).permutation(len(triplets)).tolist()
     held = [triplets[i] for i in sorted(shuffled[: int(HELD_OUT * len(triplets))])]
     triplets = [triplets[i] for i in sorted(shuffled[int(HELD_OUT * len(triplets)) :])]
     items = BATCH * ACCUMULATE * world.size
     per_epoch = math.ceil(len(triplets) / items)
     total = EPOCHS * per_epoch
 
-    common.lock_folder(OUT)
-    constants = {**common.constants_of(globals()), "items a step": items, "data": fingerprint([*triplets, *held])}
+    lock_folder(OUT)
+    constants = {**constants_of(globals()), "items a step": items, "data": fingerprint([*triplets, *held])}
     free = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW"}
-    saved = common.load_state(OUT, constants, common.MAY_CHANGE | free)
+    saved = load_state(OUT, constants, MAY_CHANGE | free)
     done, state = saved or (0, None)
     if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
-        common.say(f"{OUT} is finished ({total} steps); for another run take another --out")
+        say(f"{OUT} is finished ({total} steps); for another run take another --out")
         return
 
     memory.say(options, [memory.has(world.device)])
@@ -436,13 +457,13 @@ def main() -> None:
         vision.projection.load_state_dict(state["projection"])
         fill_lora(llm, state["lora"], OUT)
         optimizer.load_state_dict(state["optimizer"])
-        common.say(f"resuming after step {done} of {total}")
+        say(f"resuming after step {done} of {total}")
 
     pieces = prompt_pieces(tokenizer, PROMPT)
 
     def crop(*keys):
         """A transform whose random crop is a function of the keys."""
-        return lambda image: vision.preprocess(data.random_resized_crop(image, common.rng(SEED, *keys), SCALE, RATIO))
+        return lambda image: vision.preprocess(random_resized_crop(image, seeded_rng(SEED, *keys), SCALE, RATIO))
 
     plain = encode(vision, images, names_of(held), lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
     cached = names_of(triplets) if VIEWS else []
@@ -461,7 +482,7 @@ def main() -> None:
         transforms = [crop(epoch, i, side) for i in mine for side in ("reference", "target")]
         if TREE:  # one crop of a picture in an epoch, as its tokens are shared
             transforms = [crop(epoch, name) for name in names]
-        return data.load_pixels(images, names, transforms, WORKERS).unflatten(0, (-1, 2))
+        return load_pixels(images, names, transforms, WORKERS).unflatten(0, (-1, 2))
 
     def held_out_loss() -> float:
         """Mean loss per token on the held-out triplets, whole images, no dropout; the same number on every rank."""
@@ -475,20 +496,19 @@ def main() -> None:
             with torch.no_grad():
                 loss += caption_loss(llm, delta_batch(llm, vision, pieces, queries, batch), 1).item()
             answers += batch
-        return common.all_sum(loss) / common.all_sum(sum(map(len, answers)))
+        return all_sum(loss) / all_sum(sum(map(len, answers)))
 
     def describe_held_out() -> list[tuple[str, list[str]]]:
         """(greedy delta, flags) of each held-out triplet, the same list on every rank."""
-        import gen_deltas  # not at the top: it imports this file
 
         llm.eval()
-        prompt, order = gen_deltas.prompt_parts(pieces)
-        engine = gen_deltas.start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, MAX_NEW, graph=False)
+        prompt, order = prompt_parts(pieces)
+        engine = start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, MAX_NEW, graph=False)
         said = []
-        for part in gen_deltas.chunks(held[world.rank :: world.size], BATCH):
+        for part in chunks(held[world.rank :: world.size], BATCH):
             pairs = [tuple(getattr(triplet, side) for side in order) for triplet in part]
-            said += gen_deltas.describe(engine, whole_images, tokenizer, pairs, [0] * len(pairs), MAX_NEW, 0.0, 0)
-        shares = common.gather_objects(said)
+            said += describe(engine, whole_images, tokenizer, pairs, [0] * len(pairs), MAX_NEW, 0.0, 0)
+        shares = gather_objects(said)
         return [shares[i % world.size][i // world.size] for i in range(len(held))]
 
     def whole_images(names: list[str]) -> torch.Tensor:
@@ -500,18 +520,18 @@ def main() -> None:
         groups = {}
         for i in sorted(range(len(triplets)), key=lambda i: (triplets[i].reference, i)):
             groups.setdefault(triplets[i].members or triplets[i].reference, []).append(i)
-    log, began, seen = common.Log(OUT, done), time.time(), 0
-    jobs = ahead(load, plan(list(groups.values()), EPOCHS, items, SEED, world, done))
-    for (step, epoch, mine), inputs in common.progress(jobs, "tune", total - done):  # Algorithm 2
+    log, began, seen = Log(OUT, done), time.time(), 0
+    jobs = ahead(load, steps_of(list(groups.values()), EPOCHS, items, SEED, world, done))
+    for (step, epoch, mine), inputs in progress(jobs, "tune", total - done):  # Algorithm 2
         stop_together(inputs)
         rate = min(1, (step + 1) / max(1, WARMUP)) * (DECAY if epoch >= DECAY_AT * EPOCHS else 1)
         for group in optimizer.param_groups:
             group["lr"] = LR * rate
 
         llm.train()
-        common.seed_step(SEED, step, world.rank)  # LoRA's dropout
+        seed_step(SEED, step, world.rank)  # LoRA's dropout
         answers = [answer_ids(tokenizer, triplets[i].delta) for i in mine]
-        tokens = common.all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
+        tokens = all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
         share = 0.0  # of the loss, this rank's
         for at in range(0, len(mine), BATCH):
             part = inputs[at : at + BATCH].to(world.device)
@@ -522,9 +542,9 @@ def main() -> None:
             loss.backward()
             seen += len(batch.home)
             share += loss.item()
-        common.all_reduce_gradients(weights)
+        all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
-        loss = common.all_sum(share)
+        loss = all_sum(share)
         if not math.isfinite(loss + norm):
             stop_not_finite(step, loss, norm, share, [f"{triplets[i].reference} -> {triplets[i].target}" for i in mine])
         optimizer.step()
@@ -538,7 +558,7 @@ def main() -> None:
             lr=group["lr"],
             grad_norm=norm,
             items_per_s=round(items / pace, 2),
-            tokens_per_s=round(common.all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
+            tokens_per_s=round(all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
             memory=memory.peak(world.device),  # GiB on this rank
             seconds_left=round(pace * (total - step - 1)),
         )
@@ -547,14 +567,14 @@ def main() -> None:
             record = {"held_out_loss": loss, "perplexity": math.exp(min(loss, 99))} | count_flags(said, known)
             log.write(step=step + 1, epoch=epoch, **record)
             if world.rank == 0:
-                history = [r for r in common.read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in r]
-                common.write_text(f"{OUT}/held_out.html", held_out_page(held, said, images, history, SHOW))
-        stop = common.any_rank(common.stop_requested())
+                history = [r for r in read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in r]
+                write_text(f"{OUT}/held_out.html", held_out_page(held, said, images, history, SHOW))
+        stop = any_rank(stop_requested())
         if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
             state = {"projection": vision.projection.state_dict(), "lora": adapter_tensors(llm)}
-            common.save_state(OUT, step + 1, {**state, "optimizer": optimizer.state_dict()}, constants)
+            save_state(OUT, step + 1, {**state, "optimizer": optimizer.state_dict()}, constants)
         if stop:
-            common.say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            say(f"stopped after step {step + 1} of {total}; the same command resumes")
             raise SystemExit(143)
 
     upstream = {key: aligned[key] for key in ("vision", "llm", "dim")} | {"quantize": quantize}
@@ -564,14 +584,14 @@ def main() -> None:
     tensors |= {"projection.safetensors": vision.projection.state_dict()}
     texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}
     if world.rank == 0:
-        measured = [record for record in common.read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in record]
+        measured = [record for record in read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in record]
         texts["README.md"] = model_card(config, measured[-1] if measured else {})
-    common.save_folder(OUT, tensors, texts)
+    save_folder(OUT, tensors, texts)
     if world.rank == 0:
         check_saved(llm, OUT)
-    common.say(f"wrote {OUT}/adapter_model.safetensors")
+    say(f"wrote {OUT}/adapter_model.safetensors")
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(memory.advise(main, "--batch 4 --accumulate 2, --checkpoint true or --quantize nf4"))
+    override(globals())
+    run(memory.advise(main, "--batch 4 --accumulate 2, --checkpoint true or --quantize nf4"))

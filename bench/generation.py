@@ -68,8 +68,10 @@ def problem(llm, pairs: int, device: str):
 
 def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None:
     if name == "ours":
-        import gen_deltas  # before torch: it sets MKL's summation order, which ours pays for
+        import gen_deltas  # noqa: F401  before torch: it sets MKL's summation order, which ours pays for
     import torch
+
+    from common.decode import generate, start_engine
 
     llm = random_llm(device)
     ids, references, targets, row = problem(llm, pairs, device)
@@ -92,7 +94,7 @@ def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None
                 places = [used.index(r) for r in row[start:stop]]
                 keys = torch.zeros(stop - start, dtype=torch.long, device=device)
                 images = references[used], targets[start:stop]
-                said += gen_deltas.generate(engine, *images, places, keys, stop - start, -1, new, 0.0, 0).tolist()
+                said += generate(engine, *images, places, keys, stop - start, -1, new, 0.0, 0).tolist()
             elif name == "release":
                 x, tokens = prompts(start, stop), []
                 for _ in range(new):
@@ -109,7 +111,7 @@ def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None
         return said
 
     if name == "ours":
-        engine = gen_deltas.start_engine(llm, ids, QUERIES, batch, new, device == "cuda")
+        engine = start_engine(llm, ids, QUERIES, batch, new, device == "cuda")
     measure.serve(run, run(), device)
 
 

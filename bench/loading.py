@@ -51,13 +51,13 @@ def load(folder: str) -> None:
     import bitsandbytes  # noqa: F401  its memory is not the load's
     import torch
 
-    import memory
-    import vdg_align
+    from common import memory
+    from common.llama import llm_shape, load_llm
 
     found, began = [], time.time()
-    peak = measure.peak_bytes(lambda: found.append(vdg_align.load_llm(folder, torch.bfloat16, "cpu", "nf4"))) / 2**30
+    peak = measure.peak_bytes(lambda: found.append(load_llm(folder, torch.bfloat16, "cpu", "nf4"))) / 2**30
     seconds = time.time() - began
-    plan = list(memory.frozen(memory.llm_shape(folder), "nf4", 2, "").items())[:2]  # the LLM and its largest weight
+    plan = list(memory.frozen(llm_shape(folder), "nf4", 2, 0).items())[:2]  # the LLM and its largest weight
     planned = sum(amount for _, amount in plan) / 2**30
     held = sum(p.numel() * p.element_size() for p in found[0][0].parameters()) / 2**30
     size = f"{Path(folder).name} shape, bf16 in two shards"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import measure  # first: it puts the repository on the path
 
-import common
+from common.files import read_jsonl, write_json, write_jsonl
 from demo import world
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -42,13 +42,13 @@ def write_blip(folder: Path) -> int:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *".,!?'-"]
     (folder / "vocab.txt").write_text("\n".join(words))
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
-    common.write_json(folder / "tokenizer_config.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", tokenizer)
     pictures = {
         "image_processor_type": "BlipImageProcessor", "do_resize": True, "resample": 3, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "size": {"height": 384, "width": 384},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
-    common.write_json(folder / "preprocessor_config.json", pictures)
+    write_json(folder / "preprocessor_config.json", pictures)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         world.write_world(str(here / "world"), 0, **sizes)
         aux = sorted(path.name for path in (here / "world" / "aux").iterdir())
         pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
-        common.write_jsonl(here / "pseudo.jsonl", pairs)
+        write_jsonl(here / "pseudo.jsonl", pairs)
         parameters = write_blip(here / "blip")
         began = time.time()
         words = f"train_cir.py --model blip_tdm --backbone {here}/blip --root {here}/world/cirr --out {here}/run"
@@ -67,7 +67,7 @@ def main() -> None:
         words += " --batch 2 --steps 1 --log_every 1 --device cpu"
         subprocess.run([sys.executable, *words.split()], cwd=measure.ROOT, check=True)
         seconds = time.time() - began
-        (line,) = common.read_jsonl(here / "run" / "log.jsonl")
+        (line,) = read_jsonl(here / "run" / "log.jsonl")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     losses = f"L_tcc {line['tcc']:.3f}, L_tdm {line['tdm']:.3f}"
     print(f"{parameters / 1e6:.0f} M parameters, {seconds:.0f} s, {peak:.1f} GiB at most; {losses}")

@@ -21,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import common  # noqa: E402
+from common.console import UserError, run, say
+from common.files import file_sha256, read_json, write_json, write_text
+from common.flags import override
 
 DEMOS = ("out/demo",)  # folders that demo.sh has finished, one a seed
 OUT = "out/claims"  # folder written
@@ -50,7 +52,7 @@ RERANKED = {"plain": "", "reranked": "--rerank 50"}
 def stands_on(demo: str, blip: str) -> str:
     """Hash of what a demo's runs follow from (world, VDG, backbone, the runs themselves): the name of their folder."""
     files = [f"{demo}/world/attributes.json", f"{demo}/vdg/manifest.json", f"{blip}/manifest.json"]
-    parts = [common.file_sha256(file) for file in (*files, f"{MODELS}/clip/model.safetensors")]
+    parts = [file_sha256(file) for file in (*files, f"{MODELS}/clip/model.safetensors")]
     return hashlib.sha256(json.dumps([parts, RUNS, QUERIES, RERANKED, ALPHA, SIZES]).encode()).hexdigest()[:8]
 
 
@@ -62,7 +64,7 @@ def stage(words: list[str], log: str) -> None:
         done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env)
     if done.returncode:
         with open(log) as file:
-            raise common.UserError(f"{' '.join(words)} failed: {file.read()[-600:]}")
+            raise UserError(f"{' '.join(words)} failed: {file.read()[-600:]}")
 
 
 def reversed_texts(demo: str, folder: str, seed: str) -> None:
@@ -96,7 +98,7 @@ def evaluation(checkpoint: str, demo: str, out: str, flags: str) -> float:
     if not os.path.exists(f"{out}/metrics.json"):
         words = f"eval_cir.py --checkpoint {checkpoint} --dataset cirr --root {demo}/world/cirr --split val"
         stage(f"{words} --official false --show 0 --out {out} {flags}".split(), f"{out}.log")
-    metrics = common.read_json(f"{out}/metrics.json")["metrics"]
+    metrics = read_json(f"{out}/metrics.json")["metrics"]
     return (metrics["R@1"] + metrics["R@5"] + metrics["R@10"]) / 3
 
 
@@ -113,7 +115,7 @@ def main() -> None:
         blip = f"{demo}/cir/blip_tdm-auxiliary"
         for made in (f"{demo}/vdg", blip):
             if not os.path.exists(f"{made}/manifest.json"):
-                raise common.UserError(f"{demo} is not a finished demo; run ./demo.sh, or ./demo.sh --seed N, first")
+                raise UserError(f"{demo} is not a finished demo; run ./demo.sh, or ./demo.sh --seed N, first")
         folder = f"{OUT}/{os.path.basename(demo)}-{stands_on(demo, blip)}"
         reversed_texts(demo, folder, seed)
         with ThreadPoolExecutor(JOBS) as pool:
@@ -128,7 +130,7 @@ def main() -> None:
                     found.setdefault(name, {}).setdefault(kind, []).append(value)
             for name, job in ranked.items():
                 found.setdefault(name, {}).setdefault("forward", []).append(job.result())
-        common.say(f"{demo}: done")
+        say(f"{demo}: done")
     rows = {name: row for name, (row, _, _) in RUNS.items()}
     rows |= {"plain": "blip_tdm with auxiliary triplets", "reranked": "the same, first 50 re-ranked by the tdm head"}
     lines = ["| | forward queries | backward, [BACKWARD] + text | backward, VDG's text |", "|---|---|---|---|"]
@@ -137,11 +139,11 @@ def main() -> None:
             cells = (cell(found[name][kind]) if kind in found[name] else "" for kind in QUERIES)
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
     record = {"demos": list(DEMOS), "alpha": ALPHA, "mean of R@1, R@5, R@10": found}
-    common.write_json(f"{OUT}/claims.json", record, indent=1)
-    common.write_text(f"{OUT}/claims.md", "\n".join(lines) + "\n")
-    common.say("\n".join(lines), f"\nwrote {OUT}/claims.md and claims.json")
+    write_json(f"{OUT}/claims.json", record, indent=1)
+    write_text(f"{OUT}/claims.md", "\n".join(lines) + "\n")
+    say("\n".join(lines), f"\nwrote {OUT}/claims.md and claims.json")
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(main)
+    override(globals())
+    run(main)

@@ -27,7 +27,9 @@ import transformers
 from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
+from common.console import progress, run
+from common.flags import override
+from common.ranks import seeded_rng
 from demo import world  # noqa: E402
 from demo.texts import KINDS_OF_TEXT, SLOTS, corpus, document  # noqa: E402
 
@@ -187,7 +189,7 @@ def preprocessor(folder: str, kind: str) -> None:
 # ---- pictures ----
 def _draw(job):
     seed, i = job
-    rng = common.rng("pretrain", seed, i)
+    rng = seeded_rng("pretrain", seed, i)
     garment = world.random_garment(rng)
     return np.asarray(world.draw(garment, rng)), garment
 
@@ -198,7 +200,7 @@ def bank(folder: str, n: int, seed: int):
     if not os.path.exists(file):
         os.makedirs(folder, exist_ok=True)
         with ProcessPoolExecutor() as pool:
-            drawn = list(common.progress(pool.map(_draw, ((seed, i) for i in range(n)), chunksize=64), "drawing", n))
+            drawn = list(progress(pool.map(_draw, ((seed, i) for i in range(n)), chunksize=64), "drawing", n))
         np.save(file, np.stack([picture for picture, _ in drawn]))
         write(file + ".json", [garment for _, garment in drawn])
     with open(file + ".json") as f:
@@ -742,5 +744,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(main)
+    override(globals())
+    run(main)

@@ -9,8 +9,10 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
-import pages  # noqa: E402
+from common import pages  # noqa: E402
+from common.console import run
+from common.files import read_json, read_jsonl, write_json, write_text
+from common.flags import override
 from demo import world  # noqa: E402
 
 OUT = "out/demo"  # folder of the demo
@@ -61,13 +63,13 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    attributes = common.read_json(f"{WORLD}/attributes.json")
+    attributes = read_json(f"{WORLD}/attributes.json")
     rows, curves = [], {model: {} for model in MODELS}
     for model in MODELS:
         for key, name in ROWS.items():
-            metrics = common.read_json(f"{OUT}/eval/{model}-{key}/metrics.json")["metrics"]
-            config = common.read_json(f"{OUT}/cir/{model}-{key}/config.json")
-            log = common.read_jsonl(f"{OUT}/cir/{model}-{key}/log.jsonl")
+            metrics = read_json(f"{OUT}/eval/{model}-{key}/metrics.json")["metrics"]
+            config = read_json(f"{OUT}/cir/{model}-{key}/config.json")
+            log = read_jsonl(f"{OUT}/cir/{model}-{key}/log.jsonl")
             curves[model][name] = [(r["step"], r["score"]) for r in log if "score" in r]
             rows.append(
                 {
@@ -78,12 +80,12 @@ def main() -> None:
                     "step": config.get("step"),
                 }
             )
-    held_out = common.read_jsonl(f"{OUT}/heldout/pseudo.jsonl")
-    auxiliary = common.read_jsonl(f"{OUT}/pseudo/pseudo.jsonl")
-    same = common.read_jsonl(f"{OUT}/same/pseudo.jsonl")
+    held_out = read_jsonl(f"{OUT}/heldout/pseudo.jsonl")
+    auxiliary = read_jsonl(f"{OUT}/pseudo/pseudo.jsonl")
+    same = read_jsonl(f"{OUT}/same/pseudo.jsonl")
     human = [
         {"reference": r["reference"], "target": r["target_hard"], "delta": r["caption"]}
-        for r in common.read_json(f"{WORLD}/cirr/captions/cap.rc2.val.json")
+        for r in read_json(f"{WORLD}/cirr/captions/cap.rc2.val.json")
     ]
     deltas = {
         name: judge(records, attributes)
@@ -94,7 +96,7 @@ def main() -> None:
             ("human-like, held-out pairs", human),
         )
     }
-    common.write_json(f"{OUT}/metrics.json", {"rows": rows, "deltas": deltas}, indent=1)
+    write_json(f"{OUT}/metrics.json", {"rows": rows, "deltas": deltas}, indent=1)
     print(table(rows))
     print("\ndeltas: precision = named changes that are true, recall = true changes that are named (percent)")
     for name, score in deltas.items():
@@ -104,7 +106,7 @@ def main() -> None:
         )
 
     root = f"{WORLD}/cirr/img_raw"
-    places = common.read_json(f"{WORLD}/cirr/image_splits/split.rc2.val.json")
+    places = read_json(f"{WORLD}/cirr/image_splits/split.rc2.val.json")
 
     def sample(records, place):
         parts = []
@@ -154,7 +156,7 @@ def main() -> None:
             cells.append((os.path.join(WORLD, "aux", record[key]), text))
     pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200, lines=2)
     for model in MODELS:
-        found = common.read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl")
+        found = read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl")
         shown = []
         for r in found[:: max(1, len(found) // 8)][:8]:
             names = r["top"][:6]
@@ -172,7 +174,7 @@ def main() -> None:
         sections.append((f"Retrievals of {model}, {ROWS['auxiliary']}: human queries, taken evenly", *shown))
 
     def losses_of(runs: dict[str, str]) -> dict:
-        logs = {name: common.read_jsonl(f"{OUT}/{folder}/log.jsonl") for name, folder in runs.items()}
+        logs = {name: read_jsonl(f"{OUT}/{folder}/log.jsonl") for name, folder in runs.items()}
         return {name: [(r["step"], r["loss"]) for r in log if "loss" in r] for name, log in logs.items()}
 
     sections.append(("Alignment and tuning", pages.curve(losses_of({"align": "align", "vdg": "vdg"}), y_label="loss")))
@@ -196,10 +198,10 @@ def main() -> None:
             ),
         )
     )
-    common.write_text(f"{OUT}/index.html", pages.page("VDG on the embedded world", sections))
+    write_text(f"{OUT}/index.html", pages.page("VDG on the embedded world", sections))
     print(f"\n{OUT}/index.html is the page to look at; {OUT}/metrics.json holds the table")
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(main)
+    override(globals())
+    run(main)

@@ -19,7 +19,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
+from common.console import progress, run
+from common.files import write_json
+from common.flags import override
+from common.ranks import seeded_rng
 
 # ---- what is written ----
 OUT = "out/demo/world"  # folder of the world
@@ -461,7 +464,7 @@ def judged(text: str, a: dict, b: dict) -> list[tuple[str, bool]]:
 def _draw_to(job):
     path, garment, key = job
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    draw(garment, common.rng(*key)).save(path, quality=92)
+    draw(garment, seeded_rng(*key)).save(path, quality=92)
 
 
 def write_world(
@@ -476,7 +479,7 @@ def write_world(
 
     pairid = 0
     for split, groups in (("train", -(-train // len(RING))), ("dev", dev), ("val", val), ("test1", test)):
-        rng = common.rng("cirr", seed, split)
+        rng = seeded_rng("cirr", seed, split)
         table, records = {}, []
         for g in range(groups):
             garments = family(rng, 6)
@@ -501,11 +504,11 @@ def write_world(
                 pairid += 1
         if split == "train":
             records = records[:train]
-        common.write_json(os.path.join(out, "cirr/captions", f"cap.rc2.{split}.json"), records)
-        common.write_json(os.path.join(out, "cirr/image_splits", f"split.rc2.{split}.json"), table)
+        write_json(os.path.join(out, "cirr/captions", f"cap.rc2.{split}.json"), records)
+        write_json(os.path.join(out, "cirr/image_splits", f"split.rc2.{split}.json"), table)
     for category, kind in (("dress", "dress"), ("shirt", "shirt"), ("toptee", "coat")):
         for split in ("train", "val"):
-            rng = common.rng("fashioniq", seed, category, split)
+            rng = seeded_rng("fashioniq", seed, category, split)
             records, names_all = [], []
             for g in range(fashioniq):
                 garments = [dict(garment, category=kind) for garment in family(rng, 6)]
@@ -517,9 +520,9 @@ def write_world(
                         captions = [delta(garments[r], garments[t], rng) for _ in range(2)]
                         records.append({"target": names[t], "candidate": names[r], "captions": captions})
                 names_all += names
-            common.write_json(os.path.join(out, "fashioniq/captions", f"cap.{category}.{split}.json"), records)
-            common.write_json(os.path.join(out, "fashioniq/image_splits", f"split.{category}.{split}.json"), names_all)
-    rng, records = common.rng("chat", seed), []
+            write_json(os.path.join(out, "fashioniq/captions", f"cap.{category}.{split}.json"), records)
+            write_json(os.path.join(out, "fashioniq/image_splits", f"split.{category}.{split}.json"), names_all)
+    rng, records = seeded_rng("chat", seed), []
     prompts = (
         "Provide a brief description of the given image.",
         "Write a terse but informative summary of the picture.",
@@ -541,14 +544,14 @@ def write_world(
                 ],
             }
         )
-    common.write_json(os.path.join(out, "chat/chat.json"), records)
-    rng = common.rng("aux", seed)
+    write_json(os.path.join(out, "chat/chat.json"), records)
+    rng = seeded_rng("aux", seed)
     pile = [garment for _ in range(aux) for garment in family(rng, 7)]
     for i, k in enumerate(rng.permutation(len(pile))):  # shuffled: names tell nothing about families
         picture("aux", f"aux_{i:05d}.jpg", pile[k])
-    common.write_json(os.path.join(out, "attributes.json"), attributes)
+    write_json(os.path.join(out, "attributes.json"), attributes)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for _ in common.progress(pool.map(_draw_to, jobs, chunksize=64), f"drawing {len(jobs):,} garments", len(jobs)):
+        for _ in progress(pool.map(_draw_to, jobs, chunksize=64), f"drawing {len(jobs):,} garments", len(jobs)):
             pass
 
 
@@ -557,5 +560,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(main)
+    override(globals())
+    run(main)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import common
+from common.console import UserError
+from common.files import write_json, write_text
+from common.flags import parse_flags, read_flags
 from demo import claims
 
 ROOT = Path(__file__).parent.parent
@@ -15,20 +17,20 @@ ROOT = Path(__file__).parent.parent
 def test_commands_and_table(tmp_path, monkeypatch):
     demos = [tmp_path / "demo", tmp_path / "demo-seed-1"]
     for demo in demos:
-        common.write_json(demo / "vdg" / "manifest.json", {})
-        common.write_json(demo / "cir" / "blip_tdm-auxiliary" / "manifest.json", {})
-        common.write_json(demo / "world" / "attributes.json", {})
+        write_json(demo / "vdg" / "manifest.json", {})
+        write_json(demo / "cir" / "blip_tdm-auxiliary" / "manifest.json", {})
+        write_json(demo / "world" / "attributes.json", {})
     asked = []
 
     def stage(words: list[str], log: str) -> None:
-        flags = common.parse_flags(common.read_flags(ROOT / words[0]), words[1:])  # raises for a flag that is none
+        flags = parse_flags(read_flags(ROOT / words[0]), words[1:])  # raises for a flag that is none
         asked.append((words[0], flags))
         out = Path(flags["OUT"])
         if words[0] == "gen_deltas.py":
-            common.write_text(out / "pseudo.jsonl", "")
+            write_text(out / "pseudo.jsonl", "")
         elif words[0] == "eval_cir.py":
             value = 10.0 if "seed-1" in str(out) else 40.0
-            common.write_json(out / "metrics.json", {"metrics": {"R@1": value, "R@5": value, "R@10": value + 3}})
+            write_json(out / "metrics.json", {"metrics": {"R@1": value, "R@5": value, "R@10": value + 3}})
 
     monkeypatch.setattr(claims, "stage", stage)
     monkeypatch.setattr(claims, "DEMOS", tuple(map(str, demos)))
@@ -53,10 +55,10 @@ def test_commands_and_table(tmp_path, monkeypatch):
     first = len(asked)
     claims.main()  # nothing changed: only training is asked for again, as the one faked here left no weights
     assert {script for script, _ in asked[first:]} == {"train_cir.py"}
-    common.write_json(demos[0] / "vdg" / "manifest.json", {"another": "VDG"})
+    write_json(demos[0] / "vdg" / "manifest.json", {"another": "VDG"})
     first = len(asked)
     claims.main()
     assert sum(script == "gen_deltas.py" for script, _ in asked[first:]) == 2  # of the demo that is another now
     monkeypatch.setattr(claims, "DEMOS", (str(tmp_path / "nothing"),))
-    with pytest.raises(common.UserError, match="run ./demo.sh"):
+    with pytest.raises(UserError, match="run ./demo.sh"):
         claims.main()

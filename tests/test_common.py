@@ -15,18 +15,52 @@ import pytest
 import torch
 from ranks import run_ranks
 
-import common
-from common import UserError
+from common.console import UserError
+from common.files import (
+    JSON_LIMIT,
+    JsonlAppender,
+    _locks,
+    _write_manifest,
+    load_state,
+    load_tensors,
+    lock_folder,
+    read_json,
+    read_jsonl,
+    save_folder,
+    save_state,
+    write_json,
+    write_text,
+)
+from common.flags import constants_of, early_help, override
+from common.ranks import (
+    Log,
+    _seed,
+    all_reduce_gradients,
+    all_sum,
+    any_rank,
+    barrier,
+    gather_objects,
+    gather_with_grad,
+    init_world,
+    pick_dtype,
+    seed_step,
+    seeded_generator,
+    seeded_rng,
+)
 
-ROOT = Path(common.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 SCRIPT = '''"""Stage 9: a script for the tests.
 
 Reads nothing."""
-import common
 
-common.early_help(__name__, __file__)
+from common.flags import early_help
+
+early_help(__name__, __file__)
 import json  # a stage imports torch here
+
+from common.console import UserError, run
+from common.flags import constants_of, override
 
 # ---- data ----
 ROOT = "data/cirr"  # annotation root [S6.1]
@@ -52,7 +86,7 @@ lower = 3  # no flag
 
 
 def main():
-    print(json.dumps(common.constants_of(globals())))
+    print(json.dumps(constants_of(globals())))
     if SPLIT == "gone":
         raise FileNotFoundError("image x.png is missing\\nin two lines")
     if SPLIT == "open":
@@ -60,12 +94,12 @@ def main():
     if SPLIT == "bug":
         raise ValueError("a bug")
     if SPLIT == "mistake":
-        raise common.UserError("found \\x1b[31mred, wanted blue")
+        raise UserError("found \\x1b[31mred, wanted blue")
 
 
 if __name__ == "__main__":
-    common.override(globals())
-    common.run(main)
+    override(globals())
+    run(main)
 '''.replace("    # and this goes on", "# not indented")
 
 
@@ -81,10 +115,10 @@ def call(script, *argv, env_more=None):
     return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, env=env)
 
 
-def override(script, *argv) -> dict:
+def overridden(script, *argv) -> dict:
     space = {"__file__": str(script), "__name__": "stage"}
     exec(compile(script.read_text(), str(script), "exec"), space)
-    common.override(space, list(argv))
+    override(space, list(argv))
     return space
 
 
@@ -120,7 +154,7 @@ def override(script, *argv) -> dict:
     ],
 )
 def test_override_sets(script, argv, name, value):
-    space = override(script, *argv)
+    space = overridden(script, *argv)
     assert space[name] == value and type(space[name]) is type(value)
 
 
@@ -147,7 +181,7 @@ def test_override_sets(script, argv, name, value):
 )
 def test_override_refuses(script, argv, message):
     with pytest.raises(UserError) as caught:
-        override(script, *argv)
+        overridden(script, *argv)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -174,7 +208,7 @@ def test_help_is_fast_grouped_and_complete(script):
     assert len(rows) == 11 and max(map(len, lines)) <= 120
     # `-h` too; and the constants in the help are those that override knows
     assert call(script, "-h").stdout == done.stdout
-    assert {"--" + name.lower() for name in common.constants_of(override(script))} == set(rows)
+    assert {"--" + name.lower() for name in constants_of(overridden(script))} == set(rows)
 
 
 def test_mistakes_end_a_script_with_one_line(script):
@@ -189,7 +223,7 @@ def test_mistakes_end_a_script_with_one_line(script):
         done = call(script, *argv)
         assert (done.returncode, done.stderr) == (1, line + "\n")
     late = script.with_name("late.py")  # without early_help
-    late.write_text(SCRIPT.replace("common.early_help(__name__, __file__)\n", ""))
+    late.write_text(SCRIPT.replace("early_help(__name__, __file__)\n", ""))
     done = call(late, "--step", "1")
     assert done.returncode == 1 and done.stderr.startswith("error: unknown flag --step;")
     assert done.stderr.count("\n") == 1
@@ -201,7 +235,7 @@ def test_mistakes_end_a_script_with_one_line(script):
 
 def test_early_help_leaves_an_imported_script_alone(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest", "--help", "--nonsense"])
-    common.early_help("stage", str(script))
+    early_help("stage", str(script))
 
 
 # ---------------------------------------------------------------- files
@@ -209,18 +243,18 @@ def test_early_help_leaves_an_imported_script_alone(script, monkeypatch):
 
 def test_write_text_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "new" / "a.json"
-    common.write_json(path, {"text": "snow\u2028man"}, indent=2)
-    assert common.read_json(path) == {"text": "snow\u2028man"}
+    write_json(path, {"text": "snow\u2028man"}, indent=2)
+    assert read_json(path) == {"text": "snow\u2028man"}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        common.write_text(path, "half")
+        write_text(path, "half")
     monkeypatch.undo()
-    assert common.read_json(path) == {"text": "snow\u2028man"}
-    common.write_text(path, "{}")  # over the stray .tmp
+    assert read_json(path) == {"text": "snow\u2028man"}
+    write_text(path, "{}")  # over the stray .tmp
     assert [p.name for p in path.parent.iterdir()] == ["a.json"] and path.read_text() == "{}"
 
 
@@ -246,7 +280,7 @@ def test_read_json_is_strict(tmp_path, data, message):
     path = tmp_path / "x.json"
     path.write_bytes(data)
     with pytest.raises(UserError) as caught:
-        common.read_json(path, limit=256 if b"  " in data else common.JSON_LIMIT)
+        read_json(path, limit=256 if b"  " in data else JSON_LIMIT)
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
 
 
@@ -254,19 +288,19 @@ def test_read_json_wants_a_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     for name in ("pipe.json", "."):
         with pytest.raises(UserError, match="not a regular file"):
-            common.read_json(tmp_path / name)
+            read_json(tmp_path / name)
     with pytest.raises(FileNotFoundError):
-        common.read_json(tmp_path / "none.json")
+        read_json(tmp_path / "none.json")
 
 
 def test_read_jsonl(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes('{"a": "x\u2028y\u0085z"}\n\n{"a": 2}\r\n{"a": 3}'.encode())
-    assert common.read_jsonl(path) == [{"a": "x\u2028y\u0085z"}, {"a": 2}, {"a": 3}]
+    assert read_jsonl(path) == [{"a": "x\u2028y\u0085z"}, {"a": 2}, {"a": 3}]
     for bad, message in [(b'{"a": 1}\n{"a": \n', "line 2: not JSON"), (b"[1]\n", "line 1: wanted a JSON object")]:
         path.write_bytes(bad)
         with pytest.raises(UserError, match=message):
-            common.read_jsonl(path)
+            read_jsonl(path)
 
 
 # ---------------------------------------------------------------- jsonl that is appended to
@@ -275,7 +309,7 @@ def test_read_jsonl(tmp_path):
 def test_appender_cuts_torn_tails_and_goes_on(tmp_path, capsys):
     path = tmp_path / "parts" / "pseudo.jsonl"
     records = [{"id": 0, "delta": "is\u2028red"}, {"id": 1, "delta": 'a "quoted"\nline'}]
-    appender = common.JsonlAppender(path, {"seed": (1, 2)})
+    appender = JsonlAppender(path, {"seed": (1, 2)})
     assert appender.done == []
     for record in records:
         appender.append(record)
@@ -283,32 +317,32 @@ def test_appender_cuts_torn_tails_and_goes_on(tmp_path, capsys):
     third = '{"id": 2, "delta": "ünfinished\u2028"}\n'.encode()
     for cut in range(len(third)):  # every place a kill can tear the line, in the middle of a character too
         path.write_bytes(whole + third[:cut])
-        again = common.JsonlAppender(path, {"seed": [1, 2]})
+        again = JsonlAppender(path, {"seed": [1, 2]})
         assert again.done == records and path.read_bytes() == whole
         assert ("cut" in capsys.readouterr().err) == (cut > 0)
     for tail in (b"\0" * 700 + b"\n", b"[1]\n{\n", b'{"id": NaN}\n'):  # a power cut leaves zeros
         path.write_bytes(whole + tail)
-        assert common.JsonlAppender(path, {"seed": [1, 2]}).done == records and path.read_bytes() == whole
+        assert JsonlAppender(path, {"seed": [1, 2]}).done == records and path.read_bytes() == whole
     path.write_bytes(b"{\n" + whole)  # damage that no kill makes
     with pytest.raises(UserError, match="line 1"):
-        common.JsonlAppender(path, {"seed": [1, 2]})
+        JsonlAppender(path, {"seed": [1, 2]})
 
 
 def test_appender_refuses_another_fingerprint(tmp_path):
     path = tmp_path / "a.jsonl"
-    common.JsonlAppender(path, {"adapter": "x", "seed": 1})
-    appender = common.JsonlAppender(path, {"adapter": "y", "seed": 1})  # nothing was written yet
+    JsonlAppender(path, {"adapter": "x", "seed": 1})
+    appender = JsonlAppender(path, {"adapter": "y", "seed": 1})  # nothing was written yet
     appender.append({"id": 0})
     with pytest.raises(UserError, match='adapter: "y" there, "z" now'):
-        common.JsonlAppender(path, {"adapter": "z", "seed": 1})
-    assert common.read_jsonl(path) == [{"id": 0}]
+        JsonlAppender(path, {"adapter": "z", "seed": 1})
+    assert read_jsonl(path) == [{"id": 0}]
     Path(f"{path}.meta.json").unlink()
     with pytest.raises(UserError, match="absent there"):
-        common.JsonlAppender(path, {"adapter": "y", "seed": 1})
+        JsonlAppender(path, {"adapter": "y", "seed": 1})
 
 
 def test_append_on_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
-    appender = common.JsonlAppender(tmp_path / "a.jsonl", {})
+    appender = JsonlAppender(tmp_path / "a.jsonl", {})
     appender.append({"id": 0})
     write = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))  # what a full disk does
@@ -318,12 +352,12 @@ def test_append_on_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 
 
 def test_log(tmp_path):
-    log = common.Log(tmp_path / "out")
+    log = Log(tmp_path / "out")
     for step in range(4):
         log.write(step=step, loss=float("nan") if step == 1 else 0.5)
     log.path.open("ab").write(b'{"step": 9')
-    common.Log(tmp_path / "out", resume_step=2).write(step=3, loss=0.25)
-    records = common.read_jsonl(log.path)
+    Log(tmp_path / "out", resume_step=2).write(step=3, loss=0.25)
+    records = read_jsonl(log.path)
     assert [r["step"] for r in records] == [0, 1, 2, 3] and records[1]["loss"] == "nan" and records[3]["loss"] == 0.25
 
 
@@ -346,13 +380,13 @@ def names(out) -> list[str]:
 
 
 def test_state_round_trip_and_two_are_kept(tmp_path):
-    assert common.load_state(tmp_path, CONSTANTS) is None
+    assert load_state(tmp_path, CONSTANTS) is None
     for step in (5, 10, 100):
-        common.save_state(tmp_path, step, state_of(step), CONSTANTS)
+        save_state(tmp_path, step, state_of(step), CONSTANTS)
     assert names(tmp_path) == ["step-10", "step-100"]
-    step, state = common.load_state(tmp_path, CONSTANTS)
+    step, state = load_state(tmp_path, CONSTANTS)
     assert holds((step, state), 100) and state["optimiser"]["state"][0]["exp_avg"][3] == 206
-    common.save_state(tmp_path, 100, state_of(100), CONSTANTS)  # the last step of a run that is repeated
+    save_state(tmp_path, 100, state_of(100), CONSTANTS)  # the last step of a run that is repeated
     assert names(tmp_path) == ["step-10", "step-100"]
 
 
@@ -371,29 +405,29 @@ def test_everything_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     watch("fsync", lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name)
     for name in ("rename", "replace"):
         watch(name, lambda source, target: Path(target).name)
-    common.save_state(tmp_path, 5, state_of(5), CONSTANTS)
+    save_state(tmp_path, 5, state_of(5), CONSTANTS)
     place = {event: index for index, event in enumerate(events)}
     order = ["fsync state.pt", "replace manifest.json", "fsync step-5.tmp", "rename step-5", "fsync last"]
     places = [place[tuple(event.split())] for event in order]
     assert places == sorted(places) and place["fsync", "manifest.json.tmp"] < place["replace", "manifest.json"]
     events.clear()
-    common.write_text(tmp_path / "a.txt", "text")
+    write_text(tmp_path / "a.txt", "text")
     assert events == [("fsync", "a.txt.tmp"), ("replace", "a.txt"), ("fsync", tmp_path.name)]
 
 
 def test_constants_differ(tmp_path):
-    common.save_state(tmp_path, 5, state_of(5), CONSTANTS)
-    assert holds(common.load_state(tmp_path, {**CONSTANTS, "DEVICE": "cuda"}), 5)
+    save_state(tmp_path, 5, state_of(5), CONSTANTS)
+    assert holds(load_state(tmp_path, {**CONSTANTS, "DEVICE": "cuda"}), 5)
     with pytest.raises(UserError, match=r"other constants \(LR: 0.1 there, 0.2 now\)"):
-        common.load_state(tmp_path, {**CONSTANTS, "LR": 0.2})
+        load_state(tmp_path, {**CONSTANTS, "LR": 0.2})
     with pytest.raises(UserError, match="NEW: absent there, 1 now"):
-        common.load_state(tmp_path, {**CONSTANTS, "NEW": 1})
-    assert holds(common.load_state(tmp_path, {**CONSTANTS, "NEW": 1}, may_change={"NEW"}), 5)
+        load_state(tmp_path, {**CONSTANTS, "NEW": 1})
+    assert holds(load_state(tmp_path, {**CONSTANTS, "NEW": 1}, may_change={"NEW"}), 5)
 
 
 def test_every_flipped_bit_is_seen(tmp_path, capsys):
     for step in (5, 10):
-        common.save_state(tmp_path, step, state_of(step), CONSTANTS)
+        save_state(tmp_path, step, state_of(step), CONSTANTS)
     folder = tmp_path / "last" / "step-10"
     draw = random.Random(0)
     for name, count in (("state.pt", 30), ("manifest.json", 60)):
@@ -403,32 +437,32 @@ def test_every_flipped_bit_is_seen(tmp_path, capsys):
             data = bytearray(whole)
             data[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(data)
-            found = common.load_state(tmp_path, CONSTANTS)
+            found = load_state(tmp_path, CONSTANTS)
             loud = "does not verify" in capsys.readouterr().err
             # a flip in the manifest's white space or in an unread key may be harmless: then nothing is lost
             assert holds(found, 5) and loud or name == "manifest.json" and holds(found, 10)
         (folder / name).write_bytes(whole)
-    assert holds(common.load_state(tmp_path, CONSTANTS), 10)
+    assert holds(load_state(tmp_path, CONSTANTS), 10)
 
 
 def test_damaged_checkpoints(tmp_path, capsys):
     for step in (5, 10):
-        common.save_state(tmp_path, step, state_of(step), CONSTANTS)
+        save_state(tmp_path, step, state_of(step), CONSTANTS)
     last = tmp_path / "last"
     state = last / "step-10" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
-    assert holds(common.load_state(tmp_path, CONSTANTS), 5) and "WARNING" in capsys.readouterr().err
-    common.save_state(tmp_path, 8, state_of(8), CONSTANTS)  # the resumed run: the bad future goes, two good ones stay
+    assert holds(load_state(tmp_path, CONSTANTS), 5) and "WARNING" in capsys.readouterr().err
+    save_state(tmp_path, 8, state_of(8), CONSTANTS)  # the resumed run: the bad future goes, two good ones stay
     assert names(tmp_path) == ["step-5", "step-8"]
     (last / "step-9.tmp").mkdir()  # stray folders of killed saves
     (last / "step-9.tmp" / "state.pt").write_bytes(b"x")
-    assert holds(common.load_state(tmp_path, CONSTANTS), 8)
+    assert holds(load_state(tmp_path, CONSTANTS), 8)
     (last / "step-8" / "manifest.json").unlink()
-    assert holds(common.load_state(tmp_path, CONSTANTS), 5)
+    assert holds(load_state(tmp_path, CONSTANTS), 5)
     (last / "step-5" / "state.pt").unlink()
     with pytest.raises(UserError, match="no checkpoint in .* verifies"):
-        common.load_state(tmp_path, CONSTANTS)
-    common.save_state(tmp_path, 12, state_of(12), CONSTANTS)
+        load_state(tmp_path, CONSTANTS)
+    save_state(tmp_path, 12, state_of(12), CONSTANTS)
     assert "step-9.tmp" not in names(tmp_path)
 
 
@@ -437,27 +471,27 @@ def test_a_pickle_is_not_executed(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
-    common.save_state(tmp_path, 5, state_of(5), CONSTANTS)
+    save_state(tmp_path, 5, state_of(5), CONSTANTS)
     folder = tmp_path / "last" / "step-5"
     torch.save({"step": 5, "constants": "{}", "state": Evil()}, folder / "state.pt")
-    common._write_manifest(folder, {"step": 5})
+    _write_manifest(folder, {"step": 5})
     with pytest.raises(UserError, match="not a training state"):
-        common.load_state(tmp_path, CONSTANTS)
+        load_state(tmp_path, CONSTANTS)
     assert not (tmp_path / "executed").exists()
 
 
 def write_for_ever(out: Path, saved: int) -> None:
     """What a stage writes each time it saves, in a forked child until it is killed; a byte in the pipe for each."""
     torch.set_num_threads(1)  # OpenMP's thread pool does not survive a fork: the child would hang in its first tensor
-    found = common.load_state(out, {})
+    found = load_state(out, {})
     step = found[0] if found else 0
     while True:
         os.write(saved, b"x")
         step += 1
-        common.save_state(out, step, {"w": torch.full((50_000,), float(step))}, {})
+        save_state(out, step, {"w": torch.full((50_000,), float(step))}, {})
         tensors = {"model.safetensors": {"w": torch.full((9,), float(step))}}
-        common.save_folder(out, tensors, {"config.json": {"step": step}})
-        common.JsonlAppender(out / "a.jsonl", {}).append({"step": step, "text": "x" * 5000})
+        save_folder(out, tensors, {"config.json": {"step": step}})
+        JsonlAppender(out / "a.jsonl", {}).append({"step": step, "text": "x" * 5000})
 
 
 def test_kill_9_while_saving(tmp_path):
@@ -483,18 +517,18 @@ def test_kill_9_while_saving(tmp_path):
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         os.close(wait)
-        found = common.load_state(out, {})
+        found = load_state(out, {})
         assert found is None or bool((found[1]["w"] == found[0]).all())
         assert found is None or found[0] >= reached
         reached = found[0] if found else 0
         if (out / "manifest.json").exists():
             try:  # the old result, the new one, or a word that it is neither; never a mixture
-                result = common.load_tensors(out, "model.safetensors")["w"]
-                assert result[0] == common.read_json(out / "config.json")["step"]
+                result = load_tensors(out, "model.safetensors")["w"]
+                assert result[0] == read_json(out / "config.json")["step"]
             except UserError as error:
                 assert "damaged" in str(error) or "missing" in str(error)
     assert reached >= 8  # the draws above wait for so many saves; none was lost
-    steps = {record["step"] for record in common.JsonlAppender(out / "a.jsonl", {}).done}
+    steps = {record["step"] for record in JsonlAppender(out / "a.jsonl", {}).done}
     assert len(set(range(1, reached)) - steps) <= kills  # a kill comes between the checkpoint and its line: one a kill
 
 
@@ -502,25 +536,25 @@ def test_save_folder(tmp_path):
     out = tmp_path / "model"
     for scale in (1.0, 2.0):  # a new folder, then over it
         tensors = {"adapter.safetensors": {"a": torch.eye(3).t() * scale, "b": torch.ones(2, dtype=torch.bfloat16)}}
-        common.save_folder(out, tensors, {"config.json": {"scale": scale}, "README.md": "text"})
+        save_folder(out, tensors, {"config.json": {"scale": scale}, "README.md": "text"})
         (out / "log.jsonl").write_text("{}\n")
-        assert torch.equal(common.load_tensors(out, "adapter.safetensors")["a"], torch.eye(3) * scale)
-        assert common.read_json(out / "config.json") == {"scale": scale} and (out / "README.md").read_text() == "text"
+        assert torch.equal(load_tensors(out, "adapter.safetensors")["a"], torch.eye(3) * scale)
+        assert read_json(out / "config.json") == {"scale": scale} and (out / "README.md").read_text() == "text"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     path = out / "adapter.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged"):
-        common.load_tensors(out, "adapter.safetensors")
+        load_tensors(out, "adapter.safetensors")
     (out / "manifest.json").unlink()  # a folder from elsewhere has none
-    common.load_tensors(out, "adapter.safetensors")
+    load_tensors(out, "adapter.safetensors")
     path.write_bytes(data[:-7])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        common.load_tensors(out, "adapter.safetensors")
+        load_tensors(out, "adapter.safetensors")
     path.unlink()
     with pytest.raises(UserError, match="is missing"):
-        common.load_tensors(out, "adapter.safetensors")
+        load_tensors(out, "adapter.safetensors")
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -528,7 +562,7 @@ def test_save_folder(tmp_path):
 def test_a_half_replaced_folder_is_refused(tmp_path, monkeypatch, moves, old):
     def save(scale):
         tensors = {"a.safetensors": {"a": torch.full((3,), scale)}, "b.safetensors": {"b": torch.full((3,), scale)}}
-        common.save_folder(tmp_path / "model", tensors, {"config.json": {"scale": scale}})
+        save_folder(tmp_path / "model", tensors, {"config.json": {"scale": scale}})
 
     class Killed(Exception):
         pass
@@ -550,27 +584,28 @@ def test_a_half_replaced_folder_is_refused(tmp_path, monkeypatch, moves, old):
         save(2.0)
     monkeypatch.undo()
     if moves == 0 and old:  # nothing moved yet: the old result is whole
-        assert common.load_tensors(tmp_path / "model", "b.safetensors")["b"][0] == 1
+        assert load_tensors(tmp_path / "model", "b.safetensors")["b"][0] == 1
     else:
         with pytest.raises(UserError, match="damaged|missing"):
-            common.load_tensors(tmp_path / "model", "b.safetensors")
+            load_tensors(tmp_path / "model", "b.safetensors")
     save(3.0)
-    assert common.load_tensors(tmp_path / "model", "b.safetensors")["b"][0] == 3
+    assert load_tensors(tmp_path / "model", "b.safetensors")["b"][0] == 3
 
 
 def test_lock(tmp_path):
     out = tmp_path / "out"
-    common.lock_folder(out)
-    common.lock_folder(out)  # this process holds it already
-    code = f"import common\ndef main():\n    common.lock_folder({str(out)!r})\ncommon.run(main)"
+    lock_folder(out)
+    lock_folder(out)  # this process holds it already
+    code = "from common.console import run\nfrom common.files import lock_folder\n"
+    code += f"def main():\n    lock_folder({str(out)!r})\nrun(main)"
     again = [sys.executable, "-c", code]
     done = subprocess.run(again, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and f"in use by another run (process {os.getpid()})" in done.stderr
-    common._locks.pop(out.resolve()).close()
+    _locks.pop(out.resolve()).close()
     assert subprocess.run(again, cwd=ROOT).returncode == 0
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        common.lock_folder(tmp_path / "file")
+        lock_folder(tmp_path / "file")
 
 
 # ---------------------------------------------------------------- ranks, seeds, signals
@@ -578,28 +613,28 @@ def test_lock(tmp_path):
 
 def gather_rank(x, weights, sizes):
     """A loss over all pairs of rows: each rank takes its own rows' share of it."""
-    world = common.init_world("cpu")
+    world = init_world("cpu")
     start = sum(sizes[: world.rank])
     rows = x[start : start + sizes[world.rank]]
     weights = weights.clone().requires_grad_()
     mine = (rows @ weights).tanh()
-    everything = common.gather_with_grad(mine)
+    everything = gather_with_grad(mine)
     assert everything.shape[0] == len(x)
     loss = (mine @ everything.t()).logsumexp(1).sum() / len(x)
     idle = torch.zeros(3, requires_grad=True)
     if world.rank == 0:
         (idle * 2).sum().backward()
     loss.backward()
-    common.all_reduce_gradients([weights, idle])
+    all_reduce_gradients([weights, idle])
     return {
         "gathered": everything.detach(),
         "grad": weights.grad,
         "idle": idle.grad,
-        "loss": common.all_sum(loss.item()),
-        "tensor": common.all_sum(torch.tensor([world.rank, 1])),
-        "any": common.any_rank(world.rank == 1),
-        "none": common.any_rank(False),
-        "objects": common.gather_objects({"rank": world.rank}),
+        "loss": all_sum(loss.item()),
+        "tensor": all_sum(torch.tensor([world.rank, 1])),
+        "any": any_rank(world.rank == 1),
+        "none": any_rank(False),
+        "objects": gather_objects({"rank": world.rank}),
         "rank": world.rank,
     }
 
@@ -625,18 +660,18 @@ def test_gather_with_grad_equals_one_process(sizes):
 def test_world_of_one(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    world = common.init_world("cpu")
+    world = init_world("cpu")
     assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
     x = torch.ones(2, 3, requires_grad=True)
-    assert common.gather_with_grad(x) is x
-    assert common.all_sum(2.5) == 2.5 and common.gather_objects("a") == ["a"] and common.any_rank(True) is True
-    common.barrier()
+    assert gather_with_grad(x) is x
+    assert all_sum(2.5) == 2.5 and gather_objects("a") == ["a"] and any_rank(True) is True
+    barrier()
     with pytest.raises(UserError, match="wanted auto, cpu or cuda"):
-        common.init_world("gpu")
-    assert common.pick_dtype("auto", world.device) is torch.float32
-    assert common.pick_dtype("auto", "cuda") is torch.bfloat16
+        init_world("gpu")
+    assert pick_dtype("auto", world.device) is torch.float32
+    assert pick_dtype("auto", "cuda") is torch.bfloat16
     with pytest.raises(UserError, match="fp8"):
-        common.pick_dtype("fp8", "cpu")
+        pick_dtype("fp8", "cpu")
 
 
 def test_the_kernels_package_is_refused(tmp_path, monkeypatch):
@@ -644,28 +679,30 @@ def test_the_kernels_package_is_refused(tmp_path, monkeypatch):
     (tmp_path / "kernels-0.1.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match="pip uninstall kernels"):
-        common.init_world("cpu")
+        init_world("cpu")
 
 
 def test_seeds_are_functions_of_their_keys():
     drop = torch.nn.Dropout()
     draws = []
     for seed, step, rank in [(0, 1, 0), (0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0)]:
-        common.seed_step(seed, step, rank)
+        seed_step(seed, step, rank)
         draws.append(tuple(drop(torch.ones(64)).tolist()))
     assert draws[0] == draws[1] and len(set(draws)) == 4
-    one, same, other = (common.rng(1, "epoch", epoch).random() for epoch in (2, 2, 3))
+    one, same, other = (seeded_rng(1, "epoch", epoch).random() for epoch in (2, 2, 3))
     assert one == same != other
-    assert torch.rand(1, generator=common.generator(1)) == torch.rand(1, generator=common.generator(1))
+    assert torch.rand(1, generator=seeded_generator(1)) == torch.rand(1, generator=seeded_generator(1))
     digest = hashlib.sha256(b'[0, "a"]').digest()  # spelled out: runs made today must draw the same tomorrow
-    assert common._seed(0, "a") == int.from_bytes(digest[:8], "little") // 2
+    assert _seed(0, "a") == int.from_bytes(digest[:8], "little") // 2
 
 
 LOOP = """
-import time, common
+import time
+from common.console import run
+from common.ranks import stop_requested
 def main():
     step = 0
-    while not common.stop_requested():
+    while not stop_requested():
         if not step:
             print("ready", flush=True)
         step += 1
@@ -673,7 +710,7 @@ def main():
     time.sleep({wait})
     print("saved", flush=True)
     raise SystemExit(143)
-common.run(main)
+run(main)
 """
 
 

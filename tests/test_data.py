@@ -12,11 +12,36 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, ImageOps
 
-import common
-import data
-from common import UserError
+from common.annotations import (
+    FASHIONIQ_CATEGORIES,
+    OFFICIAL,
+    Caption,
+    names_of,
+    read_chat,
+    read_cirr,
+    read_fashioniq,
+    read_triplets,
+    training_triplets,
+    write_cirr_captions,
+)
+from common.batches import epoch_order, rank_batches
+from common.console import UserError
+from common.images import (
+    ImageStore,
+    Preprocess,
+    augment,
+    check_report,
+    list_images,
+    load_pixels,
+    open_image,
+    random_resized_crop,
+    safe_name,
+    verify_image,
+)
+from common.ranks import seeded_rng
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -42,7 +67,7 @@ def put(path, value) -> str:
 def test_every_format_decodes_and_is_refused_when_cut(tmp_path, name):
     path, picture = tmp_path / name, smooth(61, 47)
     picture.save(path, quality=95)
-    opened = data.open_image(path)
+    opened = open_image(path)
     assert opened.mode == "RGB" and opened.size == (61, 47)
     assert np.abs(np.asarray(opened, int) - np.asarray(picture, int)).mean() < 6
     noise(61, 47).save(path)
@@ -50,7 +75,7 @@ def test_every_format_decodes_and_is_refused_when_cut(tmp_path, name):
     for part in (0, 0.01, 0.3, 0.6, 0.95):
         path.write_bytes(whole[: int(part * len(whole))])
         with pytest.raises(UserError, match=name):
-            data.open_image(path)
+            open_image(path)
 
 
 def test_other_formats_are_refused_whatever_they_are_called(tmp_path):
@@ -58,12 +83,12 @@ def test_other_formats_are_refused_whatever_they_are_called(tmp_path):
         path = tmp_path / f"{kind}.jpg"
         noise(32, 32).save(path, format=kind)
         with pytest.raises(UserError, match="JPEG, PNG, WEBP"):
-            data.open_image(path)
+            open_image(path)
     for text in (b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"8BPS\0\1", b"hello"):
         path = tmp_path / "text.jpg"
         path.write_bytes(text)
         with pytest.raises(UserError):
-            data.open_image(path)
+            open_image(path)
 
 
 def png_of_nothing(width: int, height: int) -> bytes:
@@ -82,14 +107,14 @@ def test_bombs_and_ribbons_are_refused_by_their_header(tmp_path, size):
     path = tmp_path / "x.png"
     path.write_bytes(png_of_nothing(*size))
     with pytest.raises(UserError, match="x.png"):
-        data.open_image(path)
+        open_image(path)
     with pytest.raises(UserError, match="x.png"):
-        data.verify_image(path)
+        verify_image(path)
 
 
 def test_an_aspect_ratio_of_twenty_is_read(tmp_path):
     noise(400, 20).save(tmp_path / "x.png")
-    assert data.open_image(tmp_path / "x.png").size == (400, 20)
+    assert open_image(tmp_path / "x.png").size == (400, 20)
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -99,10 +124,10 @@ def test_only_regular_files_are_opened(tmp_path):
     signal.alarm(20)
     for path in (tmp_path / "fifo.jpg", tmp_path / "folder.jpg", "/dev/zero"):
         with pytest.raises(UserError, match="regular file"):
-            data.open_image(path)
+            open_image(path)
     signal.alarm(0)
     with pytest.raises(FileNotFoundError):
-        data.open_image(tmp_path / "absent.jpg")
+        open_image(tmp_path / "absent.jpg")
 
 
 def test_exif_orientation_is_applied_once(tmp_path):
@@ -113,10 +138,10 @@ def test_exif_orientation_is_applied_once(tmp_path):
         path = tmp_path / f"{orientation}.png"
         upright.save(path, exif=exif)
         truth = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        opened = data.open_image(path)
+        opened = open_image(path)
         assert opened.tobytes() == truth.tobytes() and opened.size == truth.size
         opened.save(tmp_path / "again.png")
-        assert data.open_image(tmp_path / "again.png").tobytes() == opened.tobytes()
+        assert open_image(tmp_path / "again.png").tobytes() == opened.tobytes()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about EXIF that is cut short
@@ -132,7 +157,7 @@ def test_damaged_bytes_give_a_picture_or_one_line(tmp_path):
             for _ in range(1 + i % 9):
                 broken[rng.integers(len(whole) if i % 2 else min(200, len(whole)))] = rng.integers(256)
             path.write_bytes(broken)
-            for read in (data.verify_image, data.open_image):
+            for read in (verify_image, open_image):
                 try:
                     read(path)  # any other exception fails the test
                 except UserError as error:
@@ -142,7 +167,7 @@ def test_damaged_bytes_give_a_picture_or_one_line(tmp_path):
 def test_colour_modes(tmp_path):
     def opened(image: Image.Image, name="x.png", **options) -> np.ndarray:
         image.save(tmp_path / name, **options)
-        found = data.open_image(tmp_path / name)
+        found = open_image(tmp_path / name)
         assert found.mode == "RGB"
         return np.asarray(found)
 
@@ -171,7 +196,7 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
     for name in ("x.png", "x.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50, lossless=True)
-        assert (np.asarray(data.open_image(tmp_path / name)) == np.array(RED)).all()
+        assert (np.asarray(open_image(tmp_path / name)) == np.array(RED)).all()
 
 
 # ---- names and stores ----
@@ -185,16 +210,16 @@ TRAVERSALS = [
 @pytest.mark.parametrize("name", TRAVERSALS, ids=range(len(TRAVERSALS)))
 def test_names_that_could_leave_the_root_are_refused(tmp_path, name):
     with pytest.raises(UserError) as error:
-        data.safe_name(name)
+        safe_name(name)
     assert str(error.value).isprintable() and len(str(error.value)) < 250
     if isinstance(name, str):
         with pytest.raises(UserError):
-            data.ImageStore(str(tmp_path), {"id": name}).find("id")
+            ImageStore(str(tmp_path), {"id": name}).find("id")
 
 
 def test_ordinary_names_pass():
     for name in ("a.jpg", "./train/34/a.png", "train-1-img0", "ä ö/ü.jpg", "a..b.jpg", "...jpg", "服.webp", "a" * 1024):
-        assert data.safe_name(name) == name
+        assert safe_name(name) == name
 
 
 def test_store_looks_in_the_table_then_for_the_name_then_for_extensions(tmp_path):
@@ -205,7 +230,7 @@ def test_store_looks_in_the_table_then_for_the_name_then_for_extensions(tmp_path
     (two / "e").mkdir()
     table = {"a": "./train/3/a.png", "b": "./train/3/b.png", "d": "./train/4/d.png"}
     for roots in ([str(one), str(two)], f"{one}{os.pathsep}{two}"):
-        store = data.ImageStore(roots, table)
+        store = ImageStore(roots, table)
         assert os.path.samefile(store.find("a"), one / "train/3/a.png")
         assert os.path.samefile(store.find("b"), one / "b.jpg")  # not where the table says; the first root wins
         assert os.path.samefile(store.find("c"), two / "c.webp")
@@ -228,11 +253,11 @@ def test_links_stay_below_the_root(tmp_path):
     (tmp_path / "alias").symlink_to(root)
     for name in ("out.png", "out", "folder/x.png"):
         with pytest.raises(UserError, match="link"):
-            data.ImageStore(str(root)).find(name)
-    assert data.ImageStore(str(root)).open("in.png").size == (8, 8)
-    assert data.ImageStore(str(tmp_path / "alias")).open("y").size == (8, 8)  # the root itself may be a link
+            ImageStore(str(root)).find(name)
+    assert ImageStore(str(root)).open("in.png").size == (8, 8)
+    assert ImageStore(str(tmp_path / "alias")).open("y").size == (8, 8)  # the root itself may be a link
     with pytest.raises(UserError, match="link to a folder"):
-        data.list_images(root)
+        list_images(root)
 
 
 def test_list_images(tmp_path):
@@ -241,61 +266,61 @@ def test_list_images(tmp_path):
         (tmp_path / name).touch()
     for name in ("a/notes.txt", "._b.jpg", "c.gif"):
         (tmp_path / name).touch()
-    assert data.list_images(tmp_path) == ["a.jpeg", "a/b/c.webp", "a/z.png", "b.JPG"]
+    assert list_images(tmp_path) == ["a.jpeg", "a/b/c.webp", "a/z.png", "b.JPG"]
     for folder in (tmp_path / "absent", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=folder.name):
-            data.list_images(folder)
+            list_images(folder)
 
 
 # ---- the real files ----
 def test_cirr_as_published(shared):
     for root in (shared / "data" / "cirr", shared / "data"):
-        val = data.read_cirr(str(root), "val")
-        assert (len(val.queries), len(val.gallery)) == data.OFFICIAL["cirr", "val"] == (4181, 2297)
+        val = read_cirr(str(root), "val")
+        assert (len(val.queries), len(val.gallery)) == OFFICIAL["cirr", "val"] == (4181, 2297)
     query = val.queries[0]
     assert query.id == 12060 and query.reference == "dev-244-0-img0" and query.target == "dev-1028-1-img1"
     assert query.delta == "show three bottles of soft drink" and len(query.members) == 6
     assert val.images.table["dev-244-0-img0"] == "./dev/dev-244-0-img0.png"
-    test = data.read_cirr(str(root), "test1")
-    assert (len(test.queries), len(test.gallery)) == data.OFFICIAL["cirr", "test1"] == (4148, 2315)
+    test = read_cirr(str(root), "test1")
+    assert (len(test.queries), len(test.gallery)) == OFFICIAL["cirr", "test1"] == (4148, 2315)
     assert all(query.target is None for query in test.queries)
-    text, ok = data.check_report(val)
+    text, ok = check_report(names_of(val), val.images)
     assert not ok and "2,297 expected, 0 present" in text and "2,297 missing" in text and "'dev-244-0-img0'" in text
     with pytest.raises(UserError, match="cap.rc2.train.json not found"):
-        data.training_triplets("cirr", str(root), "train")
+        training_triplets("cirr", str(root), "train")
     with pytest.raises(UserError, match="hidden"):
-        data.training_triplets("cirr", str(root), "test1")
+        training_triplets("cirr", str(root), "test1")
 
 
 def test_fashioniq_as_published(shared):
     root, queries = str(shared / "data" / "fashioniq"), 0
-    for category in data.FASHIONIQ_CATEGORIES:
+    for category in FASHIONIQ_CATEGORIES:
         for protocol, key in (("original", ()), ("val", ("val",))):
-            found = data.read_fashioniq(root, "val", category, protocol=protocol)
-            assert (len(found.queries), len(found.gallery)) == data.OFFICIAL["fashioniq", "val", category, *key]
+            found = read_fashioniq(root, "val", category, protocol=protocol)
+            assert (len(found.queries), len(found.gallery)) == OFFICIAL["fashioniq", "val", category, *key]
             assert {q.target for q in found.queries} <= set(found.gallery)
         queries += len(found.queries)
-        assert all(query.target is None for query in data.read_fashioniq(root, "test", category).queries)
+        assert all(query.target is None for query in read_fashioniq(root, "test", category).queries)
     assert queries == 6016
-    counts = [data.OFFICIAL["fashioniq", "val", c][1] for c in data.FASHIONIQ_CATEGORIES]
+    counts = [OFFICIAL["fashioniq", "val", c][1] for c in FASHIONIQ_CATEGORIES]
     assert counts == [3817, 6346, 5373]
-    counts = [data.OFFICIAL["fashioniq", "val", c, "val"][1] for c in data.FASHIONIQ_CATEGORIES]
+    counts = [OFFICIAL["fashioniq", "val", c, "val"][1] for c in FASHIONIQ_CATEGORIES]
     assert counts == [2628, 3089, 2902]
-    triplets, _ = data.training_triplets("fashioniq", root, "train")
+    triplets, _ = training_triplets("fashioniq", root, "train")
     assert len(triplets) == 5985 + 5988 + 6027 and len({triplet.id for triplet in triplets}) == len(triplets)
     first = triplets[0]
     assert (first.reference, first.target) == ("B003FGW7MK", "B008BHCT58")  # the candidate is the reference
     assert first.alternatives == ("is solid black with no sleeves", "is black with straps")
     assert first.delta == "Is solid black with no sleeves and is black with straps"
-    assert len(data.training_triplets("fashioniq", root, "train", "dress")[0]) == 5985
+    assert len(training_triplets("fashioniq", root, "train", "dress")[0]) == 5985
 
 
 def test_clothing_photographs(shared):
     root = shared / "data" / "clothing"
-    names = data.list_images(root)
+    names = list_images(root)
     assert len(names) == 3409
-    text, ok = data.check_report(names[::40], data.ImageStore(str(root)))
+    text, ok = check_report(names[::40], ImageStore(str(root)))
     assert ok and "86 expected, 86 present, 0 unreadable, 0 missing" in text
 
 
@@ -318,21 +343,21 @@ def test_cirr_from_a_small_folder(tmp_path):
         path = tmp_path / f"img_raw/dev/m{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise(8, 8).save(path)
-    benchmark = data.read_cirr(str(tmp_path), "mine")  # images lie beside cirr/, as CLIP4Cir keeps them
+    benchmark = read_cirr(str(tmp_path), "mine")  # images lie beside cirr/, as CLIP4Cir keeps them
     assert [query.id for query in benchmark.queries] == [5, 6] and len(benchmark.gallery) == 8
-    assert data.check_report(benchmark)[1]
+    assert check_report(names_of(benchmark), benchmark.images)[1]
     (tmp_path / "img_raw/dev/m3.png").unlink()
     (tmp_path / "img_raw/dev/m4.png").write_bytes(b"")
-    benchmark = data.read_cirr(str(tmp_path / "cirr"), "mine")
-    text, ok = data.check_report(benchmark)
+    benchmark = read_cirr(str(tmp_path / "cirr"), "mine")
+    text, ok = check_report(names_of(benchmark), benchmark.images)
     assert not ok and "8 expected, 6 present, 1 unreadable, 1 missing" in text and "'m3'" in text and "m4.png" in text
     assert "\n" not in text
     with pytest.raises(UserError, match="nowhere"):
-        data.read_cirr(str(tmp_path), "mine", str(tmp_path / "nowhere"))
+        read_cirr(str(tmp_path), "mine", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="captions/"):
-        data.read_cirr(str(tmp_path / "img_raw"), "mine")
+        read_cirr(str(tmp_path / "img_raw"), "mine")
     with pytest.raises(UserError, match="split.rc2.val.json not found.*split.rc2.mine.json"):
-        data.read_cirr(str(tmp_path), "val")
+        read_cirr(str(tmp_path), "val")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +389,7 @@ def test_cirr_from_a_small_folder(tmp_path):
 def test_bad_cirr_files_are_named_with_record_and_field(tmp_path, records, wanted):
     write_cirr(tmp_path, records)
     with pytest.raises(UserError) as error:
-        data.read_cirr(str(tmp_path), "val")
+        read_cirr(str(tmp_path), "val")
     assert wanted in str(error.value) and "\n" not in str(error.value)
 
 
@@ -373,7 +398,7 @@ def test_bad_cirr_tables_are_named(tmp_path, table):
     write_cirr(tmp_path, [cirr_record()])
     put(tmp_path / "image_splits/split.rc2.val.json", table)
     with pytest.raises(UserError, match="split.rc2.val.json"):
-        data.read_cirr(str(tmp_path), "val")
+        read_cirr(str(tmp_path), "val")
 
 
 def test_fashioniq_from_a_small_folder(tmp_path):
@@ -383,11 +408,11 @@ def test_fashioniq_from_a_small_folder(tmp_path):
 
     good = {"target": "b", "candidate": "a", "captions": [" Is Red. ", "has dots?, "]}
     write([good], ["a", "b", "c"])
-    benchmark = data.read_fashioniq(str(tmp_path), "val", "hat")
+    benchmark = read_fashioniq(str(tmp_path), "val", "hat")
     assert benchmark.gallery == ("a", "b", "c") and benchmark.queries[0].delta == "Is red and has dots"
-    assert data.read_fashioniq(str(tmp_path), "val", "hat", protocol="val").gallery == ("a", "b")
+    assert read_fashioniq(str(tmp_path), "val", "hat", protocol="val").gallery == ("a", "b")
     with pytest.raises(UserError, match="protocol"):
-        data.read_fashioniq(str(tmp_path), "val", "hat", protocol="VAL")
+        read_fashioniq(str(tmp_path), "val", "hat", protocol="VAL")
     for record, names, wanted in (
         ({**good, "captions": ["one"]}, ["a", "b"], "1 captions"),
         ({**good, "captions": "one"}, ["a", "b"], "captions are 'one'"),
@@ -400,7 +425,7 @@ def test_fashioniq_from_a_small_folder(tmp_path):
     ):
         write([record], names)
         with pytest.raises(UserError) as error:
-            data.read_fashioniq(str(tmp_path), "val", "hat")
+            read_fashioniq(str(tmp_path), "val", "hat")
         assert wanted in str(error.value)
 
 
@@ -410,9 +435,9 @@ def test_chat(tmp_path):
         return {"id": "x7", "image": "x7.jpg", "conversations": turns, **changes}
 
     path = put(tmp_path / "chat.json", [record("Describe it.\n<image>"), record("<image>\nDescribe it.")])
-    after, before = data.read_chat(path)
-    assert after == data.Caption("x7.jpg", "Describe it.", "a red hat", False, "x7")
-    assert before == data.Caption("x7.jpg", "Describe it.", "a red hat", True, "x7")
+    after, before = read_chat(path)
+    assert after == Caption("x7.jpg", "Describe it.", "a red hat", False, "x7")
+    assert before == Caption("x7.jpg", "Describe it.", "a red hat", True, "x7")
     questions = [record(question) for question in ("Describe it.", "<image> a <image>", "a <image> b", "", 3)]
     for bad in (
         *questions,
@@ -428,20 +453,20 @@ def test_chat(tmp_path):
         ),
     ):
         with pytest.raises(UserError, match="chat.json, record 0"):
-            data.read_chat(put(tmp_path / "chat.json", [bad]))
+            read_chat(put(tmp_path / "chat.json", [bad]))
 
 
 def test_triplet_files(tmp_path):
     line = {"reference": "a.jpg", "target": "b.jpg", "delta": "make it\u2028red", "score": 0.8, "id": 4}
     path = put(tmp_path / "t.jsonl", json.dumps(line, ensure_ascii=False) + "\n" + json.dumps(line) + "\n")
-    triplets, store = data.training_triplets("jsonl", path, "")
+    triplets, store = training_triplets("jsonl", path, "")
     assert len(triplets) == 2 and triplets[0].delta == "make it\u2028red" and triplets[0].extra == {"score": 0.8}
     assert triplets[0].id == 4 and triplets[0].alternatives == () and store.roots == [str(tmp_path)]
     release = [
         {"reference": "a.jpg", "target": "b.jpg", "caption": ["human", "generated"]},
         {"reference": "c.jpg", "target": "d.jpg", "caption": "one"},
     ]
-    both, one = data.read_triplets(put(tmp_path / "vdg.json", release))
+    both, one = read_triplets(put(tmp_path / "vdg.json", release))
     assert (both.delta, both.alternatives) == ("human", ("generated",)) and (one.delta, one.alternatives) == ("one", ())
     for bad in (
         {"reference": "a", "target": "b"},
@@ -451,9 +476,9 @@ def test_triplet_files(tmp_path):
         {**line, "delta": [1]},
     ):
         with pytest.raises(UserError, match="record 0"):
-            data.read_triplets(put(tmp_path / "bad.jsonl", json.dumps(bad)))
+            read_triplets(put(tmp_path / "bad.jsonl", json.dumps(bad)))
     with pytest.raises(UserError, match="dataset"):
-        data.training_triplets("coco", path, "")
+        training_triplets("coco", path, "")
 
 
 def test_pseudo_triplets_in_cirr_format_are_read_back(tmp_path):
@@ -464,9 +489,9 @@ def test_pseudo_triplets_in_cirr_format_are_read_back(tmp_path):
             names = {"reference": f"g{subgroup}/{a}", "target": f"g{subgroup}/{b}", "delta": f"from {a} to {b} ü"}
             records.append({"id": len(records) + 100, "subgroup": subgroup, **names, "score": 0.5})
     path = tmp_path / "captions/cap.rc2.train.json"
-    data.write_cirr_captions(tmp_path, "train", records)
-    assert set(data.read_cirr(str(tmp_path), "train").gallery) == {record["reference"] for record in records}
-    queries = data.read_cirr(str(tmp_path), "train").queries
+    write_cirr_captions(tmp_path, "train", records)
+    assert set(read_cirr(str(tmp_path), "train").gallery) == {record["reference"] for record in records}
+    queries = read_cirr(str(tmp_path), "train").queries
     assert [(q.id, q.reference, q.target, q.delta) for q in queries] == [
         (r["id"], r["reference"], r["target"], r["delta"]) for r in records
     ]
@@ -475,9 +500,9 @@ def test_pseudo_triplets_in_cirr_format_are_read_back(tmp_path):
         assert (written["img_set"]["reference_rank"], written["img_set"]["target_rank"]) == pair
         assert written["target_soft"] == {query.target: 1.0}
     given = [{**record, "members": [f"g{record['subgroup']}/{i}" for i in range(6)]} for record in records[7:8]]
-    data.write_cirr_captions(tmp_path, "train", given)  # one pair of a subgroup: the members given are kept
+    write_cirr_captions(tmp_path, "train", given)  # one pair of a subgroup: the members given are kept
     assert json.loads(path.read_text())[0]["img_set"]["members"] == [f"g0/{i}" for i in range(6)]
-    data.write_cirr_captions(tmp_path, "train", [{"reference": "a", "target": "b", "delta": "x"}] * 2)
+    write_cirr_captions(tmp_path, "train", [{"reference": "a", "target": "b", "delta": "x"}] * 2)
     assert [record["pairid"] for record in json.loads(path.read_text())] == [0, 1]
 
 
@@ -515,7 +540,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_preprocess_equals_transformers(tmp_path, config):
     put(tmp_path / "preprocessor_config.json", config)
-    ours, theirs = data.Preprocess.from_folder(tmp_path), processors(config)
+    ours, theirs = Preprocess.from_folder(tmp_path), processors(config)
     for i, (width, height) in enumerate(SIZES):
         image = noise(width, height, i)
         pixels = ours(image)
@@ -526,7 +551,7 @@ def test_preprocess_equals_transformers(tmp_path, config):
 
 def test_preprocess_of_the_zoo(zoo):
     for name, use in (("clip", "clip"), ("blip", "blip"), ("instructblip", "vision"), ("resnet", "encoder")):
-        ours = data.Preprocess.from_folder(str(zoo / name), use)
+        ours = Preprocess.from_folder(str(zoo / name), use)
         theirs = processors(json.loads((zoo / name / "preprocessor_config.json").read_text()))
         image = noise(90, 61)
         assert torch.equal(ours(image), theirs(image, return_tensors="pt")["pixel_values"][0])
@@ -534,15 +559,15 @@ def test_preprocess_of_the_zoo(zoo):
 
 def test_preprocess_from_a_processor_config(tmp_path):
     put(tmp_path / "processor_config.json", {"image_processor": CONFIGS[4], "processor_class": "InstructBlipProcessor"})
-    assert data.Preprocess.from_folder(tmp_path).size == 33
+    assert Preprocess.from_folder(tmp_path).size == 33
     put(tmp_path / "preprocessor_config.json", CONFIGS[3])
-    assert data.Preprocess.from_folder(tmp_path).size == 384
+    assert Preprocess.from_folder(tmp_path).size == 384
 
 
 def test_preprocess_not_there_or_not_usable_is_one_line(tmp_path):
     for name in (tmp_path, tmp_path / "absent", "../x", "nobody/no-such-model-here", "a b", ""):
         with pytest.raises(UserError, match="text tower.*preprocessor_config.json") as error:
-            data.Preprocess.from_folder(name, "text tower")
+            Preprocess.from_folder(name, "text tower")
         assert "\n" not in str(error.value)
     for config in (
         [],
@@ -556,7 +581,7 @@ def test_preprocess_not_there_or_not_usable_is_one_line(tmp_path):
     ):
         path = put(tmp_path / "preprocessor_config.json", config)
         with pytest.raises(UserError) as error:
-            data.Preprocess.from_folder(tmp_path)
+            Preprocess.from_folder(tmp_path)
         assert path in str(error.value)
 
 
@@ -564,12 +589,12 @@ def test_preprocess_not_there_or_not_usable_is_one_line(tmp_path):
 def test_augmentation_is_a_function_of_its_generator():
     image = smooth(90, 85)
     strengths = ((0.5, 1.0), (0.75, 1.3333), 0.5, 0.2, 0.05, 10.0)
-    for change in (lambda *a, **k: data.augment(*a, *strengths, **k), data.random_resized_crop):
+    for change in (lambda *a, **k: augment(*a, *strengths, **k), random_resized_crop):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
-        one = change(image, common.rng(0, 1, 2), size=32)
+        one = change(image, seeded_rng(0, 1, 2), size=32)
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
-        assert change(image, common.rng(0, 1, 2), size=32).tobytes() == one.tobytes()
-        assert change(image, common.rng(0, 1, 3), size=32).tobytes() != one.tobytes()
+        assert change(image, seeded_rng(0, 1, 2), size=32).tobytes() == one.tobytes()
+        assert change(image, seeded_rng(0, 1, 3), size=32).tobytes() != one.tobytes()
         assert one.size == (32, 32) and one.mode == "RGB"
     assert image.tobytes() == smooth(90, 85).tobytes()  # the picture given is not changed
 
@@ -580,7 +605,7 @@ def test_resized_crop_keeps_area_and_shape_and_goes_everywhere():
     position = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
     corners, areas, rng = [], [], np.random.default_rng(0)
     for _ in range(400):
-        window = data.random_resized_crop(position, rng, (0.8, 1.0), (0.9, 1.1))
+        window = random_resized_crop(position, rng, (0.8, 1.0), (0.9, 1.1))
         w, h = window.size
         assert 0.79 <= w * h / (width * height) <= 1 and 0.89 <= w / h <= 1.11
         left, top = window.getpixel((0, 0))[:2]
@@ -588,26 +613,26 @@ def test_resized_crop_keeps_area_and_shape_and_goes_everywhere():
         corners.append((left, top)), areas.append(w * h / (width * height))
     assert min(areas) < 0.82 and max(areas) > 0.96
     assert min(c[0] for c in corners) == 0 and max(c[0] for c in corners) > 20 and max(c[1] for c in corners) > 15
-    thin = data.random_resized_crop(smooth(300, 20), rng, (0.8, 1.0), (0.9, 1.1))
+    thin = random_resized_crop(smooth(300, 20), rng, (0.8, 1.0), (0.9, 1.1))
     assert thin.size == (22, 20)  # no window fits: the largest of an allowed shape
-    assert data.random_resized_crop(smooth(3, 60), rng, (0.8, 1.0), (0.9, 1.1)).size == (3, 3)
+    assert random_resized_crop(smooth(3, 60), rng, (0.8, 1.0), (0.9, 1.1)).size == (3, 3)
 
 
 def test_each_part_of_the_augmentation_does_what_it_is_called():
     image, rng = smooth(64, 64), np.random.default_rng(0)
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "shift": 0.0, "degrees": 0.0}
-    assert data.augment(image, rng, **whole).tobytes() == image.tobytes()
-    assert data.augment(image, rng, **{**whole, "flip": 1.0}).tobytes() == ImageOps.mirror(image).tobytes()
-    flips = [data.augment(image, rng, **{**whole, "flip": 0.5}).tobytes() != image.tobytes() for _ in range(200)]
+    assert augment(image, rng, **whole).tobytes() == image.tobytes()
+    assert augment(image, rng, **{**whole, "flip": 1.0}).tobytes() == ImageOps.mirror(image).tobytes()
+    flips = [augment(image, rng, **{**whole, "flip": 0.5}).tobytes() != image.tobytes() for _ in range(200)]
     assert 70 < sum(flips) < 130
     grey = Image.new("RGB", (32, 32), (100, 100, 100))
-    levels = [data.augment(grey, rng, **{**whole, "jitter": 0.2}).getpixel((16, 16))[0] for _ in range(200)]
+    levels = [augment(grey, rng, **{**whole, "jitter": 0.2}).getpixel((16, 16))[0] for _ in range(200)]
     assert 79 <= min(levels) < 90 and 110 < max(levels) <= 120
     white = Image.new("RGB", (100, 100), WHITE)
     for part in ({"shift": 0.1}, {"degrees": 10.0}):
         uncovered = []
         for _ in range(50):
-            pixels = np.asarray(data.augment(white, rng, **{**whole, **part}), int)
+            pixels = np.asarray(augment(white, rng, **{**whole, **part}), int)
             uncovered.append((pixels < 250).any(-1).mean())
             assert pixels.min() >= 127 and pixels[50, 50].min() == 255
         assert 0.03 < max(uncovered) < 0.25
@@ -615,19 +640,20 @@ def test_each_part_of_the_augmentation_does_what_it_is_called():
 
 # ---- order and batches ----
 def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_only():
-    orders = [tuple(data.epoch_order(101, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    orders = [tuple(epoch_order(101, seed, epoch)) for seed in range(3) for epoch in range(3)]
     assert all(sorted(order) == list(range(101)) for order in orders) and len(set(orders)) == 9
-    assert data.epoch_order(101, 1, 2) == list(orders[5]) and data.epoch_order(0, 0, 0) == []
-    code = "import data; print(data.epoch_order(101, 1, 2))"  # another process: no hash randomisation in it
-    found = subprocess.check_output([sys.executable, "-c", code], cwd=os.path.dirname(data.__file__))
+    assert epoch_order(101, 1, 2) == list(orders[5]) and epoch_order(0, 0, 0) == []
+    # another process: no hash randomisation in it
+    code = "from common.batches import epoch_order; print(epoch_order(101, 1, 2))"
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
     assert json.loads(found) == list(orders[5])
 
 
 @pytest.mark.parametrize("n, batch, size", [(100, 8, 1), (100, 8, 2), (101, 8, 3), (2, 8, 4), (33, 7, 4), (0, 4, 2)])
 def test_ranks_share_what_one_rank_would_see(n, batch, size):
-    order = data.epoch_order(n, 0, 0)
-    alone = data.rank_batches(order, batch)
-    ranks = [data.rank_batches(order, batch, rank, size) for rank in range(size)]
+    order = epoch_order(n, 0, 0)
+    alone = rank_batches(order, batch)
+    ranks = [rank_batches(order, batch, rank, size) for rank in range(size)]
     for step, items in enumerate(alone):
         parts = [ranks[rank][step] for rank in range(size)]
         assert sum(parts, []) == items
@@ -639,26 +665,26 @@ def test_ranks_share_what_one_rank_would_see(n, batch, size):
 def test_load_pixels(tmp_path):
     for i in range(5):
         noise(20 + i, 30, i).save(tmp_path / f"{i}.png")
-    store, names = data.ImageStore(str(tmp_path)), ["3", "0", "4", "0.png"]
+    store, names = ImageStore(str(tmp_path)), ["3", "0", "4", "0.png"]
     put(tmp_path / "preprocessor_config.json", CONFIGS[4])
-    transform = data.Preprocess.from_folder(tmp_path)
-    pixels = data.load_pixels(store, names, transform)
+    transform = Preprocess.from_folder(tmp_path)
+    pixels = load_pixels(store, names, transform)
     assert pixels.shape == (4, 3, 33, 33)
     for row, name in zip(pixels, names, strict=True):
         assert torch.equal(row, transform(store.open(name)))
-    assert torch.equal(data.load_pixels(store, names, transform, workers=3), pixels)
+    assert torch.equal(load_pixels(store, names, transform, workers=3), pixels)
 
     def augmented(i: int):
         strengths = ((0.5, 1.0), (0.75, 1.3333), 0.5, 0.2, 0.05, 10.0)
-        return lambda image: transform(data.augment(image, common.rng(0, i), *strengths))
+        return lambda image: transform(augment(image, seeded_rng(0, i), *strengths))
 
-    each = [data.load_pixels(store, names, [augmented(i) for i in range(4)], workers) for workers in (0, 3)]
+    each = [load_pixels(store, names, [augmented(i) for i in range(4)], workers) for workers in (0, 3)]
     assert torch.equal(*each) and not torch.equal(each[0], pixels)
     for workers in (0, 3):
         with pytest.raises(FileNotFoundError, match="'9'"):
-            data.load_pixels(store, ["3", "9"], transform, workers)
+            load_pixels(store, ["3", "9"], transform, workers)
 
 
 def test_importing_data_does_not_import_torch():
-    code = "import sys, data; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(data.__file__)).returncode == 0
+    code = "import sys, common.batches; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

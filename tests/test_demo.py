@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import common
-import data
+from common.annotations import FASHIONIQ_CATEGORIES, read_chat, read_cirr, read_fashioniq, training_triplets
+from common.files import write_json, write_jsonl
+from common.images import Preprocess
 from demo import pretrain, report, texts, world
 
 MODELS = Path(__file__).parent.parent / "demo" / "models"
@@ -137,17 +138,17 @@ def test_same_seed_same_bytes_other_seed_other_pictures(small, tmp_path):
 
 
 def test_layouts_read_like_the_real_ones(small):
-    val = data.read_cirr(str(small / "cirr"), "val")
+    val = read_cirr(str(small / "cirr"), "val")
     assert len(val.queries) == 16 and len(val.gallery) == 24 and not val.images.missing(val.gallery)
     ranks = {(q.members.index(q.reference), q.members.index(q.target)) for q in val.queries}
     assert ranks <= set(world.RING)
-    assert all(q.target is None for q in data.read_cirr(str(small / "cirr"), "test1").queries)
-    triplets, images = data.training_triplets("cirr", str(small / "cirr"), "train")
+    assert all(q.target is None for q in read_cirr(str(small / "cirr"), "test1").queries)
+    triplets, images = training_triplets("cirr", str(small / "cirr"), "train")
     assert len(triplets) == 20 and not images.missing([t.target for t in triplets])
-    for category in data.FASHIONIQ_CATEGORIES:
-        benchmark = data.read_fashioniq(str(small / "fashioniq"), "val", category)
+    for category in FASHIONIQ_CATEGORIES:
+        benchmark = read_fashioniq(str(small / "fashioniq"), "val", category)
         assert len(benchmark.gallery) == 12 and not benchmark.images.missing(benchmark.gallery)
-    captions = data.read_chat(str(small / "chat" / "chat.json"))
+    captions = read_chat(str(small / "chat" / "chat.json"))
     assert len(captions) == 12 and {c.image_first for c in captions} == {True, False}
     attributes = json.loads((small / "attributes.json").read_text())
     for q in val.queries:
@@ -164,7 +165,7 @@ def test_committed_models_are_ordinary_folders(name):
     _, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     if name != "llama":
-        assert data.Preprocess.from_folder(str(folder), name).size == pretrain.PIXELS
+        assert Preprocess.from_folder(str(folder), name).size == pretrain.PIXELS
     if name in ("llama", "clip", "blip"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         text = "the same dress but with long sleeves and lime dots instead of checks"
@@ -179,16 +180,16 @@ def test_committed_models_are_small():
 
 def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, monkeypatch, capsys):
     """From files as the stages write them: all sections, the right picture framed, the files' numbers."""
-    val = data.read_cirr(str(small / "cirr"), "val")
+    val = read_cirr(str(small / "cirr"), "val")
     records = [{"reference": q.reference, "target": q.target, "delta": q.delta} for q in val.queries]
     attributes = json.loads((small / "attributes.json").read_text())
     aux = sorted(name for name in attributes if name.startswith("aux_"))
     pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
     out = tmp_path / "demo"
     for folder, lines in (("heldout", records), ("pseudo", pairs), ("same", records)):
-        common.write_jsonl(out / folder / "pseudo.jsonl", lines)
+        write_jsonl(out / folder / "pseudo.jsonl", lines)
     for folder in ("align", "vdg"):
-        common.write_jsonl(out / folder / "log.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+        write_jsonl(out / folder / "log.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     for model in report.MODELS:
         for number, key in enumerate(report.ROWS):
             run, found = f"{model}-{key}", []
@@ -196,12 +197,12 @@ def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, mo
                 top = [q.target] + [name for name in val.gallery if name not in (q.target, q.reference)][:9]
                 line = {"id": q.id, "reference": q.reference, "delta": q.delta, "target": q.target, "rank": 1}
                 found.append(line | {"top": top if number % 2 == 0 else top[::-1]})
-            common.write_jsonl(out / "eval" / run / "found.jsonl", found)
+            write_jsonl(out / "eval" / run / "found.jsonl", found)
             numbers = {"R@1": 10.0 + number, "R@5": 20.0, "R@10": 30.0, "R@50": 40.0, "Rs@1": 50.0}
-            common.write_json(out / "eval" / run / "metrics.json", {"metrics": numbers})
-            common.write_json(out / "cir" / run / "config.json", {"step": 5})
+            write_json(out / "eval" / run / "metrics.json", {"metrics": numbers})
+            write_json(out / "cir" / run / "config.json", {"step": 5})
             log = [{"step": 5, "loss": 3.0}, {"step": 5, "score": 1.0}]
-            common.write_jsonl(out / "cir" / run / "log.jsonl", log)
+            write_jsonl(out / "cir" / run / "log.jsonl", log)
     monkeypatch.setattr(report, "OUT", str(out))
     monkeypatch.setattr(report, "WORLD", str(small))
     report.main()

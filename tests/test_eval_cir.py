@@ -15,10 +15,39 @@ import transformers
 from PIL import Image
 from ranks import run_ranks
 
-import common
-import data
 import eval_cir
 import train_cir
+from common.annotations import (
+    SERVER_LIMIT,
+    Benchmark,
+    Triplet,
+    read_benchmarks,
+    read_circo,
+    read_cirr,
+    read_submission,
+    require_official,
+)
+from common.console import UserError
+from common.files import read_json, read_jsonl
+from common.flags import constants_of, override
+from common.images import list_images, load_pixels, open_image
+from common.retrieval import (
+    NEVER,
+    Indices,
+    average_precision,
+    best,
+    embed,
+    encode,
+    evaluate,
+    index,
+    measure,
+    rank,
+    recall,
+    recalls,
+    rerank,
+    score_blocks,
+    shortlist,
+)
 
 
 # ---- an independent truth ----
@@ -28,7 +57,7 @@ def oracle(scores: list[float], target: int, excluded: int = -1) -> float:
     return order.index(target) + 1 if target in order else float("inf")
 
 
-def random_case(seed: int) -> tuple[data.Benchmark, torch.Tensor, torch.Tensor, eval_cir.Indices]:
+def random_case(seed: int) -> tuple[Benchmark, torch.Tensor, torch.Tensor, Indices]:
     """Small integers as embeddings, so that equal scores are common and exactly equal."""
     draw = random.Random(seed)
     dataset = ("cirr", "fashioniq")[seed % 2]
@@ -41,9 +70,9 @@ def random_case(seed: int) -> tuple[data.Benchmark, torch.Tensor, torch.Tensor, 
         draw.shuffle(members)
         if dataset == "fashioniq":
             members, reference, target = None, draw.choice(names + outside), draw.choice(names + outside)
-        queries.append(data.Triplet(reference, target, "words", i, tuple(members) if members else None))
-    benchmark = data.Benchmark(dataset, "val", "dress" if seed % 2 else None, tuple(queries), tuple(names), None)
-    at = eval_cir.index(benchmark, keep_reference=draw.random() < 0.5)
+        queries.append(Triplet(reference, target, "words", i, tuple(members) if members else None))
+    benchmark = Benchmark(dataset, "val", "dress" if seed % 2 else None, tuple(queries), tuple(names), None)
+    at = index(benchmark, keep_reference=draw.random() < 0.5)
     whole = torch.Generator().manual_seed(seed)
     width = draw.randint(1, 4)
     images = torch.randint(-1, 2, (len(at.names), width), generator=whole).float()
@@ -58,7 +87,7 @@ def test_recalls_equal_brute_force(dataset):
     ties = never = 0
     for seed in range(dataset, 400, 2):
         benchmark, wanted, images, at = random_case(seed)
-        got = eval_cir.recalls(*eval_cir.measure(wanted, images, at))
+        got = recalls(*measure(wanted, images, at))
         place = {name: i for i, name in enumerate(at.names)}
         full, subset = [], []
         vectors = images.tolist()
@@ -85,28 +114,28 @@ def test_recalls_equal_brute_force(dataset):
 def test_rank_ties_exclusion_and_absence():
     scores = torch.tensor([[3.0, 5.0, 3.0, 3.0]])
     for target, expected in enumerate((2, 1, 3, 4)):
-        assert eval_cir.rank(scores, torch.tensor([target])).item() == expected
-    assert eval_cir.rank(scores, torch.tensor([2]), torch.tensor([1])).item() == 2  # the reference was the best match
-    assert eval_cir.rank(scores, torch.tensor([2]), torch.tensor([0])).item() == 2
-    assert eval_cir.rank(scores, torch.tensor([-1])).item() == eval_cir.NEVER  # even with K over the gallery's size
-    assert eval_cir.rank(scores, torch.tensor([1]), torch.tensor([1])).item() == eval_cir.NEVER
-    assert eval_cir.recall(torch.tensor([1, 7, eval_cir.NEVER, 50]), 50) == 75.0
+        assert rank(scores, torch.tensor([target])).item() == expected
+    assert rank(scores, torch.tensor([2]), torch.tensor([1])).item() == 2  # the reference was the best match
+    assert rank(scores, torch.tensor([2]), torch.tensor([0])).item() == 2
+    assert rank(scores, torch.tensor([-1])).item() == NEVER  # even with K over the gallery's size
+    assert rank(scores, torch.tensor([1]), torch.tensor([1])).item() == NEVER
+    assert recall(torch.tensor([1, 7, NEVER, 50]), 50) == 75.0
 
 
 def test_best_agrees_with_rank():
     whole = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 4, (50, 30), generator=whole).float()
     excluded = torch.randint(-1, 30, (50,), generator=whole)
-    top = eval_cir.best(scores, 29, excluded)
+    top = best(scores, 29, excluded)
     for place in range(28):
-        assert (eval_cir.rank(scores, top[:, place], excluded) == place + 1).all()
+        assert (rank(scores, top[:, place], excluded) == place + 1).all()
     assert not (top == excluded[:, None]).any()
 
 
 def test_blocks_cover_every_query_once():
     whole = torch.Generator().manual_seed(1)
     queries, images = torch.randn(1100, 6, generator=whole), torch.randn(70, 6, generator=whole)
-    blocks = list(eval_cir.score_blocks(queries, images))
+    blocks = list(score_blocks(queries, images))
     assert len(blocks) > 1 and torch.get_float32_matmul_precision() == "highest"
     found, exact = torch.cat([scores for _, scores in blocks]), queries.double() @ images.double().T
     assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-5  # bf16 or TF32 would be off by 1e-2
@@ -167,7 +196,7 @@ def world(tmp_path):
     return write_world(tmp_path / "world")
 
 
-def brute(benchmark: data.Benchmark, model: Colours) -> dict[str, float]:
+def brute(benchmark: Benchmark, model: Colours) -> dict[str, float]:
     """R@1 and Rs@1 one image and one query at a time, in float64."""
     model.eval()
     at = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
@@ -182,12 +211,12 @@ def brute(benchmark: data.Benchmark, model: Colours) -> dict[str, float]:
 
 
 def test_evaluate_on_a_drawn_cirr(world):
-    benchmark, model = data.read_cirr(world / "cirr", "val"), Colours()
+    benchmark, model = read_cirr(world / "cirr", "val"), Colours()
     model.train()
     model.frozen.eval()
     compose, graphs = model.compose, []
     model.compose = lambda *given: graphs.append(torch.is_grad_enabled()) or compose(*given)
-    got = eval_cir.evaluate(model, benchmark, 5, "cpu")
+    got = evaluate(model, benchmark, 5, "cpu")
     assert graphs and not any(graphs)  # a gallery's worth of graphs would not fit in memory
     assert model.seen == 24  # every image once, although references stand in two roles
     assert model.training and not model.frozen.training  # modes as they were, part by part
@@ -195,30 +224,30 @@ def test_evaluate_on_a_drawn_cirr(world):
     assert {key: got[key] for key in expected} == pytest.approx(expected)
     assert 0 < got["Rs@1"] and got["Avg"] == pytest.approx((got["R@5"] + got["Rs@1"]) / 2)
     for batch, workers in ((1, 0), (64, 2)):
-        assert eval_cir.evaluate(Colours(), benchmark, batch, "cpu", workers=workers) == pytest.approx(got)
+        assert evaluate(Colours(), benchmark, batch, "cpu", workers=workers) == pytest.approx(got)
 
 
 def test_two_ranks_give_the_same_numbers(world):
-    benchmark = data.read_cirr(world / "cirr", "val")
-    alone = eval_cir.evaluate(Colours(), benchmark, 5, "cpu")
+    benchmark = read_cirr(world / "cirr", "val")
+    alone = evaluate(Colours(), benchmark, 5, "cpu")
     for batch in (5, 64):  # with 64, the second rank has no image to encode
-        results = run_ranks(2, lambda batch=batch: eval_cir.evaluate(Colours(), benchmark, batch, "cpu"))
+        results = run_ranks(2, lambda batch=batch: evaluate(Colours(), benchmark, batch, "cpu"))
         assert results[0] == results[1] == alone
 
 
 def test_a_missing_gallery_image_stops(world):
-    benchmark, model = data.read_cirr(world / "cirr", "val"), Colours()
+    benchmark, model = read_cirr(world / "cirr", "val"), Colours()
     (world / "img_raw" / "val" / "val-3-img5.png").unlink()  # in no query: only the gallery needs it
-    with pytest.raises(common.UserError, match="1 of 24 images missing, the first is 'val-3-img5'"):
-        eval_cir.evaluate(model, benchmark, 5, "cpu")
+    with pytest.raises(UserError, match="1 of 24 images missing, the first is 'val-3-img5'"):
+        evaluate(model, benchmark, 5, "cpu")
     assert model.seen == 0
 
 
 def test_a_damaged_gallery_image_stops(world):
-    benchmark = data.read_cirr(world / "cirr", "val")
+    benchmark = read_cirr(world / "cirr", "val")
     (world / "img_raw" / "val" / "val-3-img5.png").write_bytes(b"")
-    with pytest.raises(common.UserError, match="val-3-img5"):
-        eval_cir.evaluate(Colours(), benchmark, 5, "cpu")
+    with pytest.raises(UserError, match="val-3-img5"):
+        evaluate(Colours(), benchmark, 5, "cpu")
 
 
 def test_not_finite_stops(world):
@@ -226,21 +255,21 @@ def test_not_finite_stops(world):
         def compose(self, tokens, texts, backward=False):
             return super().compose(tokens, texts) * float("nan")
 
-    with pytest.raises(common.UserError, match="8 query embeddings are not finite"):
-        eval_cir.evaluate(Broken(), data.read_cirr(world / "cirr", "val"), 5, "cpu")
+    with pytest.raises(UserError, match="8 query embeddings are not finite"):
+        evaluate(Broken(), read_cirr(world / "cirr", "val"), 5, "cpu")
 
 
 def test_odd_img_set_and_doubled_gallery_stop(world):
-    benchmark = data.read_cirr(world / "cirr", "val")
+    benchmark = read_cirr(world / "cirr", "val")
     first = benchmark.queries[0]
     for members in (first.members[1:], first.members[:5] + first.members[:1], None):
-        odd = data.Triplet(first.reference, first.target, first.delta, first.id, members)
-        changed = data.Benchmark("cirr", "val", None, (odd,), benchmark.gallery, benchmark.images)
-        with pytest.raises(common.UserError, match="pairid 100"):
-            eval_cir.index(changed, True)
-    double = data.Benchmark("cirr", "val", None, benchmark.queries, ("val-0-img0",) * 2, benchmark.images)
-    with pytest.raises(common.UserError, match="twice"):
-        eval_cir.index(double, True)
+        odd = Triplet(first.reference, first.target, first.delta, first.id, members)
+        changed = Benchmark("cirr", "val", None, (odd,), benchmark.gallery, benchmark.images)
+        with pytest.raises(UserError, match="pairid 100"):
+            index(changed, True)
+    double = Benchmark("cirr", "val", None, benchmark.queries, ("val-0-img0",) * 2, benchmark.images)
+    with pytest.raises(UserError, match="twice"):
+        index(double, True)
 
 
 # ---- the stage itself ----
@@ -260,8 +289,8 @@ def run_stage(monkeypatch, tmp_path, **constants) -> None:
 def test_main_writes_metrics_and_a_page(monkeypatch, tmp_path, world, capsys):
     run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), OFFICIAL=False, DEVICE="cpu", SHOW=5)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    benchmark = data.read_cirr(world / "cirr", "val")
-    assert found["metrics"] == eval_cir.evaluate(Colours(), benchmark, 64, "cpu")
+    benchmark = read_cirr(world / "cirr", "val")
+    assert found["metrics"] == evaluate(Colours(), benchmark, 64, "cpu")
     assert (found["parts"][0]["queries"], found["parts"][0]["gallery"]) == (8, 24)
     assert found["sha256"] == hashlib.sha256(b"weights").hexdigest()
     printed = capsys.readouterr().out
@@ -273,7 +302,7 @@ def test_main_writes_metrics_and_a_page(monkeypatch, tmp_path, world, capsys):
     shown = [int(place) for place in re.findall(r"the right one is at rank (\d+) of 24", page)]
     assert len(shown) == 5 and shown == sorted(shown, reverse=True) and shown[0] > shown[-1]  # hardest first
     assert page.count('class="panel"') == 5 and page.count('class="right"') == 5
-    lines = common.read_jsonl(tmp_path / "out" / "found.jsonl")
+    lines = read_jsonl(tmp_path / "out" / "found.jsonl")
     assert [line["id"] for line in lines] == [q.id for q in benchmark.queries]
     for line in lines:  # the same ranks by hand: where the target stands, and no reference
         assert line["reference"] not in line["top"] and len(line["top"]) == 10
@@ -282,7 +311,7 @@ def test_main_writes_metrics_and_a_page(monkeypatch, tmp_path, world, capsys):
 
 
 def test_other_data_is_not_the_official_set(monkeypatch, tmp_path, world):
-    with pytest.raises(common.UserError, match="8 queries and 24 gallery.*4,181 and 2,297"):
+    with pytest.raises(UserError, match="8 queries and 24 gallery.*4,181 and 2,297"):
         run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), DEVICE="cpu")
     assert not (tmp_path / "out").exists()
 
@@ -293,14 +322,14 @@ def test_references_protocol_is_a_smaller_gallery(monkeypatch, tmp_path, world):
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["parts"][0]["gallery"] == 8 and "references" in found["protocol"]
     assert found["metrics"]["R@50"] == 0  # no target of this world is anybody's reference
-    assert found["metrics"]["Rs@1"] == eval_cir.evaluate(Colours(), data.read_cirr(world, "val"), 9, "cpu")["Rs@1"]
+    assert found["metrics"]["Rs@1"] == evaluate(Colours(), read_cirr(world, "val"), 9, "cpu")["Rs@1"]
     assert "not in the gallery" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_hidden_split_writes_the_servers_files(monkeypatch, tmp_path, capsys):
     world = write_world(tmp_path / "world", "test1", labelled=False, subgroups=10)
     run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), OFFICIAL=False, DEVICE="cpu", SPLIT="test")
-    benchmark = data.read_cirr(world / "cirr", "test1")
+    benchmark = read_cirr(world / "cirr", "test1")
     model = Colours().eval()
     at = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
     full = json.loads((tmp_path / "out" / "recall.json").read_text())
@@ -326,8 +355,8 @@ def sent(tmp_path):
     queries = []
     for i in range(10):
         members = draw.sample(names, 6)
-        queries.append(data.Triplet(members[0], members[1], "words", i + 7, tuple(members)))
-    benchmark = data.Benchmark("cirr", "val", None, tuple(queries), tuple(names), None)
+        queries.append(Triplet(members[0], members[1], "words", i + 7, tuple(members)))
+    benchmark = Benchmark("cirr", "val", None, tuple(queries), tuple(names), None)
     files = {}
     for metric, count in (("recall", 50), ("recall_subset", 3)):
         record = {"version": "rc2", "metric": metric}
@@ -340,7 +369,7 @@ def sent(tmp_path):
     return benchmark, files
 
 
-def mutate(record: dict, benchmark: data.Benchmark, how: str) -> str:
+def mutate(record: dict, benchmark: Benchmark, how: str) -> str:
     query = benchmark.queries[4]
     names = record[str(query.id)]
     outsider = next(n for n in benchmark.gallery if n not in query.members)
@@ -367,7 +396,7 @@ def mutate(record: dict, benchmark: data.Benchmark, how: str) -> str:
     elif how == "not a list":
         record[str(query.id)] = "dev-1"
     elif how == "too large":
-        return json.dumps(record) + " " * data.SERVER_LIMIT
+        return json.dumps(record) + " " * SERVER_LIMIT
     elif how == "cut":
         return json.dumps(record)[:-20]
     elif how == "a list":
@@ -384,11 +413,11 @@ MUTATIONS += ",not a list,too large,cut,a list"
 def test_validator_refuses(sent, metric, how):
     benchmark, files = sent
     path, record = files[metric]
-    assert data.read_submission(path, benchmark, metric)  # valid before
+    assert read_submission(path, benchmark, metric)  # valid before
     path.write_text(mutate(record, benchmark, how))
     says = "own reference" if how == "reference" else ""
-    with pytest.raises(common.UserError, match=f"{metric}.json.*{says}"):
-        data.read_submission(path, benchmark, metric)
+    with pytest.raises(UserError, match=f"{metric}.json.*{says}"):
+        read_submission(path, benchmark, metric)
 
 
 def test_scoring_a_file(sent):
@@ -402,7 +431,7 @@ def test_scoring_a_file(sent):
 
 def test_score_of_both_files_of_the_real_split(shared, tmp_path, monkeypatch, capsys):
     """Random rankings of the real CIRR val against counting by hand; one that lists a reference is refused."""
-    benchmark, draw = data.read_cirr(shared / "data" / "cirr", "val"), random.Random(4)
+    benchmark, draw = read_cirr(shared / "data" / "cirr", "val"), random.Random(4)
     records = [{"version": "rc2", "metric": metric} for metric in ("recall", "recall_subset")]
     hits: dict[str, int] = {}
     for q in benchmark.queries:
@@ -419,10 +448,10 @@ def test_score_of_both_files_of_the_real_split(shared, tmp_path, monkeypatch, ca
     for file, record in zip(files, records[::-1], strict=True):
         file.write_text(json.dumps(record))
     argv = ["--score", *map(str, files), "--root", str(shared / "data" / "cirr"), "--split", "val", "--device", "cpu"]
-    before = common.constants_of(vars(eval_cir))
+    before = constants_of(vars(eval_cir))
     for name in before:
         monkeypatch.setattr(eval_cir, name, before[name])  # put back after the test
-    common.override(vars(eval_cir), argv)
+    override(vars(eval_cir), argv)
     eval_cir.main()
     titles, numbers = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
     found = dict(zip(titles, numbers[2:], strict=True))
@@ -430,7 +459,7 @@ def test_score_of_both_files_of_the_real_split(shared, tmp_path, monkeypatch, ca
     percent = {name: 100 * count / 4181 for name, count in hits.items()}
     percent["Avg"] = (percent["R@5"] + percent["Rs@1"]) / 2
     assert found == {name: f"{value:.2f}" for name, value in percent.items()} and percent["R@50"] > 90
-    with pytest.raises(common.UserError, match="both hold recall;"):
+    with pytest.raises(UserError, match="both hold recall;"):
         monkeypatch.setattr(eval_cir, "SCORE", (str(files[1]), str(files[1])))
         eval_cir.main()
     monkeypatch.setattr(eval_cir, "SCORE", tuple(map(str, files)))
@@ -444,23 +473,23 @@ def test_score_of_both_files_of_the_real_split(shared, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.splitlines()[-1].split()[2:-2] == ["100.00"] * 8
     records[0][str(benchmark.queries[7].id)][3] = benchmark.queries[7].reference
     files[1].write_text(json.dumps(records[0]))
-    with pytest.raises(common.UserError, match=f"pairid {benchmark.queries[7].id}: lists the query's own reference"):
+    with pytest.raises(UserError, match=f"pairid {benchmark.queries[7].id}: lists the query's own reference"):
         eval_cir.main()
 
 
 def test_full_size_submission_fits_the_limit(shared, tmp_path):
     """4,148 queries x 50 of the longest names: compact fits, indented would not."""
-    benchmark = data.read_cirr(shared / "data" / "cirr", "test1")
-    at = eval_cir.index(benchmark, True)
+    benchmark = read_cirr(shared / "data" / "cirr", "test1")
+    at = index(benchmark, True)
     whole = torch.Generator().manual_seed(0)
     queries = torch.randn(len(benchmark.queries), 8, generator=whole)
     images = torch.randn(len(at.names), 8, generator=whole)
     eval_cir.write_submission(str(tmp_path), benchmark, queries, images, at)
-    record = common.read_json(tmp_path / "recall.json")
+    record = read_json(tmp_path / "recall.json")
     assert len(record) == 4148 + 2
     (tmp_path / "recall.json").write_text(json.dumps(record, indent=2))
-    with pytest.raises(common.UserError, match="without indentation"):
-        data.read_submission(tmp_path / "recall.json", benchmark, "recall")
+    with pytest.raises(UserError, match="without indentation"):
+        read_submission(tmp_path / "recall.json", benchmark, "recall")
 
 
 # ---- reversed queries, re-ranking, CIRCO ----
@@ -471,10 +500,10 @@ def test_reversed_queries_are_the_swapped_ones(world, tmp_path):
         def compose(self, tokens, texts, backward=False):
             return super().compose(tokens, texts) if not backward else super().compose(-tokens, texts)
 
-    benchmark, model = data.read_cirr(world / "cirr", "val"), Undo().eval()
+    benchmark, model = read_cirr(world / "cirr", "val"), Undo().eval()
     swapped = eval_cir.turned(benchmark, "")
-    at = eval_cir.index(swapped, True)
-    got = eval_cir.recalls(*eval_cir.measure(*eval_cir.embed(model, swapped, at, 5, "cpu", backward=True), at))
+    at = index(swapped, True)
+    got = recalls(*measure(*embed(model, swapped, at, 5, "cpu", backward=True), at))
     seen = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
     ranks, subset = [], []
     for q in benchmark.queries:
@@ -491,7 +520,7 @@ def test_reversed_queries_are_the_swapped_ones(world, tmp_path):
     texts = [q.delta for q in eval_cir.turned(benchmark, str(tmp_path / "r.jsonl")).queries]
     assert texts == [f"back {i}" for i in range(8)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
-    with pytest.raises(common.UserError, match="no reverse_delta"):
+    with pytest.raises(UserError, match="no reverse_delta"):
         eval_cir.turned(benchmark, str(tmp_path / "r.jsonl"))
 
 
@@ -504,16 +533,16 @@ class Matching(Colours):
 
 
 def test_reranking_orders_the_first_k_anew(monkeypatch, tmp_path, world):
-    benchmark, model = data.read_cirr(world / "cirr", "val"), Matching().eval()
-    at = eval_cir.index(benchmark, True)
-    queries, images = eval_cir.embed(model, benchmark, at, 5, "cpu")
+    benchmark, model = read_cirr(world / "cirr", "val"), Matching().eval()
+    at = index(benchmark, True)
+    queries, images = embed(model, benchmark, at, 5, "cpu")
     deltas = [q.delta for q in benchmark.queries]
-    top, cosines = eval_cir.shortlist(queries, images, at, 12)
+    top, cosines = shortlist(queries, images, at, 12)
     how = (4, "cpu", torch.float32, 0)
     model.seen = 0
-    first = eval_cir.rerank(model, benchmark.images, at.names, deltas, cosines, top, 0.1, 2.0, how)
+    first = rerank(model, benchmark.images, at.names, deltas, cosines, top, 0.1, 2.0, how)
     assert model.seen == len(set(top.flatten().tolist()))  # each candidate once
-    tokens = model.image(data.load_pixels(benchmark.images, at.names, model.preprocess))[0]
+    tokens = model.image(load_pixels(benchmark.images, at.names, model.preprocess))[0]
     full = []
     for i, query in enumerate(benchmark.queries):
         scores = {j: float(queries[i] @ images[j]) for j in range(24) if at.names[j] != query.reference}
@@ -522,13 +551,13 @@ def test_reranking_orders_the_first_k_anew(monkeypatch, tmp_path, world):
         order = sorted(order[:12], key=lambda j: -(scores[j] / 0.1 + 2 * logs[j])) + order[12:]  # noqa: B023
         assert first[i].tolist() == order[:12]
         full.append(order.index(at.names.index(query.target)) + 1)
-    ranks, subset, _ = eval_cir.measure(queries, images, at, first)
-    assert ranks.tolist() == full and full != eval_cir.measure(queries, images, at)[0].tolist()
+    ranks, subset, _ = measure(queries, images, at, first)
+    assert ranks.tolist() == full and full != measure(queries, images, at)[0].tolist()
     results = run_ranks(
-        2, lambda: eval_cir.rerank(Matching(), benchmark.images, at.names, deltas, cosines, top, 0.1, 2.0, how)
+        2, lambda: rerank(Matching(), benchmark.images, at.names, deltas, cosines, top, 0.1, 2.0, how)
     )
     assert torch.equal(results[0], first) and torch.equal(results[1], first)
-    with pytest.raises(common.UserError, match="only it has a tdm head"):
+    with pytest.raises(UserError, match="only it has a tdm head"):
         run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), OFFICIAL=False, DEVICE="cpu", RERANK=5)
 
 
@@ -573,14 +602,14 @@ def test_average_precision_equals_the_servers():
         truths = draw.sample(gallery, draw.randint(1, 6))
         ranks = torch.tensor([[gallery.index(t) + 1 for t in truths] + [-1] * (6 - len(truths))])
         for k in (5, 10, 25, 50):
-            assert eval_cir.average_precision(ranks, k).item() == pytest.approx(circos_own(gallery, truths, k))
+            assert average_precision(ranks, k).item() == pytest.approx(circos_own(gallery, truths, k))
 
 
 def test_circo(monkeypatch, tmp_path, capsys):
     root = write_circo(tmp_path / "circo")
     run_stage(monkeypatch, tmp_path, ROOT=str(root), DATASET="circo", OFFICIAL=False, DEVICE="cpu")
-    found = common.read_json(tmp_path / "out" / "metrics.json")["metrics"]
-    benchmark, model = data.read_circo(str(root), "val"), Colours().eval()
+    found = read_json(tmp_path / "out" / "metrics.json")["metrics"]
+    benchmark, model = read_circo(str(root), "val"), Colours().eval()
     assert benchmark.queries[0].extra["shared_concept"] == "a colour" and len(benchmark.gallery) == 12
     at = {name: model.image(model.preprocess(benchmark.images.open(name))[None]) for name in benchmark.gallery}
     rankings = []
@@ -593,17 +622,17 @@ def test_circo(monkeypatch, tmp_path, capsys):
         assert found[f"mAP@{k}"] == pytest.approx(wanted, abs=1e-4)
         assert found[f"R@{k}"] == pytest.approx(100 * np.mean([q.target in order[:k] for order, q in pairs]))
     assert "unlabelled images, the reference kept in it" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="4 queries and 12 gallery images, the published.* 220 and 123,403"):
+    with pytest.raises(UserError, match="4 queries and 12 gallery images, the published.* 220 and 123,403"):
         run_stage(monkeypatch, tmp_path, ROOT=str(root), DATASET="circo", OFFICIAL=True, DEVICE="cpu")
     hidden = write_circo(tmp_path / "hidden", "test", labelled=False)
     run_stage(monkeypatch, tmp_path, ROOT=str(hidden), DATASET="circo", SPLIT="test", OFFICIAL=False, DEVICE="cpu")
-    sent = common.read_json(tmp_path / "out" / "circo.json")
+    sent = read_json(tmp_path / "out" / "circo.json")
     assert sent == {str(n): [int(name) for name in order] for n, order in enumerate(rankings)}
     (root / "annotations" / "val.json").write_text(
         json.dumps([{"reference_img_id": 5, "relative_caption": "", "id": 0}])
     )
-    with pytest.raises(common.UserError, match="000000000005 is not in"):
-        data.read_circo(str(root), "val")
+    with pytest.raises(UserError, match="000000000005 is not in"):
+        read_circo(str(root), "val")
 
 
 # ---- one query, and baselines ----
@@ -630,8 +659,8 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
     found = ask(TOP=4)
     model = colours().eval()
     features = {}
-    for name in data.list_images(str(gallery)):
-        features[name] = model.image(model.preprocess(data.open_image(gallery / name))[None])
+    for name in list_images(str(gallery)):
+        features[name] = model.image(model.preprocess(open_image(gallery / name))[None])
     c = model.compose(features["p0.png"][0], ["+r"])[0]
     order = sorted((n for n in features if n != "p0.png"), key=lambda n: -float(c @ features[n][1][0]))
     assert found == order[:4]  # the reference itself is no answer
@@ -646,7 +675,7 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-9])
     assert len(ask()) == 8 and models[-1] == 9 + 1  # a damaged file is made again
     file.unlink()
-    whole = eval_cir.encode
+    whole = encode
 
     def broken(*given):
         for number, batch in enumerate(whole(*given)):
@@ -659,17 +688,17 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
         ask(BATCH=4)
     assert len(ask(BATCH=4)) == 8 and models[-1] == 9 - 4 + 1  # what was encoded is kept
     for lack in ({"GALLERY": ""}, {"TEXT": " "}, {"REFERENCE": ""}):
-        with pytest.raises(common.UserError, match="--reference, --text and --gallery together"):
+        with pytest.raises(UserError, match="--reference, --text and --gallery together"):
             ask(**lack)
     with pytest.raises(FileNotFoundError, match="typo.png"):  # before anything is encoded
         ask(REFERENCE=str(gallery / "typo.png"))
     (gallery / "torn.png").write_bytes((gallery / "p2.png").read_bytes()[:60])
-    with pytest.raises(common.UserError, match="1 unreadable, 0 missing; first unreadable.*torn.png"):
+    with pytest.raises(UserError, match="1 unreadable, 0 missing; first unreadable.*torn.png"):
         ask()
     for more in ({"BASELINE": "sum"}, {"BACKBONE": "clip"}):
-        with pytest.raises(common.UserError, match="--baseline with its --backbone, or --checkpoint"):
+        with pytest.raises(UserError, match="--baseline with its --backbone, or --checkpoint"):
             ask(**more)
-    with pytest.raises(common.UserError, match="--reversed: --score knows"):
+    with pytest.raises(UserError, match="--reversed: --score knows"):
         run_stage(monkeypatch, tmp_path, REVERSED=True, RERANK=5, DEVICE="cpu", REFERENCE="", TEXT="", GALLERY="")
 
 
@@ -698,7 +727,7 @@ def test_baselines_are_the_plain_features(zoo, monkeypatch, tmp_path, world, fol
     for name, value in ({"OUT": str(tmp_path / "out"), "DEVICE": "cpu", "SHOW": 0} | flags).items():
         monkeypatch.setattr(eval_cir, name, value)
     eval_cir.main()
-    record = common.read_json(tmp_path / "out" / "metrics.json")
+    record = read_json(tmp_path / "out" / "metrics.json")
     assert record["checkpoint"] == f"plain {zoo / folder}, sum" and 0 <= record["metrics"]["R@1"] <= 100
     assert re.fullmatch("[0-9a-f]{64}", record["sha256"])
 
@@ -716,28 +745,28 @@ def test_baselines_are_the_plain_features(zoo, monkeypatch, tmp_path, world, fol
     ],
 )
 def test_published_counts(shared, dataset, split, protocol, queries, galleries):
-    found = data.read_benchmarks(dataset, str(shared / "data" / dataset), split, "all", "", protocol)
+    found = read_benchmarks(dataset, str(shared / "data" / dataset), split, "all", "", protocol)
     assert sum(len(b.queries) for b in found) == queries and [len(b.gallery) for b in found] == galleries
     for benchmark in found:
-        data.require_official(benchmark, protocol)
-        at = eval_cir.index(benchmark, True)
+        require_official(benchmark, protocol)
+        at = index(benchmark, True)
         assert at.gallery == len(benchmark.gallery) and (at.target is None) == split.startswith("test")
         fewer = dataclasses.replace(benchmark, queries=benchmark.queries[1:])
-        with pytest.raises(common.UserError, match="published"):
-            data.require_official(fewer, protocol)
+        with pytest.raises(UserError, match="published"):
+            require_official(fewer, protocol)
 
 
 def test_check_counts_and_stops(shared, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "train_cir", None)  # importing it would raise: --check loads no model
     for name, value in (("CHECK", True), ("DEVICE", "cpu"), ("ROOT", str(shared / "data" / "cirr"))):
         monkeypatch.setattr(eval_cir, name, value)
-    with pytest.raises(common.UserError, match="2,297 images missing .*'dev-244-0-img0'"):
+    with pytest.raises(UserError, match="2,297 images missing .*'dev-244-0-img0'"):
         eval_cir.main()
     printed = capsys.readouterr().out
     assert "4,181 queries, 2,297 gallery images" in printed and "2,297 missing" in printed
     monkeypatch.setattr(eval_cir, "DATASET", "fashioniq")
     monkeypatch.setattr(eval_cir, "ROOT", str(shared / "data" / "fashioniq"))
-    with pytest.raises(common.UserError, match="15,536 images missing"):
+    with pytest.raises(UserError, match="15,536 images missing"):
         eval_cir.main()
     printed = capsys.readouterr().out
     for count in ("6,016 queries", "3,817 gallery", "6,346 gallery", "5,373 gallery"):
@@ -753,5 +782,5 @@ def test_check_passes_when_all_is_there(world, monkeypatch, capsys):
 
 def test_unknown_protocol_names_the_choices(monkeypatch):
     monkeypatch.setattr(eval_cir, "CIRR_PROTOCOL", "all")
-    with pytest.raises(common.UserError, match="--cirr_protocol is 'all'; wanted one of split, references"):
+    with pytest.raises(UserError, match="--cirr_protocol is 'all'; wanted one of split, references"):
         eval_cir.main()

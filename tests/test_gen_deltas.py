@@ -17,21 +17,27 @@ import torch
 import zoo as writer
 from transformers import AutoModelForCausalLM
 
-import common
-import data
 import gen_deltas  # sets MKL's summation order: pytest imports all tests before one computes
 import train_cir
 import vdg_align
 import vdg_tune
+from common import decode
+from common.annotations import FASHIONIQ_CATEGORIES, read_fashioniq, training_triplets
+from common.console import UserError, run
+from common.decode import FEWEST, choose, mix, prompt_parts, row_key, signed, start_engine, text_of
+from common.files import load_tensors, read_json, read_jsonl, save_folder
+from common.flags import constants_of, override
+from common.images import ImageStore, load_pixels
+from common.llama import load_tokenizer, tokenize
 
-DEFAULTS = common.constants_of(vars(gen_deltas))
+DEFAULTS = constants_of(vars(gen_deltas))
 PROMPT = "Request: Analyze.\nReference: <reference>\nTarget: <target>\nResponse:"
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     """main() reads constants of its module: put them back after each test, and leave the signals of pytest alone."""
-    monkeypatch.setattr(common, "stop_requested", lambda: False)
+    monkeypatch.setattr(gen_deltas, "stop_requested", lambda: False)
     yield
     vars(gen_deltas).update(DEFAULTS)
 
@@ -57,7 +63,7 @@ def vdg(zoo, tmp_path_factory):
     tensors = {"adapter_model.safetensors": vdg_tune.adapter_tensors(llm)}
     tensors["projection.safetensors"] = vision.projection.state_dict()
     texts = {"adapter_config.json": vdg_tune.adapter_config(lora, config["llm"]), "config.json": config}
-    common.save_folder(root / "vdg", tensors, texts)
+    save_folder(root / "vdg", tensors, texts)
     return root / "vdg"
 
 
@@ -94,7 +100,7 @@ def arguments(vdg, mined, out, **more) -> list[str]:
 def generate(*given, **more) -> bytes:
     """A run in this process -> the bytes of pseudo.jsonl."""
     vars(gen_deltas).update(DEFAULTS)
-    common.override(vars(gen_deltas), arguments(*given, **more))
+    override(vars(gen_deltas), arguments(*given, **more))
     gen_deltas.main()
     return (Path(given[2]) / "pseudo.jsonl").read_bytes()
 
@@ -117,10 +123,10 @@ def test_choose_draws_from_the_softmax_of_the_top_k(top_k):
     scaled = (logits.double() / 0.7).masked_fill(logits < (logits.topk(4).values[-1] if top_k else -9), -torch.inf)
     wanted = scaled.softmax(0)
     n = 40_000
-    over_keys = torch.tensor([gen_deltas.row_key(0, i, "forward") for i in range(n)])
-    drawn = gen_deltas.choose(logits.expand(n, -1), over_keys, 3, 0.7, top_k)
-    other = gen_deltas.choose(logits.expand(n, -1), over_keys, 4, 0.7, top_k)
-    along = torch.cat([gen_deltas.choose(logits[None], over_keys[:1], p, 0.7, top_k) for p in range(2000)])
+    over_keys = torch.tensor([row_key(0, i, "forward") for i in range(n)])
+    drawn = choose(logits.expand(n, -1), over_keys, 3, 0.7, top_k)
+    other = choose(logits.expand(n, -1), over_keys, 4, 0.7, top_k)
+    along = torch.cat([choose(logits[None], over_keys[:1], p, 0.7, top_k) for p in range(2000)])
     for tokens, most in ((drawn, 0.01), (other, 0.01), (along, 0.04)):
         seen = torch.bincount(tokens, minlength=7).double() / len(tokens)
         assert (seen - wanted).abs().sum() / 2 < most
@@ -130,14 +136,14 @@ def test_choose_draws_from_the_softmax_of_the_top_k(top_k):
 
 def test_choose_depends_on_the_row_alone_and_zero_is_greedy():
     logits = torch.randn(64, 50, generator=torch.manual_seed(0))
-    keys = torch.tensor([gen_deltas.row_key(7, f"pair {i}", "forward") for i in range(64)])
-    together = gen_deltas.choose(logits, keys, 5, 1.0, 20)
-    alone = torch.cat([gen_deltas.choose(logits[i : i + 1], keys[i : i + 1], 5, 1.0, 20) for i in range(64)])
+    keys = torch.tensor([row_key(7, f"pair {i}", "forward") for i in range(64)])
+    together = choose(logits, keys, 5, 1.0, 20)
+    alone = torch.cat([choose(logits[i : i + 1], keys[i : i + 1], 5, 1.0, 20) for i in range(64)])
     assert torch.equal(together, alone)
     assert len(set(together.tolist())) > 10
-    assert torch.equal(gen_deltas.choose(logits, keys, 5, 0.0, 20), logits.argmax(1))
-    assert gen_deltas.row_key(0, 1, "forward") != gen_deltas.row_key(0, "1", "forward")
-    assert gen_deltas.row_key(0, 1, "forward") != gen_deltas.row_key(0, 1, "reverse")
+    assert torch.equal(choose(logits, keys, 5, 0.0, 20), logits.argmax(1))
+    assert row_key(0, 1, "forward") != row_key(0, "1", "forward")
+    assert row_key(0, 1, "forward") != row_key(0, 1, "reverse")
 
 
 def test_mix_is_splitmix64():
@@ -147,7 +153,7 @@ def test_mix_is_splitmix64():
         return x ^ x >> 31
 
     numbers = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15, 123456789]
-    mixed = gen_deltas.mix(torch.tensor([gen_deltas.signed(x) for x in numbers]))
+    mixed = mix(torch.tensor([signed(x) for x in numbers]))
     assert [x % 2**64 for x in mixed.tolist()] == [truth(x) for x in numbers]
 
 
@@ -159,11 +165,11 @@ def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch, fixed):
     fixed: the step that a GPU replays as a graph, its shapes independent of the position, here run kernel by kernel."""
     vision, llm, tokenizer, config = vdg_tune.load_vdg(str(vdg), "cpu", torch.float32)
     pieces = vdg_tune.prompt_pieces(tokenizer, config["prompt"])
-    pairs = common.read_jsonl(mined / "pairs.jsonl")
-    images = data.ImageStore(mined / "images")
+    pairs = read_jsonl(mined / "pairs.jsonl")
+    images = ImageStore(mined / "images")
     names = sorted({pair["reference"] for pair in pairs} | {pair["target"] for pair in pairs})
     with torch.no_grad():
-        tokens = vision(vision.queries(data.load_pixels(images, names, vision.preprocess)))  # (N, Q, D)
+        tokens = vision(vision.queries(load_pixels(images, names, vision.preprocess)))  # (N, Q, D)
         at = [(names.index(pair["reference"]), names.index(pair["target"])) for pair in pairs]
         rows = [vdg_tune.delta_row(pieces, tokens[r], tokens[t]) for r, t in at]
         embed = llm.get_input_embeddings()
@@ -174,19 +180,19 @@ def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch, fixed):
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
     vdg_tune.merge_lora(llm)
-    prompt, order = gen_deltas.prompt_parts(pieces)
+    prompt, order = prompt_parts(pieces)
     assert order == ["reference", "target"]
     references = sorted({r for r, _ in at})
     row = [references.index(r) for r, _ in at]
     second = tokens[[t for _, t in at]]
-    keys, eos, drawn, real = torch.zeros(len(at)).long(), tokenizer.eos_token_id, [], gen_deltas.choose
+    keys, eos, drawn, real = torch.zeros(len(at)).long(), tokenizer.eos_token_id, [], choose
     record = lambda x, keys, *more: drawn.append((int(more[0]), len(x))) or real(x, keys, *more)  # noqa: E731
-    monkeypatch.setattr(gen_deltas, "choose", record)
-    monkeypatch.setattr(gen_deltas, "capture", lambda step, engine: SimpleNamespace(replay=step))
-    engine = gen_deltas.start_engine(llm, prompt, 32, len(at), 16, fixed)
+    monkeypatch.setattr(decode, "choose", record)
+    monkeypatch.setattr(decode, "capture", lambda step, engine: SimpleNamespace(replay=step))
+    engine = start_engine(llm, prompt, 32, len(at), 16, fixed)
     for live in (36, 30):  # the second batch finds what the first left in the buffers
         drawn.clear()
-        found = gen_deltas.generate(engine, tokens[references], second, row, keys, live, eos, 16, 0.0, 0)
+        found = decode.generate(engine, tokens[references], second, row, keys, live, eos, 16, 0.0, 0)
         assert torch.equal(found[:live], wanted[:live])
     assert [position for position, _ in drawn] == list(range(16))  # each step has noise of its own
     assert {36, 18} <= {size for _, size in drawn} <= {36, 18, 9}  # rows that ended leave the batch
@@ -203,7 +209,7 @@ def test_products_do_not_depend_on_the_number_of_rows():
     for width, out in ((64, 96), (320, 320), (1382, 512)):
         x, w = torch.randn(300, width, generator=generator), torch.randn(out, width, generator=generator)
         whole = x @ w.T
-        for rows in (gen_deltas.FEWEST, 9, 16, 27, 64, 100):
+        for rows in (FEWEST, 9, 16, 27, 64, 100):
             for count in (1, 2):
                 torch.set_num_threads(count)
                 part = x[:rows] @ w.T
@@ -212,32 +218,32 @@ def test_products_do_not_depend_on_the_number_of_rows():
 
 
 def test_flags(vdg):
-    tokenizer = vdg_align.load_tokenizer(str(vdg.parent / "llama"))
-    eos, ids = [tokenizer.eos_token_id], lambda text: vdg_align.tokenize(tokenizer, text)
-    assert gen_deltas.text_of(ids("shows: two cats") + eos + ids("more"), tokenizer) == ("shows: two cats", [])
-    assert gen_deltas.text_of(eos, tokenizer) == ("", ["empty"])
-    assert gen_deltas.text_of(ids(" \n ") + eos, tokenizer) == ("", ["empty"])
-    assert gen_deltas.text_of(ids("is red"), tokenizer) == ("is red", ["runaway"])
-    assert gen_deltas.text_of(ids("is red and red") + eos, tokenizer) == ("is red and red", [])
+    tokenizer = load_tokenizer(str(vdg.parent / "llama"))
+    eos, ids = [tokenizer.eos_token_id], lambda text: tokenize(tokenizer, text)
+    assert text_of(ids("shows: two cats") + eos + ids("more"), tokenizer) == ("shows: two cats", [])
+    assert text_of(eos, tokenizer) == ("", ["empty"])
+    assert text_of(ids(" \n ") + eos, tokenizer) == ("", ["empty"])
+    assert text_of(ids("is red"), tokenizer) == ("is red", ["runaway"])
+    assert text_of(ids("is red and red") + eos, tokenizer) == ("is red and red", [])
     again = "a red hat to a red hat to a red hat to the dog"
-    assert gen_deltas.text_of(ids(again) + eos, tokenizer) == (again, ["repeated"])
+    assert text_of(ids(again) + eos, tokenizer) == (again, ["repeated"])
     odd = tokenizer.convert_tokens_to_ids(["<0x1B>", "<0x0A>", "<0x07>"])
-    assert gen_deltas.text_of(ids("is") + odd + ids("red") + eos, tokenizer)[0].split() == ["is", "red"]
+    assert text_of(ids("is") + odd + ids("red") + eos, tokenizer)[0].split() == ["is", "red"]
 
 
 # ---- whole runs ----
 def test_files(truth, mined):
     out, text = truth
-    pairs, records = common.read_jsonl(mined / "pairs.jsonl"), records_of(text)
+    pairs, records = read_jsonl(mined / "pairs.jsonl"), records_of(text)
     assert [{k: v for k, v in r.items() if k not in ("delta", "flags")} for r in records] == pairs
     assert len({r["delta"] for r in records}) > 25
-    report = common.read_json(out / "report.json")
+    report = read_json(out / "report.json")
     assert report["pairs"] == 36 and report["images"] == len({n for p in pairs for n in (p["reference"], p["target"])})
     for flag in ("empty", "runaway", "repeated"):
         assert report[flag] == sum(flag in r.get("flags", ()) for r in records)
     assert 0 < report["runaway"] < 36
-    groups = common.read_jsonl(mined / "subgroups.jsonl")
-    cirr = common.read_json(out / "cirr" / "captions" / "cap.rc2.train.json")
+    groups = read_jsonl(mined / "subgroups.jsonl")
+    cirr = read_json(out / "cirr" / "captions" / "cap.rc2.train.json")
     assert [c["caption"] for c in cirr] == [r["delta"] for r in records]
     assert [c["img_set"]["members"] for c in cirr] == [groups[p["subgroup"]]["members"] for p in pairs]
     assert [(c["img_set"]["reference_rank"], c["img_set"]["target_rank"]) for c in cirr[:3]] == [(0, 1), (1, 2), (2, 3)]
@@ -247,7 +253,7 @@ def test_files(truth, mined):
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_batch_size_and_order_change_no_byte(vdg, mined, truth, tmp_path, batch):
-    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    pairs = read_jsonl(mined / "pairs.jsonl")
     order = np.random.default_rng(batch).permutation(len(pairs))
     write_jsonl(tmp_path / "pairs.jsonl", [pairs[i] for i in order])
     shuffled = generate(vdg, mined, tmp_path / "out", pairs=tmp_path / "pairs.jsonl", batch=batch, encode_batch=batch)
@@ -263,7 +269,7 @@ def test_two_ranks_write_the_same(vdg, mined, truth, tmp_path):
     assert (tmp_path / "out" / "pseudo.jsonl").read_bytes() == truth[1]
     parts = sorted((tmp_path / "out" / "parts").glob("*.jsonl"))
     assert [p.name for p in parts] == ["part-0-of-2.jsonl", "part-1-of-2.jsonl"]
-    assert [len(common.read_jsonl(p)) for p in parts] == [18, 18]
+    assert [len(read_jsonl(p)) for p in parts] == [18, 18]
     for name in ("cirr/captions/cap.rc2.train.json", "report.json", "deltas.html"):
         assert (tmp_path / "out" / name).read_bytes() == (truth[0] / name).read_bytes()
 
@@ -292,36 +298,36 @@ def test_killed_and_resumed_on_other_ranks(vdg, mined, truth, tmp_path):
 
     ranks.run_ranks(2, lambda: generate(vdg, mined, out, batch=5) and None)
     assert (out / "pseudo.jsonl").read_bytes() == truth[1]
-    written = [r["id"] for p in (out / "parts").glob("*.jsonl") for r in common.read_jsonl(p)]
-    assert sorted(written) == list(range(36)) and len(common.read_jsonl(part)) == kept
+    written = [r["id"] for p in (out / "parts").glob("*.jsonl") for r in read_jsonl(p)]
+    assert sorted(written) == list(range(36)) and len(read_jsonl(part)) == kept
 
 
 def test_other_settings_do_not_mix(vdg, mined, truth, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(truth[0], out)
     vars(gen_deltas).update(DEFAULTS)
-    common.override(vars(gen_deltas), arguments(vdg, mined, out, temperature=0.5))
+    override(vars(gen_deltas), arguments(vdg, mined, out, temperature=0.5))
     with pytest.raises(SystemExit) as stop:
-        common.run(gen_deltas.main)
+        run(gen_deltas.main)
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1 and "temperature: 1.0 there, 0.5 now" in error
     other = tmp_path / "vdg"
     shutil.copytree(vdg, other)
-    tensors = common.load_tensors(other, "adapter_model.safetensors")
+    tensors = load_tensors(other, "adapter_model.safetensors")
     changed = {name: t * 2 for name, t in tensors.items()}
-    texts = {n: common.read_json(other / n) for n in ("adapter_config.json", "config.json")}
-    kept = common.load_tensors(other, "projection.safetensors")
-    common.save_folder(other, {"adapter_model.safetensors": changed, "projection.safetensors": kept}, texts)
-    with pytest.raises(common.UserError, match="vdg"):
+    texts = {n: read_json(other / n) for n in ("adapter_config.json", "config.json")}
+    kept = load_tensors(other, "projection.safetensors")
+    save_folder(other, {"adapter_model.safetensors": changed, "projection.safetensors": kept}, texts)
+    with pytest.raises(UserError, match="vdg"):
         generate(other, mined, out)
     assert (out / "pseudo.jsonl").read_bytes() == truth[1]
 
 
 def test_only_new_pairs_are_generated(vdg, mined, truth, tmp_path, monkeypatch):
     """First 20 pairs, then all 36, then 30 of them; a known id with other images is another pair."""
-    seen, real = [], gen_deltas.row_key
+    seen, real = [], row_key
     monkeypatch.setattr(gen_deltas, "row_key", lambda seed, i, way: seen.append(i) or real(seed, i, way))
-    pairs, out = common.read_jsonl(mined / "pairs.jsonl"), tmp_path / "out"
+    pairs, out = read_jsonl(mined / "pairs.jsonl"), tmp_path / "out"
     for some in (pairs[:20], pairs, pairs[6:]):
         seen.clear()
         write_jsonl(tmp_path / "pairs.jsonl", some)
@@ -338,11 +344,11 @@ def test_only_new_pairs_are_generated(vdg, mined, truth, tmp_path, monkeypatch):
 
 def test_each_image_is_encoded_once(vdg, mined, truth, tmp_path, monkeypatch):
     opened, encoded = [], []
-    real_open, real_queries = data.ImageStore.open, vdg_align.VisionProjector.queries
-    monkeypatch.setattr(data.ImageStore, "open", lambda self, name: opened.append(name) or real_open(self, name))
+    real_open, real_queries = ImageStore.open, vdg_align.VisionProjector.queries
+    monkeypatch.setattr(ImageStore, "open", lambda self, name: opened.append(name) or real_open(self, name))
     counted = lambda self, pixels: encoded.append(len(pixels)) or real_queries(self, pixels)  # noqa: E731
     monkeypatch.setattr(vdg_align.VisionProjector, "queries", counted)
-    pairs, out = common.read_jsonl(mined / "pairs.jsonl"), tmp_path / "out"
+    pairs, out = read_jsonl(mined / "pairs.jsonl"), tmp_path / "out"
     write_jsonl(tmp_path / "pairs.jsonl", pairs[:9])
     generate(vdg, mined, out, pairs=tmp_path / "pairs.jsonl")
     first = {n for p in pairs[:9] for n in (p["reference"], p["target"])}
@@ -356,7 +362,7 @@ def test_each_image_is_encoded_once(vdg, mined, truth, tmp_path, monkeypatch):
 
 def test_a_changed_picture_is_encoded_again(vdg, mined, truth, tmp_path):
     """The store is keyed by content: new pairs of a picture that was exchanged do not get the old one's tokens."""
-    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    pairs = read_jsonl(mined / "pairs.jsonl")
     root = tmp_path / "mined"
     shutil.copytree(mined, root)
     write_jsonl(root / "pairs.jsonl", pairs[:1])
@@ -374,7 +380,7 @@ def test_reverse(vdg, mined, truth, tmp_path):
     both = records_of(generate(vdg, mined, tmp_path / "out", reverse=True))
     assert [r["delta"] for r in both] == [r["delta"] for r in records_of(truth[1])]
     swapped = []
-    for pair in common.read_jsonl(mined / "pairs.jsonl"):
+    for pair in read_jsonl(mined / "pairs.jsonl"):
         swapped.append(pair | {"reference": pair["target"], "target": pair["reference"]})
     write_jsonl(tmp_path / "pairs.jsonl", swapped)
     greedy = records_of(generate(vdg, mined, tmp_path / "greedy", reverse=True, temperature=0.0))
@@ -384,19 +390,19 @@ def test_reverse(vdg, mined, truth, tmp_path):
 
 
 def test_subgroups_are_chosen_whole_by_seed(mined):
-    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    pairs = read_jsonl(mined / "pairs.jsonl")
     drawn = [gen_deltas.choose_subgroups(pairs, 2, 0, seed) for seed in range(8)]
     assert all(len(some) == 18 and some == [p for p in pairs if p in some] for some in drawn)
     assert len({tuple(sorted({p["subgroup"] for p in some})) for some in drawn}) > 1
     assert len(gen_deltas.choose_subgroups(pairs, 0, 30, 0)) == 27  # three whole subgroups
     assert gen_deltas.choose_subgroups(pairs, 0, 0, 0) == pairs == gen_deltas.choose_subgroups(pairs, 9, 99, 0)
-    with pytest.raises(common.UserError, match="at least 9"):
+    with pytest.raises(UserError, match="at least 9"):
         gen_deltas.choose_subgroups(pairs, 0, 5, 0)
 
 
 def test_pairs_of_human_triplets(vdg, mined, tmp_path):
     """CIRR's layout in, and out again in a form that the CIRR reader takes."""
-    groups = common.read_jsonl(mined / "subgroups.jsonl")
+    groups = read_jsonl(mined / "subgroups.jsonl")
     names = sorted({name for group in groups for name in group["members"]})
     root = tmp_path / "cirr"
     table = {name.removesuffix(".png"): f"./{name}" for name in names}
@@ -414,7 +420,7 @@ def test_pairs_of_human_triplets(vdg, mined, tmp_path):
     wanted = [{"id": r["pairid"], "reference": r["reference"], "target": r["target_hard"]} for r in records]
     assert [{k: r[k] for k in ("id", "reference", "target")} for r in said] == wanted
     assert not any("human" in r["delta"] for r in said)
-    triplets, images = data.training_triplets("cirr", tmp_path / "out" / "cirr", "train", images=mined / "images")
+    triplets, images = training_triplets("cirr", tmp_path / "out" / "cirr", "train", images=mined / "images")
     assert not images.missing([t.target for t in triplets])
     assert [t.delta for t in triplets] == [r["delta"] for r in said]
     assert [list(t.members) for t in triplets] == [r["img_set"]["members"] for r in records]
@@ -422,7 +428,7 @@ def test_pairs_of_human_triplets(vdg, mined, tmp_path):
 
 @pytest.mark.parametrize("name", ["fashioniq", "fashioniq/train", "fashioniq/train/dress"])
 def test_triplets_name_a_dataset_split_and_category(name, tmp_path):
-    for category in data.FASHIONIQ_CATEGORIES:
+    for category in FASHIONIQ_CATEGORIES:
         for part, value in (
             ("captions/cap", [{"target": category, "candidate": "r", "captions": ["a", "b"]}]),
             ("image_splits/split", [category, "r"]),
@@ -431,16 +437,16 @@ def test_triplets_name_a_dataset_split_and_category(name, tmp_path):
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(value))
     pairs, _, _ = gen_deltas.triplet_pairs(name, str(tmp_path), str(tmp_path))
-    wanted = ["dress"] if name.endswith("dress") else sorted(data.FASHIONIQ_CATEGORIES)
+    wanted = ["dress"] if name.endswith("dress") else sorted(FASHIONIQ_CATEGORIES)
     assert sorted(pair["target"] for pair in pairs) == wanted
-    with pytest.raises(common.UserError, match="wanted dataset/split"):
+    with pytest.raises(UserError, match="wanted dataset/split"):
         gen_deltas.triplet_pairs("a/b/c/d", str(tmp_path), "")
 
 
 def test_fashioniq_pairs_come_out_as_fashioniq(vdg, mined, tmp_path):
     names = sorted(path.name for path in (mined / "images").iterdir() if path.suffix == ".png")
     root, bare = tmp_path / "fashioniq", [name.removesuffix(".png") for name in names]
-    pairs = {c: [(bare[i], bare[i + 1]) for i in range(at, at + 2)] for at, c in enumerate(data.FASHIONIQ_CATEGORIES)}
+    pairs = {c: [(bare[i], bare[i + 1]) for i in range(at, at + 2)] for at, c in enumerate(FASHIONIQ_CATEGORIES)}
     for category, some in pairs.items():
         captions = [{"target": t, "candidate": r, "captions": ["human a", "human b"]} for r, t in some]
         for part, file, value in (("captions", "cap", captions), ("image_splits", "split", bare)):
@@ -449,7 +455,7 @@ def test_fashioniq_pairs_come_out_as_fashioniq(vdg, mined, tmp_path):
     said = records_of(generate(vdg, mined, tmp_path / "out", triplets="fashioniq/val", root=root))
     assert len(said) == 6 and not (tmp_path / "out" / "cirr").exists()
     for category, some in pairs.items():
-        out = data.read_fashioniq(str(tmp_path / "out" / "fashioniq"), "val", category, str(mined / "images"))
+        out = read_fashioniq(str(tmp_path / "out" / "fashioniq"), "val", category, str(mined / "images"))
         assert [(q.reference, q.target) for q in out.queries] == some
         wanted = [(r["delta"],) * 2 for r in said if r["category"] == category]
         assert [q.alternatives for q in out.queries] == wanted and not any("human" in d for d, _ in wanted)
@@ -463,11 +469,11 @@ def test_filter_keeps_what_a_cir_model_finds(vdg, mined, truth, tmp_path, zoo, k
     torch.manual_seed(0)
     made = train_cir.build_cir(**build)
     tensors, texts = {"model.safetensors": train_cir.get_trained(made)}, {"config.json": {"build": build}}
-    common.save_folder(tmp_path / "cir", tensors, texts)
+    save_folder(tmp_path / "cir", tensors, texts)
     model = train_cir.load_cir(str(tmp_path / "cir"))
-    store = data.ImageStore(mined / "images")
-    groups = {group["id"]: group["members"] for group in common.read_jsonl(mined / "subgroups.jsonl")}
-    see = lambda name: model.image(data.load_pixels(store, [name], model.preprocess))  # noqa: E731
+    store = ImageStore(mined / "images")
+    groups = {group["id"]: group["members"] for group in read_jsonl(mined / "subgroups.jsonl")}
+    see = lambda name: model.image(load_pixels(store, [name], model.preprocess))  # noqa: E731
     kept = []
     for record in records_of(truth[1]):
         with torch.no_grad():
@@ -478,9 +484,9 @@ def test_filter_keeps_what_a_cir_model_finds(vdg, mined, truth, tmp_path, zoo, k
     assert 5 < len(kept) < 31
     text = generate(vdg, mined, tmp_path / "out", filter=tmp_path / "cir", filter_top=2)
     assert records_of(text) == kept
-    report = common.read_json(tmp_path / "out" / "report.json")
+    report = read_json(tmp_path / "out" / "report.json")
     assert report["pairs"] == len(kept) and report["share_kept"] == round(len(kept) / 36, 4)
-    assert len(common.read_json(tmp_path / "out" / "cirr" / "captions" / "cap.rc2.train.json")) == len(kept)
+    assert len(read_json(tmp_path / "out" / "cirr" / "captions" / "cap.rc2.train.json")) == len(kept)
     again = generate(vdg, mined, tmp_path / "out", filter=tmp_path / "cir", filter_top=5)  # nothing is generated again
     assert again == truth[1]
     if kind == "combiner":
@@ -488,15 +494,15 @@ def test_filter_keeps_what_a_cir_model_finds(vdg, mined, truth, tmp_path, zoo, k
         ranks.run_ranks(2, lambda: generate(vdg, mined, tmp_path / "two", **how) and None)
         assert (tmp_path / "two" / "pseudo.jsonl").read_bytes() == text
         (tmp_path / "pairs").mkdir()
-        write_jsonl(tmp_path / "pairs" / "pairs.jsonl", common.read_jsonl(mined / "pairs.jsonl"))
-        with pytest.raises(common.UserError, match="subgroups.jsonl"):
+        write_jsonl(tmp_path / "pairs" / "pairs.jsonl", read_jsonl(mined / "pairs.jsonl"))
+        with pytest.raises(UserError, match="subgroups.jsonl"):
             alone = tmp_path / "pairs" / "pairs.jsonl"
             generate(vdg, mined, tmp_path / "alone", pairs=alone, filter=tmp_path / "cir")
 
 
 def test_plan_needs_no_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common.override(vars(gen_deltas), ["--plan", "--device", "cpu"])
+    override(vars(gen_deltas), ["--plan", "--device", "cpu"])
     gen_deltas.main()
     said = capsys.readouterr().out
     assert "keys and values of 64 pairs" in said and "memory of 24 GiB: too small" in said
@@ -504,12 +510,12 @@ def test_plan_needs_no_files(tmp_path, capsys, monkeypatch):
 
 
 def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
-    pairs = common.read_jsonl(mined / "pairs.jsonl")
+    pairs = read_jsonl(mined / "pairs.jsonl")
     path = tmp_path / "pairs.jsonl"
 
     def fails(match, records=pairs, **more):
         write_jsonl(path, records)
-        with pytest.raises(common.UserError, match=match):
+        with pytest.raises(UserError, match=match):
             generate(vdg, mined, tmp_path / "out", pairs=path, **more)
 
     fails("0 occurs twice", [pairs[0], pairs[0]])
@@ -520,12 +526,12 @@ def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
     assert "1 missing" in capsys.readouterr().out
     write_jsonl(path, pairs)
     vars(gen_deltas).update(DEFAULTS)
-    common.override(vars(gen_deltas), [*arguments(tmp_path / "no vdg", mined, tmp_path / "out", check=True)])
+    override(vars(gen_deltas), [*arguments(tmp_path / "no vdg", mined, tmp_path / "out", check=True)])
     gen_deltas.main()  # the data alone
     assert "36 pairs; " in capsys.readouterr().out
     fails("no folder", images=tmp_path / "nowhere")
     fails("temperature", temperature=-1.0)
-    with pytest.raises(common.UserError, match="vdg_tune.py"):
+    with pytest.raises(UserError, match="vdg_tune.py"):
         generate(tmp_path, mined, tmp_path / "out")
     assert not (tmp_path / "out" / "pseudo.jsonl").exists()
 
@@ -533,10 +539,10 @@ def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
 def test_an_unreadable_picture_stops_the_run_and_nothing_is_lost(vdg, mined, truth, tmp_path):
     root = tmp_path / "mined"
     shutil.copytree(mined, root)
-    victim = root / "images" / common.read_jsonl(root / "pairs.jsonl")[0]["target"]
+    victim = root / "images" / read_jsonl(root / "pairs.jsonl")[0]["target"]
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(common.UserError, match=victim.name):
+    with pytest.raises(UserError, match=victim.name):
         generate(vdg, root, tmp_path / "out")
     victim.write_bytes(whole)
     assert generate(vdg, root, tmp_path / "out") == truth[1]

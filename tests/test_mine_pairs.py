@@ -12,8 +12,11 @@ from PIL import Image
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-import common
 import mine_pairs
+from common.console import UserError
+from common.files import read_json
+from common.flags import constants_of, override
+from common.images import Preprocess
 
 REAL_EMBED = mine_pairs.embed
 OUTPUTS = ("embeddings.npy", "names.json", "subgroups.jsonl", "pairs.jsonl", "stats.json", "subgroups.html")
@@ -44,9 +47,9 @@ def settings(zoo, images, out, **more):
 
 def mine(zoo, images, out, **more):
     """mine_pairs.main() with these flags, in this process; returns the counts it reports."""
-    constants = common.constants_of(vars(mine_pairs))
+    constants = constants_of(vars(mine_pairs))
     try:
-        common.override(vars(mine_pairs), settings(zoo, images, out, **more))
+        override(vars(mine_pairs), settings(zoo, images, out, **more))
         mine_pairs.main()
     finally:
         vars(mine_pairs).update(constants)
@@ -127,7 +130,7 @@ def test_end_to_end(zoo, gallery, tmp_path):
 
     from transformers import ResNetModel
 
-    encoder = mine_pairs.data.Preprocess.from_folder(zoo / "resnet")
+    encoder = Preprocess.from_folder(zoo / "resnet")
     pixels = torch.stack([encoder(Image.open(gallery / name).convert("RGB")) for name in names])
     with torch.no_grad():
         features = ResNetModel.from_pretrained(zoo / "resnet").eval()(pixel_values=pixels).pooler_output[:, :, 0, 0]
@@ -161,7 +164,7 @@ def test_no_grouping_pairs_random_pictures(zoo, gallery, tmp_path):
     assert all(len(set(group["members"])) == 6 for group in groups) and len(pairs) == 9 * len(groups)
     score = [np.mean([p["score"] for p in lines(tmp_path / name / "pairs.jsonl")]) for name in ("usual", "random")]
     assert score[0] > score[1]  # neighbours are alike, random pictures are not
-    names, embeddings = common.read_json(tmp_path / "random/names.json"), np.load(tmp_path / "random/embeddings.npy")
+    names, embeddings = read_json(tmp_path / "random/names.json"), np.load(tmp_path / "random/embeddings.npy")
     rows = embeddings[[names.index(name) for name in groups[0]["members"]]]
     assert groups[0]["scores"] == pytest.approx((rows[0] @ rows.T).tolist(), abs=1e-5)
     mine(zoo, gallery, tmp_path / "again", grouping=False)
@@ -281,11 +284,11 @@ def test_exclusion_by_name_and_by_content(zoo, gallery, tmp_path, capsys):
     mined = {name for pair in lines(tmp_path / "out/pairs.jsonl") for name in (pair["reference"], pair["target"])}
     assert mined <= set(names)
     assert "family 0/pic-0-0.png" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="are excluded"):
+    with pytest.raises(UserError, match="are excluded"):
         mine(zoo, gallery, tmp_path / "none", exclude=gallery)
     (tmp_path / "empty.json").write_text('[{"caption": "a dress"}]')
     for source, words in ((tmp_path / "nowhere", "not found"), (tmp_path / "empty.json", "names no picture")):
-        with pytest.raises(common.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             mine(zoo, gallery, tmp_path / "none", exclude=source)
 
 
@@ -308,7 +311,7 @@ def test_small_and_identical_galleries(zoo, tmp_path, capsys, count, alike):
 
 def test_no_pictures(zoo, tmp_path):
     (tmp_path / "g").mkdir()
-    with pytest.raises(common.UserError, match="holds no"):
+    with pytest.raises(UserError, match="holds no"):
         mine(zoo, tmp_path / "g", tmp_path / "out")
 
 
@@ -322,7 +325,7 @@ def test_useless_embedding_is_named(zoo, gallery, tmp_path, monkeypatch, value, 
         return features
 
     monkeypatch.setattr(mine_pairs.Encoder, "forward", forward)
-    with pytest.raises(common.UserError, match=f"pic-0-3.png: its embedding is .*{word}"):
+    with pytest.raises(UserError, match=f"pic-0-3.png: its embedding is .*{word}"):
         mine(zoo, gallery, tmp_path / "out")
 
 
@@ -331,7 +334,7 @@ def test_clip_folder(zoo, gallery, tmp_path):
 
     mine(zoo, gallery, tmp_path / "out", encoder=zoo / "clip")
     name = json.loads((tmp_path / "out/names.json").read_text())[0]
-    pixels = mine_pairs.data.Preprocess.from_folder(zoo / "clip")(Image.open(gallery / name).convert("RGB"))[None]
+    pixels = Preprocess.from_folder(zoo / "clip")(Image.open(gallery / name).convert("RGB"))[None]
     model = CLIPModel.from_pretrained(zoo / "clip").eval()
     with torch.no_grad():
         wanted = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)[0]
@@ -356,7 +359,7 @@ def test_wrong_encoders_are_one_line(zoo, gallery, tmp_path):
         (tmp_path / "empty", "save_pretrained"),
         (tmp_path / "nowhere", "--encoder .*nowhere cannot be read"),
     ):
-        with pytest.raises(common.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             mine(zoo, gallery, tmp_path / "out", encoder=encoder)
 
 
@@ -366,11 +369,11 @@ def test_other_mistakes(zoo, gallery, tmp_path, capsys):
     copy = tmp_path / "gallery"
     shutil.copytree(gallery, copy)
     (copy / "bad.png").write_bytes(b"")
-    with pytest.raises(common.UserError, match="1 unreadable"):
+    with pytest.raises(UserError, match="1 unreadable"):
         mine(zoo, copy, tmp_path / "out", check="true")
-    with pytest.raises(common.UserError, match="bad.png"):
+    with pytest.raises(UserError, match="bad.png"):
         mine(zoo, copy, tmp_path / "out")
-    with pytest.raises(common.UserError, match="is in --images"):
+    with pytest.raises(UserError, match="is in --images"):
         mine(zoo, copy, copy / "out")
-    with pytest.raises(common.UserError, match="group of 3 or more"):
+    with pytest.raises(UserError, match="group of 3 or more"):
         mine(zoo, gallery, tmp_path / "out", top_k=4)

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-import pages
+from common import pages
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+from common.flags import read_flags
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("vdg_align", "vdg_tune", "mine_pairs", "gen_deltas", "train_cir", "eval_cir")
@@ -26,7 +26,7 @@ def test_help_lists_every_constant_at_once(stage):
         done = run(stage, "--help")
         best = min(best, time.perf_counter() - start)
     assert done.returncode == 0 and best < 0.5
-    flags = common.read_flags(ROOT / f"{stage}.py")
+    flags = read_flags(ROOT / f"{stage}.py")
     assert len(flags) > 10
     for flag in flags:
         assert f"--{flag.name.lower()} " in done.stdout
@@ -37,7 +37,7 @@ def test_help_lists_every_constant_at_once(stage):
 def test_an_unknown_flag_names_the_nearest(stage):
     done = run(stage, "--leaning_rate", "1")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    known = {f"--{flag.name.lower()}" for flag in common.read_flags(ROOT / f"{stage}.py")}
+    known = {f"--{flag.name.lower()}" for flag in read_flags(ROOT / f"{stage}.py")}
     nearest = done.stderr.split("the nearest is ")[1].split()[0]
     assert nearest in known
     if stage in ("vdg_align", "vdg_tune", "train_cir"):
@@ -53,7 +53,7 @@ def test_a_batch_of_nothing_is_one_line(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_only_main_reads_the_flags(stage):
     """An imported stage keeps its own constants: a function that read them would ignore the importer's flags."""
-    flags = {flag.name for flag in common.read_flags(ROOT / f"{stage}.py")}
+    flags = {flag.name for flag in read_flags(ROOT / f"{stage}.py")}
     fixed = {"eval_cir": {"CIRR_KS", "SUBSET_KS", "FASHIONIQ_KS", "CIRCO_KS", "NEVER"}, "mine_pairs": {"NAME_KEYS"}}
     for node in ast.parse((ROOT / f"{stage}.py").read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "main":

@@ -12,19 +12,23 @@ import transformers
 import zoo as writer
 from safetensors.torch import load_file, save_file
 
-import common
-import data
 import train_cir
+from common.annotations import Triplet, read_triplets
+from common.batches import Item, draw, drop_missing, human_items, training_items
+from common.console import UserError
+from common.files import read_json, write_json
+from common.flags import constants_of, override
+from common.images import ImageStore, open_image
 from kernels import negatives
 
 WORDS = ["make it red", "has two dogs", "remove the hat and add a ball", "is blue", "more of them", "a cat instead"]
-DEFAULTS = common.constants_of(vars(train_cir))
+DEFAULTS = constants_of(vars(train_cir))
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     """main() reads constants of its module: put them back after each test, and leave the signals of pytest alone."""
-    monkeypatch.setattr(common, "stop_requested", lambda: False)
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
     yield
     vars(train_cir).update(DEFAULTS)
 
@@ -71,7 +75,7 @@ def arguments(world, zoo, out, model="blip_tdm", **more) -> list[str]:
 
 def train(argv: list[str]) -> None:
     vars(train_cir).update(DEFAULTS)
-    common.override(vars(train_cir), argv)
+    override(vars(train_cir), argv)
     train_cir.main()
 
 
@@ -144,13 +148,13 @@ def test_blip_equals_its_parts_called_by_hand(zoo, first_token):
 
 
 def test_a_wrong_backbone_or_one_without_its_weights_is_refused(zoo, tmp_path):
-    with pytest.raises(common.UserError, match="is a clip model, wanted blip"):
+    with pytest.raises(UserError, match="is a clip model, wanted blip"):
         train_cir.build_cir("blip_tdm", str(zoo / "clip"))
     shutil.copytree(zoo / "blip", tmp_path / "blip")
     weights = load_file(tmp_path / "blip" / "model.safetensors")
     weights.pop("itm_head.weight")
     save_file(weights, tmp_path / "blip" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(common.UserError, match="first itm_head.weight"):
+    with pytest.raises(UserError, match="first itm_head.weight"):
         train_cir.build_cir("blip_tdm", str(tmp_path / "blip"))
 
 
@@ -163,7 +167,7 @@ def test_text_is_never_cut_silently_nor_ended_by_a_caption(zoo):
         model.length = 60
         plain, spelled = (model.tokenize([text], "cpu")[0] for text in ("a b", f"a {mark} b"))
         assert spelled.shape[1] > plain.shape[1] + 1  # letters, not one special token
-        with pytest.raises(common.UserError, match="positions"):
+        with pytest.raises(UserError, match="positions"):
             train_cir.build_cir(kind, str(zoo / folder), text_length=10_000)
 
 
@@ -304,30 +308,30 @@ def test_candidates_are_the_own_target_then_hard_ones():
 
 
 def test_each_step_draws_its_share_of_a_shuffled_epoch():
-    items = [data.Item((0, f"r{i}"), (0, f"t{i}"), ((f"d{i}",),)) for i in range(23)]
-    drawn = [d.key[2] for step in range(6) for d in data.draw(items, 0, step, 6, 0)]
+    items = [Item((0, f"r{i}"), (0, f"t{i}"), ((f"d{i}",),)) for i in range(23)]
+    drawn = [d.key[2] for step in range(6) for d in draw(items, 0, step, 6, 0)]
     assert len(set(drawn[:18])) == len(set(drawn[18:])) == 18 and drawn[:18] != drawn[18:]
-    assert data.draw(items, 0, 0, 6, 1) != data.draw(items, 0, 0, 6, 0)
+    assert draw(items, 0, 0, 6, 1) != draw(items, 0, 0, 6, 0)
 
 
 def test_dagger_draws_both_deltas_and_fashioniq_all_four(tmp_path):
-    human = [data.Triplet(f"r{i}", f"t{i}", "human") for i in range(10)]
-    generated = [data.Triplet(f"r{i}", f"t{i}", "generated") for i in range(9)]
-    items = data.human_items(human, "cirr", generated)
-    drawn = [d for step in range(60) for d in data.draw(items, 0, step, 10, 0)]
+    human = [Triplet(f"r{i}", f"t{i}", "human") for i in range(10)]
+    generated = [Triplet(f"r{i}", f"t{i}", "generated") for i in range(9)]
+    items = human_items(human, "cirr", generated)
+    drawn = [d for step in range(60) for d in draw(items, 0, step, 10, 0)]
     share = np.mean([d.delta == "generated" for d in drawn if d.key[2] != 9])
     assert 0.4 < share < 0.6
     assert {d.delta for d in drawn if d.key[2] == 9} == {"human"}  # nothing was generated for it
-    with pytest.raises(common.UserError, match="none of its"):
-        data.human_items(human, "cirr", [data.Triplet("x", "y", "generated")])
-    fashion = data.Triplet("r", "t", "Is red. and has dots", alternatives=("is red.", "has dots"))
-    (item,) = data.human_items([fashion], "fashioniq", [])
+    with pytest.raises(UserError, match="none of its"):
+        human_items(human, "cirr", [Triplet("x", "y", "generated")])
+    fashion = Triplet("r", "t", "Is red. and has dots", alternatives=("is red.", "has dots"))
+    (item,) = human_items([fashion], "fashioniq", [])
     assert item.deltas == (("Is red and has dots", "Has dots and is red", "Is red", "Has dots"),)
     (tmp_path / "release.json").write_text('[{"reference": "r", "target": "t", "caption": ["human", "one", "two"]}]')
-    release = data.read_triplets(str(tmp_path / "release.json"))  # the VDG release's list
-    assert data.human_items(release, "jsonl", [])[0].deltas == (("human",), ("one", "two"))
-    both = data.Triplet("r1", "t1", "generated", extra={"reverse_delta": "back"})
-    (item,) = data.human_items(human[1:2], "cirr", [both], deltas=False)  # what leads back, and nothing else
+    release = read_triplets(str(tmp_path / "release.json"))  # the VDG release's list
+    assert human_items(release, "jsonl", [])[0].deltas == (("human",), ("one", "two"))
+    both = Triplet("r1", "t1", "generated", extra={"reverse_delta": "back"})
+    (item,) = human_items(human[1:2], "cirr", [both], deltas=False)  # what leads back, and nothing else
     assert item.deltas == (("human",),) and item.back == ("back",)
 
 
@@ -357,7 +361,7 @@ def test_a_run_saves_trained_weights_only_and_reloads(world, zoo, tmp_path, mode
         train_cir.put_trained(before, saved, "here")
         assert torch.equal(before.compose(before.tokens(pixels), WORDS[:2]), c)
     saved.pop(next(iter(saved)))
-    with pytest.raises(common.UserError, match="do not fit"):
+    with pytest.raises(UserError, match="do not fit"):
         train_cir.put_trained(before, saved, "here")
 
 
@@ -367,7 +371,7 @@ def test_six_steps_equal_three_and_resume_and_three(world, zoo, tmp_path, monkey
     more = loss if model == "combiner" else {"val_split": "val", "val_every": 2}
     train(arguments(world, zoo, tmp_path / "whole", model, **more))
     asked = []
-    monkeypatch.setattr(common, "stop_requested", lambda: asked.append(1) or len(asked) == 3)
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: asked.append(1) or len(asked) == 3)
     with pytest.raises(SystemExit) as stop:
         train(arguments(world, zoo, tmp_path / "halves", model, **more))
     assert stop.value.code == 143 and [r["step"] for r in log_of(tmp_path / "halves") if "lr" in r] == [1, 2, 3]
@@ -378,7 +382,7 @@ def test_six_steps_equal_three_and_resume_and_three(world, zoo, tmp_path, monkey
     for record in logs[0] + logs[1]:
         record.pop("items_per_s", None), record.pop("eta_s", None)
     assert logs[0] == logs[1] and len([r for r in logs[0] if "lr" in r]) == 6
-    with pytest.raises(common.UserError, match="LR"):
+    with pytest.raises(UserError, match="LR"):
         train(arguments(world, zoo, tmp_path / "halves", model, **more | {"lr": 2e-3}))
 
 
@@ -421,21 +425,21 @@ def test_the_bank_is_every_other_image(world, zoo, tmp_path, monkeypatch):
     """What L_tcc gets: the plain embeddings of all training images but the targets of this batch."""
     given, real = [], train_cir.l_tcc_ranks
     monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *a, **k: given.append((a, k["bank"])) or real(*a, **k))
-    drawn, draw = [], data.draw
-    monkeypatch.setattr(data, "draw", lambda *a: drawn.append((a[2], draw(*a))) or draw(*a))
+    drawn, draw = [], train_cir.draw
+    monkeypatch.setattr(train_cir, "draw", lambda *a: drawn.append((a[2], draw(*a))) or draw(*a))
     train(arguments(world, zoo, tmp_path, "combiner", bank=True, steps=2))
     model = train_cir.build_cir("combiner", str(zoo / "clip")).eval()
-    stores = [data.ImageStore(str(world / "img_raw" / "train")), data.ImageStore(str(world / "aux"))]
+    stores = [ImageStore(str(world / "img_raw" / "train")), ImageStore(str(world / "aux"))]
     for step in (0, 1):
         targets = {d.target for at, draws in drawn if at == step for d in draws}
-        _, items = data.training_items(
+        _, items = training_items(
             "cirr", str(world / "cirr"), "train", "", "", True, str(world / "pseudo.jsonl"), str(world / "aux"), True
         )
         images = {image for stream in items for item in stream for image in (item.reference, item.target)} - targets
         files = [
             stores[s].path(name.removeprefix("train-") if s else f"1-{int(name[6:]):03d}.png") for s, name in images
         ]
-        pixels = torch.stack([model.preprocess(data.open_image(file)) for file in files])
+        pixels = torch.stack([model.preprocess(open_image(file)) for file in files])
         wanted = model.image(pixels)[1]
         bank = given[step][1]
         assert len(bank) == len(images) > 3
@@ -453,9 +457,9 @@ def test_ablations_and_frozen_text(world, zoo, tmp_path):
     train(arguments(world, zoo, tmp_path / "blip", steps=1, train_text=False, tdm=False))
     saved = load_file(tmp_path / "blip" / "model.safetensors")
     assert saved and not any(name.startswith("backbone.text_encoder") for name in saved)
-    with pytest.raises(common.UserError, match="trains nothing"):
+    with pytest.raises(UserError, match="trains nothing"):
         train(arguments(world, zoo, tmp_path / "x", "sum", train_text=False))
-    with pytest.raises(common.UserError, match="no triplet has a reverse_delta"):
+    with pytest.raises(UserError, match="no triplet has a reverse_delta"):
         train(arguments(world, zoo, tmp_path / "x", "sum", bidirectional=0.5, reversed_text="delta"))
 
 
@@ -470,7 +474,7 @@ def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
     state = model.state_dict()
     assert all(torch.equal(state[name], first[name]) for name in first if "directions" not in name)
     assert all(torch.equal(state[name], saved[name]) for name in saved)
-    with pytest.raises(common.UserError, match="do not fit"):  # stage I had directions, this has none
+    with pytest.raises(UserError, match="do not fit"):  # stage I had directions, this has none
         train(arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "one", pseudo="", steps=1))
 
 
@@ -493,12 +497,12 @@ def test_steps_and_what_is_trained_on(world, zoo, tmp_path, capsys):
     assert [r["step"] for r in log_of(tmp_path / "b")][-1] == 20 // 6
     rates = [r["lr"] for r in log_of(tmp_path / "a")]
     assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * s / 8)) for s in range(8)])
-    with pytest.raises(common.UserError, match="nothing to train on"):
+    with pytest.raises(UserError, match="nothing to train on"):
         train(arguments(world, zoo, tmp_path / "c", "combiner", triplets=False, pseudo=""))
-    with pytest.raises(common.UserError, match="fewer than 32"):
+    with pytest.raises(UserError, match="fewer than 32"):
         train(arguments(world, zoo, tmp_path / "c", "combiner", batch=32))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(common.UserError, match="no triplet"):
+    with pytest.raises(UserError, match="no triplet"):
         train(arguments(world, zoo, tmp_path / "c", "combiner", pseudo=tmp_path / "empty.jsonl"))
     capsys.readouterr()
     train(arguments(world, zoo, tmp_path / "d", "combiner", steps=1, text_length=8))
@@ -520,19 +524,19 @@ def test_wrong_flags_are_one_line(world, zoo, tmp_path):
         ({"tau": -0.01}, "--tau -0.01: wanted 0.0001 or more"),
         ({"log_every": 0}, "--log_every 0: wanted 1 or more"),
     ):
-        with pytest.raises(common.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             train(arguments(world, zoo, tmp_path, **{"model": "combiner"} | flags))
-    with pytest.raises(common.UserError, match="--first_token"):
+    with pytest.raises(UserError, match="--first_token"):
         train(arguments(world, zoo, tmp_path, first_token="dec"))
     root = shutil.copytree(world / "cirr", tmp_path / "cirr")
-    records = common.read_json(root / "captions" / "cap.rc2.val.json")
+    records = read_json(root / "captions" / "cap.rc2.val.json")
     hidden = [{key: r[key] for key in r if not key.startswith("target")} for r in records]
-    common.write_json(root / "captions" / "cap.rc2.test1.json", hidden)
+    write_json(root / "captions" / "cap.rc2.test1.json", hidden)
     shutil.copy(root / "image_splits" / "split.rc2.val.json", root / "image_splits" / "split.rc2.test1.json")
-    with pytest.raises(common.UserError, match="--val_split test1: its targets are hidden"):
+    with pytest.raises(UserError, match="--val_split test1: its targets are hidden"):
         train(arguments(world, zoo, tmp_path, "combiner", root=root, images=world / "img_raw", val_split="test1"))
     pairs = world / "pseudo.jsonl"
-    with pytest.raises(common.UserError, match="no gallery"):
+    with pytest.raises(UserError, match="no gallery"):
         train(arguments(world, zoo, tmp_path, dataset="jsonl", root=pairs, images=world / "aux", val_split="val"))
 
 
@@ -548,9 +552,9 @@ def test_a_checkpoint_knows_what_it_stands_on(world, zoo, tmp_path, capsys):
     weights = load_file(tmp_path / "clip" / "model.safetensors")
     weights["visual_projection.weight"][0, 0] += 1e-3
     save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(common.UserError, match="other frozen weights than .*clip holds now"):
+    with pytest.raises(UserError, match="other frozen weights than .*clip holds now"):
         train_cir.load_cir(str(tmp_path / "run"))
-    with pytest.raises(common.UserError, match="FROZEN_SHA256"):
+    with pytest.raises(UserError, match="FROZEN_SHA256"):
         train(same)
 
 
@@ -561,8 +565,8 @@ def test_views_are_the_same_images_encoded_once(world, zoo, tmp_path, monkeypatc
     for a, b in zip(log_of(tmp_path / "fresh"), log_of(tmp_path / "cached"), strict=True):
         assert a["tcc"] == pytest.approx(b["tcc"], rel=1e-4) and a["tdm"] == pytest.approx(b["tdm"], rel=1e-4)
     opened = []
-    there = data.ImageStore.open
-    monkeypatch.setattr(data.ImageStore, "open", lambda self, name: opened.append(name) or there(self, name))
+    there = ImageStore.open
+    monkeypatch.setattr(ImageStore, "open", lambda self, name: opened.append(name) or there(self, name))
     train(arguments(world, zoo, tmp_path / "views", views=3))
     assert len(opened) == 3 * len(set(opened)) and len(set(opened)) <= 22
 
@@ -579,7 +583,7 @@ def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
     train(arguments(world, zoo, tmp_path, "combiner", steps=5, val_split="val", val_every=2, **more))
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
-    config, taus = common.read_json(tmp_path / "config.json"), [r["tau"] for r in log_of(tmp_path) if "tau" in r]
+    config, taus = read_json(tmp_path / "config.json"), [r["tau"] for r in log_of(tmp_path) if "tau" in r]
     assert config["step"] == 4 and config["tau"] == taus[3] != taus[4]
     assert [(r["step"], r["score"]) for r in log_of(tmp_path) if "val" in r] == [(2, 2.0), (4, 4.0), (5, 8 / 3)]
 
@@ -587,7 +591,7 @@ def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_before_the_step(world, zoo, tmp_path, monkeypatch):
     real, factors = train_cir.l_tcc_ranks, iter([1.0, 1.0, math.nan])
     monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *given, **more: real(*given, **more) * next(factors))
-    with pytest.raises(common.UserError, match="not finite at step 3"):
+    with pytest.raises(UserError, match="not finite at step 3"):
         train(arguments(world, zoo, tmp_path, save_every=1))
     assert sorted(p.name for p in (tmp_path / "last").iterdir()) == ["step-1", "step-2"]
     assert not (tmp_path / "model.safetensors").exists()
@@ -598,17 +602,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world, zoo, tmp_path, m
 def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
     pairs = [{"reference": "3-000.png", "target": "gone.png", "delta": "x"}] * 6
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    with pytest.raises(common.UserError, match="gone.png"):
+    with pytest.raises(UserError, match="gone.png"):
         train(arguments(world, zoo, tmp_path / "out", pseudo=tmp_path / "bad.jsonl"))
-    with pytest.raises(common.UserError, match="images missing"):
+    with pytest.raises(UserError, match="images missing"):
         train([*arguments(world, zoo, tmp_path / "out", pseudo=tmp_path / "bad.jsonl"), "--check"])
     assert "gone.png" in capsys.readouterr().out
     train([*arguments(world, zoo, tmp_path / "none"), "--check"])
     assert "human: 24 triplets" in capsys.readouterr().out and not (tmp_path / "none").exists()
-    items = [data.Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
-    items += [data.Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
-    store = data.ImageStore(str(world / "aux"))
-    assert len(data.drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, "auxiliary")) == 1999
+    items = [Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999
+    items += [Item((1, "3-000.png"), (1, "gone.png"), (("x",),))]
+    store = ImageStore(str(world / "aux"))
+    assert len(drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, "auxiliary")) == 1999
     assert "left out" in capsys.readouterr().out
 
 

@@ -14,9 +14,13 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from zoo import draw
 
-import common
-import data
 import vdg_align
+from common import images, ranks
+from common.annotations import Caption
+from common.console import UserError
+from common.flags import override
+from common.images import load_pixels
+from common.llama import answer_ids, load_llm, load_tokenizer, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +30,7 @@ def fresh(name: str, *argv: str):
     spec = importlib.util.spec_from_file_location(f"{name}_run", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    common.override(vars(module), list(argv))
+    override(vars(module), list(argv))
     return module
 
 
@@ -122,10 +126,10 @@ def test_the_language_model_inside_is_not_read(zoo, tmp_path):
     vdg_align.VisionProjector(str(folder), 64)
     assert others
     (folder / max(needed)).write_bytes(b"\x08")
-    with pytest.raises(common.UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         vdg_align.VisionProjector(str(folder), 64)
     (folder / max(needed)).unlink()
-    with pytest.raises(common.UserError, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         vdg_align.VisionProjector(str(folder), 64)
 
 
@@ -135,16 +139,16 @@ def test_vision_weights_are_strict(zoo, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["qformer_config"]["num_hidden_layers"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(common.UserError, match="not in the files, first qformer.encoder.layer.2"):
+    with pytest.raises(UserError, match="not in the files, first qformer.encoder.layer.2"):
         vdg_align.VisionProjector(str(folder), 64)
-    with pytest.raises(common.UserError, match="a llama model; wanted instructblip"):
+    with pytest.raises(UserError, match="a llama model; wanted instructblip"):
         vdg_align.VisionProjector(str(zoo / "llama"), 64)
 
 
 def test_llm_equals_from_pretrained(zoo, tmp_path):
     ids = torch.arange(10)[None]
     for dtype in (torch.float32, torch.bfloat16):
-        llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), dtype, "cpu")
+        llm, tokenizer = load_llm(str(zoo / "llama"), dtype, "cpu")
         theirs = transformers.LlamaForCausalLM.from_pretrained(zoo / "llama", dtype=dtype).eval()
         with torch.no_grad():
             assert torch.equal(llm(ids).logits, theirs(ids).logits)
@@ -154,26 +158,26 @@ def test_llm_equals_from_pretrained(zoo, tmp_path):
     tied.save_pretrained(tmp_path / "tied", max_shard_size="40KB")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(zoo / "llama" / file, tmp_path / "tied")
-    llm, _ = vdg_align.load_llm(str(tmp_path / "tied"), torch.float32, "cpu")
+    llm, _ = load_llm(str(tmp_path / "tied"), torch.float32, "cpu")
     with torch.no_grad():
         assert torch.equal(llm(ids).logits, tied(ids).logits)
     (tmp_path / "tied" / "tokenizer.json").rename(tmp_path / "tied" / "tokenizer.model")
-    with pytest.raises(common.UserError, match="no tokenizer.json"):
-        vdg_align.load_llm(str(tmp_path / "tied"), torch.float32, "cpu")
-    with pytest.raises(common.UserError, match="no such folder"):
-        vdg_align.load_llm(str(tmp_path / "absent"), torch.float32, "cpu")
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        load_llm(str(tmp_path / "tied"), torch.float32, "cpu")
+    with pytest.raises(UserError, match="no such folder"):
+        load_llm(str(tmp_path / "absent"), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_quantised_llm_is_close_and_passes_gradients(zoo, quantize):
     pytest.importorskip("bitsandbytes")
-    plain, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
-    llm, _ = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu", quantize)
+    plain, tokenizer = load_llm(str(zoo / "llama"), torch.float32, "cpu")
+    llm, _ = load_llm(str(zoo / "llama"), torch.float32, "cpu", quantize)
     assert type(llm.model.layers[0].self_attn.q_proj) is not torch.nn.Linear
     results = []
     for model in (plain, llm):
         image = torch.full((4, 64), 0.01, requires_grad=True)
-        row, answer = [[1], image], vdg_align.answer_ids(tokenizer, "a red hat")
+        row, answer = [[1], image], answer_ids(tokenizer, "a red hat")
         batch = vdg_align.pack(model.get_input_embeddings(), [row], [answer])
         loss = vdg_align.caption_loss(model, batch, len(answer))
         loss.backward()
@@ -184,19 +188,19 @@ def test_quantised_llm_is_close_and_passes_gradients(zoo, quantize):
 
 def pair(zoo):
     """LLM, tokenizer, projector, captions and pixels of a small batch with rows of different length."""
-    llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
+    llm, tokenizer = load_llm(str(zoo / "llama"), torch.float32, "cpu")
     torch.manual_seed(3)
     vision = vdg_align.VisionProjector(str(zoo / "instructblip"), 64)
     captions = [
-        data.Caption("a", "Describe it.", "a red hat", True, "0"),
-        data.Caption("b", "Provide a brief description.", "two cats on the table in a room", False, "1"),
-        data.Caption("c", "Describe it.", "x", False, "2"),
+        Caption("a", "Describe it.", "a red hat", True, "0"),
+        Caption("b", "Provide a brief description.", "two cats on the table in a room", False, "1"),
+        Caption("c", "Describe it.", "x", False, "2"),
     ]
     return llm, tokenizer, vision, captions, torch.randn(3, 3, 28, 28)
 
 
 def ours(llm, tokenizer, vision, captions, pixels, tokens=None):
-    answers = [vdg_align.answer_ids(tokenizer, c.text) for c in captions]
+    answers = [answer_ids(tokenizer, c.text) for c in captions]
     images = vision(vision.queries(pixels))
     rows = [vdg_align.caption_row(tokenizer, c, image) for c, image in zip(captions, images, strict=True)]
     batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers)
@@ -244,7 +248,7 @@ def test_only_the_caption_and_its_end_are_supervised(zoo):
     labels = batch.labels.tolist()
     for slots, caption in zip(batch.slots, captions, strict=True):
         row = list(dict.fromkeys(slots.tolist()))  # less what fills the end
-        answer = vdg_align.answer_ids(tokenizer, caption.text)
+        answer = answer_ids(tokenizer, caption.text)
         assert labels[: len(answer)] == answer and tokenizer.decode(answer[:-1]) == caption.text
         at = [row.index(i) for i in batch.predict[: len(answer)].tolist()]
         assert at == list(range(len(row) - len(answer) - 1, len(row) - 1))
@@ -280,9 +284,9 @@ def test_layers_equal_hugging_face(zoo, heads):
 
 def test_a_tree_of_shared_beginnings_changes_neither_loss_nor_gradients(zoo):
     """Rows that begin with the same instruction and some with the same image: fewer tokens, everything else equal."""
-    llm, tokenizer = vdg_align.load_llm(str(zoo / "llama"), torch.float32, "cpu")
-    start, tail = [1, *vdg_align.tokenize(tokenizer, "Describe it.")], vdg_align.tokenize(tokenizer, "Response:")
-    answers = [vdg_align.answer_ids(tokenizer, text) for text in ("a red hat", "x", "two cats on it", "two cats on it")]
+    llm, tokenizer = load_llm(str(zoo / "llama"), torch.float32, "cpu")
+    start, tail = [1, *tokenize(tokenizer, "Describe it.")], tokenize(tokenizer, "Response:")
+    answers = [answer_ids(tokenizer, text) for text in ("a red hat", "x", "two cats on it", "two cats on it")]
     results = []
     for share, checkpoint in ((False, False), (True, False), (False, True), (True, True)):
         images = torch.randn(5, 6, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -308,21 +312,21 @@ def test_a_longer_row_in_the_batch_changes_nothing(zoo):
 
 
 def test_an_end_token_written_in_a_caption_is_text(zoo):
-    tokenizer = vdg_align.load_tokenizer(str(zoo / "llama"))
-    ids = vdg_align.answer_ids(tokenizer, "a </s> b <s>")
+    tokenizer = load_tokenizer(str(zoo / "llama"))
+    ids = answer_ids(tokenizer, "a </s> b <s>")
     assert ids.count(2) == 1 and ids[-1] == 2 and 1 not in ids and tokenizer.decode(ids[:-1]) == "a </s> b <s>"
-    with pytest.raises(common.UserError, match="at least one supervised token"):
-        vdg_align.answer_ids(tokenizer, "  ")
+    with pytest.raises(UserError, match="at least one supervised token"):
+        answer_ids(tokenizer, "  ")
 
 
 def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, capsys):
     argv = [*flags, "--batch", "4", "--out", str(tmp_path / "out")]
     asked = iter([False, False, True])
-    monkeypatch.setattr(common, "stop_requested", lambda: next(asked))  # a SIGTERM in the third step
+    monkeypatch.setattr(ranks, "stop_requested", lambda: next(asked))  # a SIGTERM in the third step
     with pytest.raises(SystemExit) as stopped:
         stage("vdg_align", *argv)
     assert stopped.value.code == 143 and not (tmp_path / "out" / "config.json").exists()
-    monkeypatch.setattr(common, "stop_requested", lambda: False)
+    monkeypatch.setattr(ranks, "stop_requested", lambda: False)
     stage("vdg_align", *argv)
     a, b = (load_file(folder / "projection.safetensors") for folder in (whole, tmp_path / "out"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -331,7 +335,7 @@ def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     stage("vdg_align", *argv)
     assert "is finished (6 steps)" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="LR: 0.001 there, 0.5 now"):
+    with pytest.raises(UserError, match="LR: 0.001 there, 0.5 now"):
         stage("vdg_align", *argv, "--lr", "0.5")
 
 
@@ -362,16 +366,16 @@ def test_two_ranks_and_accumulation_equal_one_rank(whole, flags, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, monkeypatch):
-    load, calls = data.load_pixels, []
+    load, calls = load_pixels, []
 
     def poisoned(images, names, *rest):
         calls.append(names)
         pixels = load(images, names, *rest)
         return pixels * float("nan") if len(calls) == 3 else pixels
 
-    monkeypatch.setattr(data, "load_pixels", poisoned)
+    monkeypatch.setattr(images, "load_pixels", poisoned)
     argv = [*flags, "--batch", "4", "--out", str(tmp_path / "out")]
-    with pytest.raises(common.UserError, match=r"step 2: loss nan.*item-\d, item-\d"):
+    with pytest.raises(UserError, match=r"step 2: loss nan.*item-\d, item-\d"):
         stage("vdg_align", *argv, "--save_every", "1")
     assert [r["step"] for r in records(tmp_path / "out")] == [1, 2]
     assert sorted(p.name for p in (tmp_path / "out" / "last").iterdir()) == ["step-1", "step-2"]
@@ -384,13 +388,13 @@ def test_data_is_checked_at_the_start(flags, tmp_path, capsys):
     argv = [*flags, "--chat", str(tmp_path / "chat.json"), "--images", str(tmp_path / "images")]
     entries = json.loads((tmp_path / "chat.json").read_text())
     (tmp_path / "images" / entries[2]["image"]).unlink()
-    with pytest.raises(common.UserError, match="1 of 4 items lack an image, first 0-002.png"):
+    with pytest.raises(UserError, match="1 of 4 items lack an image, first 0-002.png"):
         stage("vdg_align", *argv, "--out", str(tmp_path / "out"))
-    with pytest.raises(common.UserError, match="1 missing"):
+    with pytest.raises(UserError, match="1 missing"):
         stage("vdg_align", *argv, "--check")
     chat(tmp_path, 4)
     entries[1]["conversations"][1]["value"] = " "
     (tmp_path / "chat.json").write_text(json.dumps(entries))
-    with pytest.raises(common.UserError, match="record item-1: a text of 0 characters"):
+    with pytest.raises(UserError, match="record item-1: a text of 0 characters"):
         stage("vdg_align", *argv, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

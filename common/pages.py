@@ -98,7 +98,7 @@ def join(*parts: object) -> Html:
 def _open(image: str | os.PathLike | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    from data import open_image  # here and not at the top: data imports torch, and a page of tables needs neither
+    from common.images import open_image  # here: a page of tables needs no pictures
 
     return open_image(image)
 

@@ -5,70 +5,30 @@ prints the first and, for each card, which of them fits.
 """
 
 import os
-import re
 import resource
-from typing import NamedTuple
 
 import torch
 
-import common
-
-LLAMA2 = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "70b": (8192, 28672, 80, 8)}
-
-
-class Shape(NamedTuple):
-    """Sizes of a LLaMA."""
-
-    width: int
-    mlp: int
-    layers: int
-    kv: int  # width of keys and of values
-    vocabulary: int
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of a layer's linears."""
-        d, m = self.width, self.mlp
-        attention = {"q_proj": (d, d), "k_proj": (d, self.kv), "v_proj": (d, self.kv), "o_proj": (d, d)}
-        return attention | {"gate_proj": (d, m), "up_proj": (d, m), "down_proj": (m, d)}
+from common import console
+from common.console import UserError
+from common.llama import Shape
 
 
-def llm_shape(name: str) -> Shape:
-    """From config.json; that of Llama 2, by its name on the hub, is known without a download."""
-    known = re.search(r"llama-?2-(7b|13b|70b)", name.lower())
-    if known and not os.path.isdir(name):
-        width, mlp, layers, heads = LLAMA2[known[1]]
-        return Shape(width, mlp, layers, heads * 128, 32000)
-    import vdg_align  # not at the top: it imports this file
-
-    c = vdg_align.read_config(name, ("llama",))
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kv = c.num_key_value_heads * head
-    return Shape(c.hidden_size, c.intermediate_size, c.num_hidden_layers, kv, c.vocab_size)
-
-
-def frozen(shape: Shape, quantize: str, size: int, vision: str) -> dict[str, float]:
-    """Bytes of the frozen weights by purpose; size: bytes of a number that is not quantised."""
+def frozen(shape: Shape, quantize: str, size: int, vision: int) -> dict[str, float]:
+    """Bytes of the frozen weights by purpose; size: bytes of a number that is not quantised; vision: weights of ViT and
+    Q-Former together."""
     linears = shape.layers * sum(a * b for a, b in shape.linears().values())
     # nf4: 4 bits, an 8-bit scale for 64 of them and an fp32 one for 256 scales
     each = {"": size, "int8": 1, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(quantize)
     if each is None:
-        raise common.UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
+        raise UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
     packed = linears * each
     tables = 2 * shape.vocabulary * shape.width * size
-    weights = 1.17e9  # ViT-g/14 0.99, Q-Former of InstructBLIP 0.18
-    if os.path.isdir(vision):
-        import vdg_align
-
-        config = vdg_align.read_config(vision, ("instructblip", "blip-2"))
-        vit, qformer = vdg_align.vision_classes(config.model_type)
-        with torch.device("meta"):
-            models = vit(config.vision_config), qformer(config.qformer_config)
-        weights = sum(p.numel() for model in models for p in model.parameters())
     largest = max(shape.vocabulary, shape.mlp) * shape.width * size
     return {
         f"LLM, {quantize or f'{8 * size} bits'}": packed + tables,
         "its largest weight once more, while it loads or is unpacked": largest,
-        "ViT and Q-Former": weights * size,
+        "ViT and Q-Former": vision * size,
         "CUDA context, workspaces, fragments (a guess)": 1.5 * 2**30,
     }
 
@@ -90,10 +50,11 @@ def training(
     }
 
 
-def generation(tuned: dict, size: int, batch: int, max_new: int) -> dict[str, dict[str, float]]:
-    """Flags -> bytes by purpose of gen_deltas.py; tuned: config.json of a VDG."""
-    shape, options = llm_shape(tuned["llm"]), {}
-    weights = frozen(shape, tuned["quantize"], size, tuned["vision"])
+def generation(
+    shape: Shape, tuned: dict, vision: int, size: int, batch: int, max_new: int
+) -> dict[str, dict[str, float]]:
+    """Flags -> bytes by purpose of gen_deltas.py; tuned: config.json of a VDG; vision: weights of ViT and Q-Former."""
+    weights, options = frozen(shape, tuned["quantize"], size, vision), {}
     prompt = len(tuned["prompt"]) // 4  # about four characters to a token
     for b in dict.fromkeys(max(1, batch // part) for part in (1, 2, 4, 8)):
         places = b * (prompt + 64 + max_new) + max(b, 4) // 4 * (prompt + 32)
@@ -119,7 +80,7 @@ def say(options: dict[str, dict[str, float]], cards: list[float]) -> None:
     """Prints the first option's bytes, and for each card (GiB) which option fits it first."""
     first = next(iter(options.values()))
     for what, amount in (first | {"together, estimated for one GPU": sum(first.values())}).items():
-        common.say(f"{amount / 2**30:9.2f} GiB  {what}")
+        console.say(f"{amount / 2**30:9.2f} GiB  {what}")
     for card in cards:
         totals = {flags: sum(parts.values()) / 2**30 for flags, parts in options.items()}
         fits = next((flags for flags, total in totals.items() if total < 0.97 * card), None)
@@ -128,7 +89,7 @@ def say(options: dict[str, dict[str, float]], cards: list[float]) -> None:
             advice = f"too small: {smallest or 'this run'} needs {totals[smallest]:.1f} GiB; take a smaller LLM"
         else:
             advice = f"take {fits}: {totals[fits]:.1f} GiB" if fits else "enough"
-        common.say(f"memory of {card:.0f} GiB: {advice}")
+        console.say(f"memory of {card:.0f} GiB: {advice}")
 
 
 def has(device: torch.device) -> float:
@@ -153,6 +114,6 @@ def advise(main, advice: str):
             main()
         except torch.OutOfMemoryError as fault:
             found = str(fault).splitlines()[0]
-            raise common.UserError(f"{found} Try {advice}; --plan says what needs how much") from fault
+            raise UserError(f"{found} Try {advice}; --plan says what needs how much") from fault
 
     return run

@@ -1,0 +1,382 @@
+"""Files that survive a kill and are believed only when whole: JSON, jsonl, checkpoints, a run's state, its lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.console import UserError, rank_size, warn
+
+# Constants whose change leaves the weights as they are: a run may be resumed with other values of these.
+MAY_CHANGE = frozenset({"OUT", "DEVICE", "CHECK", "WORKERS", "SAVE_EVERY", "LOG_EVERY"})
+JSON_LIMIT = 2 << 30  # bytes; LLaVA's chat.json, the largest file read, has 0.2 GB
+_locks: dict[Path, Any] = {}  # the open files: closing one would unlock it
+
+
+def sync(path: str | Path) -> None:
+    """Down to the disk: without it a power cut leaves a renamed file of zeros. Works on folders too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Atomic: a kill leaves the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(text.encode("utf-8"))
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Atomic, UTF-8, no NaN."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    """One record a line; the old file or the new one, never a part."""
+    write_text(path, "".join(map(json_line, records)))
+
+
+def _parse(data: bytes, where: str) -> Any:
+    """Strict JSON: what a lenient reader takes silently (NaN, the second of two equal keys) is an error here."""
+
+    def unique(pairs):
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{where}: the key {twice!r} occurs twice in one record")
+        return record
+
+    def refuse(word):
+        raise UserError(f"{where}: {word} is not JSON; wanted a finite number or null")
+
+    def finite(word):
+        return value if math.isfinite(value := float(word)) else refuse(word)
+
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise UserError(f"{where}: starts with a byte order mark; save it as UTF-8 without BOM")
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; an integer of more than 4,300 digits
+        raise UserError(f"{where}: not usable JSON: {error}") from None
+
+
+def _read_bytes(path: str | Path, limit: int) -> bytes:
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise UserError(f"{path}: not a regular file")
+    if info.st_size > limit:
+        raise UserError(f"{path}: {info.st_size:,} bytes, more than the limit of {limit:,}")
+    return Path(path).read_bytes()
+
+
+def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
+    """Strict JSON of at most `limit` bytes; UserError names the file and the place."""
+    return _parse(_read_bytes(path, limit), str(path))
+
+
+def read_jsonl(path: str | Path, limit: int = JSON_LIMIT) -> list[dict]:
+    """One JSON object a line, blank lines skipped; UserError names a bad line. Lines end with LF alone: a caption may
+    hold U+2028, at which str.splitlines would cut."""
+    records = []
+    for number, line in enumerate(_read_bytes(path, limit).split(b"\n"), 1):
+        if line.strip():
+            records.append(_parse(line, f"{path} line {number}"))
+            if not isinstance(records[-1], dict):
+                raise UserError(f"{path} line {number}: wanted a JSON object, found {type(records[-1]).__name__}")
+    return records
+
+
+def json_line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def append_line(path: Path, record: dict) -> None:
+    """One whole line or none: a full disk writes a part of it without raising, which is then cut off again."""
+    data = json_line(record).encode("utf-8")
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(handle).st_size
+        if os.write(handle, data) != len(data):
+            os.ftruncate(handle, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(handle)
+
+
+def repair_jsonl(path: str | Path) -> list[dict]:
+    """The records of a file that a kill may have torn: whatever follows the last whole line that parses is cut off."""
+    path = Path(path)
+    data = path.read_bytes() if path.exists() else b""
+    keep = data.rfind(b"\n") + 1
+    while keep:
+        start = data.rfind(b"\n", 0, keep - 1) + 1
+        try:
+            if isinstance(_parse(data[start:keep], ""), dict):
+                break
+        except UserError:
+            pass
+        keep = start
+    if keep < len(data):
+        warn(f"{path}: cut {len(data) - keep} bytes of an unfinished line at the end")
+        os.truncate(path, keep)
+        sync(path)
+    return read_jsonl(path) if keep else []
+
+
+class JsonlAppender:
+    """A jsonl file that a killed run goes on with: `.done` holds the records already there, `.append` adds one.
+
+    fingerprint: all that the records depend on (adapter, prompt, sampling, inputs). It lies in <path>.meta.json; a file
+    with another one is refused, so that two kinds of records never mix."""
+
+    def __init__(self, path: str | Path, fingerprint: dict):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        meta = self.path.with_name(self.path.name + ".meta.json")
+        fingerprint = json.loads(json.dumps(fingerprint))
+        if self.path.exists() and self.path.stat().st_size:
+            found = read_json(meta) if meta.exists() else {}
+            if found != fingerprint:
+                raise UserError(
+                    f"{self.path} was written with other settings ({_difference(found, fingerprint)}); "
+                    "use those, or another --out, or delete the file"
+                )
+        else:
+            write_json(meta, fingerprint, indent=2)
+        self.done = repair_jsonl(self.path)
+
+    def append(self, record: dict) -> None:
+        append_line(self.path, record)
+
+
+def _difference(found: dict, wanted: dict) -> str:
+    """ "LR: 0.1 there, 0.2 now; ..." for the entries of two JSON records that differ."""
+    then, now = ({name: json.dumps(value) for name, value in record.items()} for record in (found, wanted))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {then.get(name, 'absent')} there, {now.get(name, 'absent')} now" for name in names)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(named: Iterable, more: str = "") -> str:
+    """sha256 of (name, tensor) pairs in their order: names, dtypes, shapes and bytes; `more` text comes first."""
+    import torch
+
+    digest = hashlib.sha256(more.encode())
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> dict:
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def _verify(path: Path) -> dict:
+    """The manifest beside a file, once the file is found to be the one it was written for; else UserError."""
+    manifest = read_json(path.parent / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path.parent}/manifest.json is not a manifest")
+    if _digest(path) != manifest["files"].get(path.name):
+        raise UserError(f"{path} is damaged: it does not match the sha256 and size in manifest.json")
+    return manifest
+
+
+def _write_manifest(folder: Path, more: dict) -> None:
+    """fsyncs every file of the folder, then writes the manifest: it is the last, so that it vouches for whole files."""
+    for path in folder.iterdir():
+        sync(path)
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    write_json(folder / "manifest.json", {"files": files, **more}, indent=1)
+
+
+def _fresh(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def save_folder(path: str | Path, tensors: dict[str, dict], texts: dict[str, str | dict]) -> None:
+    """A stage's result: safetensors files, texts (a dict becomes JSON) and manifest.json. Rank 0 writes; nobody waits.
+
+    Into path.tmp/ first. A new folder is renamed as a whole. Where it exists (it may hold a log and a run's state) the
+    files move over one by one, the manifest first and the tensors last: load_tensors sees a kill in between."""
+    if rank_size()[0] != 0:
+        return
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    aside = _fresh(path.with_name(path.name + ".tmp"))
+    for name, value in texts.items():
+        if isinstance(value, str):
+            write_text(aside / name, value)
+        else:
+            write_json(aside / name, value, indent=2)
+    for name, entries in tensors.items():
+        entries = {key: tensor.detach().cpu().contiguous() for key, tensor in entries.items()}
+        save_file(entries, aside / name, metadata={"format": "pt"})
+    _write_manifest(aside, {})
+    if path.exists():
+        for name in ("manifest.json", *texts, *tensors):
+            os.replace(aside / name, path / name)
+        aside.rmdir()
+        sync(path)
+    else:
+        os.rename(aside, path)
+    sync(path.parent)
+
+
+def load_tensors(folder: str | Path, file: str) -> dict:
+    """The tensors of folder/file, on CPU, checked against the manifest if there is one: bit flips load silently."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / file
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run the stage that writes it, or correct the folder")
+    try:
+        if (path.parent / "manifest.json").exists():
+            _verify(path)
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); write it again") from None
+
+
+def _steps(out: str | Path) -> list[Path]:
+    """The step-N folders of a run, newest first; step-N.tmp of a killed save is none of them."""
+    found = [p for p in (Path(out) / "last").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def save_state(out: str | Path, step: int, state: dict, constants: dict) -> None:
+    """Training state after `step` steps into out/last/step-N/, whole or not at all; two are kept. Rank 0 writes.
+
+    state: tensors, numbers, strings, dicts, lists (what weights_only=True reads). A resume must agree on constants."""
+    if rank_size()[0] != 0:
+        return
+    import torch
+
+    constants = json.loads(json.dumps(constants))
+    last = Path(out) / "last"
+    last.mkdir(parents=True, exist_ok=True)
+    for stray in last.glob("*.tmp"):  # of a save that was killed
+        shutil.rmtree(stray)
+    final = last / f"step-{step}"
+    aside = _fresh(last / f"step-{step}.tmp")
+    torch.save({"step": step, "constants": json.dumps(constants), "state": state}, aside / "state.pt")
+    _write_manifest(aside, {"step": step, "constants_sha256": _hash(constants)})
+    if final.exists():  # left unverified by load_state, or written by the run that this one repeats
+        os.rename(final, last / f"step-{step}.old.tmp")
+    os.rename(aside, final)
+    sync(last)
+    known = _steps(out)
+    newer = [p for p in known if int(p.name[5:]) > step]  # did not verify, or this run would have started from it
+    for old in newer + [p for p in known if p not in newer][2:]:
+        os.rename(old, last / f"{old.name}.old.tmp")  # a half-removed folder must not look like a checkpoint
+    for stray in last.glob("*.tmp"):
+        shutil.rmtree(stray)
+
+
+def load_state(out: str | Path, constants: dict, may_change: Iterable[str] = MAY_CHANGE) -> tuple[int, dict] | None:
+    """(step, state) of the newest checkpoint that verifies, None where none was ever saved.
+
+    A damaged one is said loudly and the one before is taken; if all are damaged, or the constants differ, UserError."""
+    constants = json.loads(json.dumps(constants))
+    damage = []
+    for folder in _steps(out):
+        try:
+            step, state, then = _load_step(folder)
+        except (UserError, OSError) as error:
+            damage.append(str(error))
+            warn(f"checkpoint {folder} does not verify ({error}); trying the one before")
+            continue
+        ignored = set(may_change)
+        difference = _difference(
+            {k: v for k, v in then.items() if k not in ignored},
+            {k: v for k, v in constants.items() if k not in ignored},
+        )
+        if difference:
+            raise UserError(
+                f"{folder} was saved with other constants ({difference}); "
+                "resume with those, or start anew with another --out"
+            )
+        return step, state
+    if damage:
+        raise UserError(
+            f"no checkpoint in {Path(out) / 'last'} verifies ({'; '.join(damage)}); "
+            "restore one from a copy, or delete that folder to start from step 0"
+        )
+    return None
+
+
+def _load_step(folder: Path) -> tuple[int, dict, dict]:
+    """(step, state, constants); the manifest's own entries are compared too, as a bit can flip there as well."""
+    import torch
+
+    manifest = _verify(folder / "state.pt")
+    try:
+        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        step, state, constants = saved["step"], saved["state"], json.loads(saved["constants"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}/state.pt is not a training state ({str(error).splitlines()[0]})") from None
+    vouched = (f"step-{manifest.get('step')}", manifest.get("constants_sha256"))
+    if folder.name != f"step-{step}" or vouched != (folder.name, _hash(constants)):
+        raise UserError(f"{folder}: its step or constants differ from manifest.json")
+    return step, state, constants
+
+
+def lock_folder(out: str | Path) -> None:
+    """Makes the output folder and holds it until this process ends; a second run on it stops. Rank 0 locks."""
+    folder = Path(out).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {out} is a file; wanted a folder")
+    if rank_size()[0] != 0 or folder in _locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(20).strip() or "unknown"
+        file.close()
+        raise UserError(f"{out} is in use by another run (process {owner}); wait for it or use another --out") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _locks[folder] = file

@@ -1,0 +1,170 @@
+"""The frozen LLaMA: loading (bf16, int8, NF4), its tokenizer, and its layers spelled out."""
+
+import os
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.console import UserError
+from common.pretrained import checkpoint_file, read_config, read_tensors
+
+LLAMA2 = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "70b": (8192, 28672, 80, 8)}
+
+
+def load_llm(name: str, dtype: torch.dtype, device: torch.device | str, quantize: str = ""):
+    """LLaMA from a folder or hub id -> (model in eval mode, frozen; tokenizer). quantize: "" | "int8" | "nf4".
+
+    Weights stream from the files to the device, one tensor at a time: no accelerate, and no copy in host memory."""
+    if quantize not in ("", "int8", "nf4"):
+        raise UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
+    tokenizer = load_tokenizer(name)
+    config = read_config(name, ("llama",))
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    convert = quantizer(llm, quantize, dtype, device) if quantize else None
+    missing = {n for n, _ in llm.named_parameters()}  # a tied lm_head.weight is not listed
+    for key, tensor in read_tensors(name):
+        if key not in missing:
+            if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings):
+                continue  # older checkpoints store them
+            raise UserError(f"{name}: {key} is not a weight of the LLaMA that config.json describes")
+        path, leaf = key.rsplit(".", 1)
+        module = llm.get_submodule(path)
+        shape = (
+            (module.out_features, module.in_features) if isinstance(module, nn.Linear) else getattr(module, leaf).shape
+        )
+        if tensor.shape != tuple(shape):
+            raise UserError(f"{name}: {key} is {tuple(tensor.shape)} in the file, {tuple(shape)} by config.json")
+        tensor = tensor.to(dtype)
+        weight = convert(module, leaf, tensor) if convert else None
+        module._parameters[leaf] = nn.Parameter(tensor.to(device)) if weight is None else weight
+        missing.discard(key)
+    llm.tie_weights()
+    if missing:
+        raise UserError(f"{name}: {len(missing)} weights are not in the files, first {min(missing)}")
+    llm.model.rotary_emb = type(llm.model.rotary_emb)(config).to(device)  # its buffers are in no file, fp32
+    return llm.requires_grad_(False).eval(), tokenizer
+
+
+def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.device | str):
+    """Swap the linears (all but lm_head) for bitsandbytes' -> function (module, leaf, tensor) -> weight or None."""
+    import bitsandbytes as bnb  # lazily: optional, and its CPU backend logs at import
+
+    for name, linear in list(llm.named_modules()):
+        if type(linear) is nn.Linear and name != "lm_head":
+            size = (linear.in_features, linear.out_features, linear.bias is not None)
+            with torch.device("meta"):
+                if quantize == "nf4":
+                    swap = bnb.nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
+                    # on a CPU with AVX512-BF16 it would compute in bf16 whatever the dtype, and fail at widths that
+                    # are no multiple of 64; without it every kind of CPU gives the same
+                    swap.support_avx512bf16_for_cpu = False
+                else:
+                    swap = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+            llm.set_submodule(name, swap)
+
+    def convert(module: nn.Module, leaf: str, tensor: torch.Tensor) -> nn.Parameter | None:
+        if leaf == "weight" and isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.nn.Params4bit(tensor, False, quant_type="nf4", compress_statistics=True, module=module)
+            return weight.to(device)
+        if leaf == "weight" and isinstance(module, bnb.nn.Linear8bitLt):
+            return bnb.nn.Int8Params(tensor, requires_grad=False, has_fp16_weights=False).to(device)
+        return None
+
+    return convert
+
+
+def load_tokenizer(name: str):
+    """Tokenizer of a LLaMA folder or hub id; it must have the fast form, a start and an end token."""
+    if checkpoint_file(name, "tokenizer.json") is None:
+        raise UserError(
+            f"{name}: no tokenizer.json (tokenizer.model alone cannot be read); "
+            "where sentencepiece is installed, AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer_config.json sets no bos_token or no eos_token")
+    return tokenizer
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Ids of one piece of text, without special tokens: a "</s>" written in a caption is text, not an end."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def answer_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a supervised text and the end token after it."""
+    ids = tokenize(tokenizer, text.strip())
+    if not ids:
+        raise UserError(f"a caption without text: {text!r}; a row needs at least one supervised token")
+    return [*ids, tokenizer.eos_token_id]
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, causal: bool = False) -> torch.Tensor:
+    """q (B, T, H, d), k and v (B, S, H_kv, d), mask (T, S) True where seen, or None -> (B, T, H, d)."""
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **grouped).transpose(1, 2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: x (..., T, H, d), cos and sin (T, 1, d)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def run_layers(llm: nn.Module, x: torch.Tensor, positions: torch.Tensor, attend, keep=..., checkpoint: bool = False):
+    """x (..., T, D) at positions (T,) -> normalised outputs of the last layer, where `keep` (an index) says.
+
+    attend(layer, q (..., T, H, d), k (..., T, H_kv, d), v) -> (..., T, H, d). The numbers of LlamaModel.forward, less
+    what only other tokens of the last layer need. checkpoint: keep each layer's input alone, compute the rest again."""
+    cos, sin = (table[0, :, None] for table in llm.model.rotary_emb(x, positions[None]))  # (T, 1, d)
+    last = len(llm.model.layers) - 1
+
+    def layer(i: int, x: torch.Tensor) -> torch.Tensor:
+        block = llm.model.layers[i]
+        h, attn = block.input_layernorm(x), block.self_attn
+        q, k, v = (linear(h).unflatten(-1, (-1, attn.head_dim)) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+        h = attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2)
+        if i == last:
+            x, h = x[keep], h[keep]
+        x = x + attn.o_proj(h)
+        return x + block.mlp(block.post_attention_layernorm(x))
+
+    for i in range(last + 1):
+        # non-reentrant: the input of the first layer may need no gradient
+        x = checkpointed(layer, i, x, use_reentrant=False) if checkpoint else layer(i, x)
+    return llm.model.norm(x)
+
+
+class Shape(NamedTuple):
+    """Sizes of a LLaMA."""
+
+    width: int
+    mlp: int
+    layers: int
+    kv: int  # width of keys and of values
+    vocabulary: int
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of a layer's linears."""
+        d, m = self.width, self.mlp
+        attention = {"q_proj": (d, d), "k_proj": (d, self.kv), "v_proj": (d, self.kv), "o_proj": (d, d)}
+        return attention | {"gate_proj": (d, m), "up_proj": (d, m), "down_proj": (m, d)}
+
+
+def llm_shape(name: str) -> Shape:
+    """From config.json; that of Llama 2, by its name on the hub, is known without a download."""
+    known = re.search(r"llama-?2-(7b|13b|70b)", name.lower())
+    if known and not os.path.isdir(name):
+        width, mlp, layers, heads = LLAMA2[known[1]]
+        return Shape(width, mlp, layers, heads * 128, 32000)
+    c = read_config(name, ("llama",))
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv = c.num_key_value_heads * head
+    return Shape(c.hidden_size, c.intermediate_size, c.num_hidden_layers, kv, c.vocab_size)

@@ -1,0 +1,238 @@
+"""The world of ranks: process group, gathering with gradients, seeds, log, stop signals; a run alone is one rank."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.console import UserError, rank_size
+from common.files import append_line, json_line, repair_jsonl, write_text
+
+_stop = {"time": None, "installed": False}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers; a run without torchrun is a world of one."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: Any  # torch.device
+
+
+def init_world(device: str = "auto") -> World:
+    """Joins the ranks torchrun started (NCCL on GPUs, gloo on CPU). device: "auto", "cpu", "cuda" or "cuda:1"."""
+    import importlib.metadata
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    if next(importlib.metadata.distributions(name="kernels"), None) is not None:
+        # it would be imported in place of our kernels/, and transformers runs code from the hub where it is installed
+        raise UserError("the PyPI package `kernels` is installed and collides with our kernels/; pip uninstall kernels")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device is {device!r}, wanted auto, cpu or cuda")
+    if name.startswith("cuda"):
+        name = f"cuda:{local_rank}" if name == "cuda" or size > 1 else name
+        if torch.device(name).index >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise UserError(f"--device {name} wanted, {found} GPUs found; use --device cpu or fewer ranks")
+        torch.cuda.set_device(name)
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32: mining compares gaps of 0.002
+        torch.backends.cudnn.allow_tf32 = False
+    here = torch.device(name)
+    if size > 1 and not dist.is_initialized():
+        backend = "nccl" if here.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))  # a dead peer must not hang the others for ever
+    rank, size = rank_size()
+    return World(rank, size, local_rank, here)
+
+
+@functools.cache
+def _gather_function():
+    """The autograd function of gather_with_grad, made on first use because its base class needs torch."""
+    import torch
+    import torch.distributed as dist
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            rank, size = rank_size()
+            counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
+            dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+            counts = [int(count) for count in counts]
+            padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather wants equal shapes
+            padded[: len(x)] = x
+            parts = [torch.empty_like(padded) for _ in range(size)]
+            dist.all_gather(parts, padded)
+            ctx.rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+            return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad.contiguous().clone()  # the incoming gradient may be shared with other nodes: never in place
+            dist.all_reduce(grad)
+            return grad[ctx.rows]
+
+    return Gather
+
+
+def gather_with_grad(x):
+    """(B_r, ...) of each rank -> (sum of B_r, ...) in rank order, on every rank; the B_r may differ.
+
+    Backward sums the gradients of all ranks' losses and hands each rank its own rows, so every rank must call backward.
+    If each rank's loss is a share of the global one, the parameters' gradients then only need all_reduce_gradients."""
+    return x if rank_size()[1] == 1 else _gather_function().apply(x)
+
+
+def all_reduce_gradients(parameters: Iterable) -> None:
+    """Sums .grad over the ranks, in place; the loss was already divided by the global count. No .grad counts as 0."""
+    if rank_size()[1] == 1:
+        return
+    import torch
+
+    by_dtype = {}
+    for p in parameters:
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+    for grads in by_dtype.values():
+        flat = torch.cat([grad.reshape(-1) for grad in grads])  # one message instead of hundreds of small ones
+        torch.distributed.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def all_sum(x):
+    """The sum over ranks of a number (in float64) or of a tensor; no gradient flows."""
+    import torch
+
+    if torch.is_tensor(x):
+        total = x.detach().clone()
+    else:
+        nccl = rank_size()[1] > 1 and torch.distributed.get_backend() == "nccl"
+        total = torch.tensor(float(x), dtype=torch.float64, device="cuda" if nccl else "cpu")  # NCCL takes GPU tensors
+    if rank_size()[1] > 1:
+        torch.distributed.all_reduce(total)
+    return total if torch.is_tensor(x) else float(total)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if any rank says True, so that all of them stop together."""
+    return all_sum(float(bool(flag))) > 0
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every rank's small object, in rank order."""
+    size = rank_size()[1]
+    if size == 1:
+        return [item]
+    import torch
+
+    items = [None] * size
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    any_rank(False)
+
+
+def pick_dtype(dtype: str, device):
+    """--dtype to torch's: "auto" is bf16 on CUDA and fp32 on CPU."""
+    import torch
+
+    if dtype == "auto":
+        dtype = "bf16" if torch.device(device).type == "cuda" else "fp32"
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    names |= {str(t).removeprefix("torch."): t for t in names.values()}
+    if dtype not in names:
+        raise UserError(f"--dtype is {dtype!r}, wanted auto, fp32, bf16 or fp16")
+    return names[dtype]
+
+
+class Log:
+    """folder/log.jsonl, one whole line a record, written by rank 0.
+
+    Records carry the steps done so far. resume_step: those of later steps are dropped, which the killed run had reached
+    after its last checkpoint and which come again."""
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None):
+        self.path = Path(folder) / "log.jsonl"
+        if rank_size()[0] == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            records = repair_jsonl(self.path)
+            if resume_step is not None:
+                kept = [record for record in records if record.get("step", 0) <= resume_step]
+                if len(kept) < len(records):
+                    write_text(self.path, "".join(json_line(record) for record in kept))
+
+    def write(self, **record: Any) -> None:
+        if rank_size()[0] == 0:
+            for key, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    record[key] = str(value)  # JSON has no NaN
+            append_line(self.path, record)
+
+
+def _seed(*keys: Any) -> int:
+    digest = hashlib.sha256(json.dumps(keys, default=int).encode()).digest()  # default: numpy integers
+    return int.from_bytes(digest[:8], "little") >> 1  # 63 bits: torch takes signed seeds
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds torch (CPU and CUDA), so that dropout is a function of (seed, step, rank) and survives a resume."""
+    import torch
+
+    torch.manual_seed(_seed("step", seed, step, rank))
+
+
+def seeded_rng(*keys: Any):
+    """A numpy Generator that is a function of the keys (seed, epoch, item, ...: numbers and strings)."""
+    import numpy
+
+    return numpy.random.default_rng(_seed(*keys))
+
+
+def seeded_generator(*keys: Any):
+    """A torch.Generator (CPU) that is a function of the keys."""
+    import torch
+
+    return torch.Generator().manual_seed(_seed(*keys))
+
+
+def stop_requested() -> bool:
+    """True once SIGTERM or Ctrl-C came; ask each step, `if any_rank(stop_requested())`: save and exit 143.
+
+    The first call installs the handlers, so that a stage which never asks is stopped by the signal itself."""
+    if not _stop["installed"]:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _on_signal)
+        _stop["installed"] = True
+    return _stop["time"] is not None
+
+
+def _on_signal(number: int, frame: Any) -> None:
+    # torchrun passes the terminal's Ctrl-C on, so each rank gets it twice within a moment: only a later one insists
+    if number == signal.SIGINT and _stop["time"] is not None and time.monotonic() - _stop["time"] > 1:
+        raise KeyboardInterrupt
+    if _stop["time"] is None:
+        _stop["time"] = time.monotonic()
+        if rank_size()[0] == 0:  # not print: it fails where the signal came amid another print
+            os.write(2, b"stopping after this step, with a checkpoint; Ctrl-C again stops at once\n")

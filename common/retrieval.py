@@ -1,0 +1,316 @@
+"""Ranks, recall and mAP of a benchmark, exact and the same on any number of ranks.
+
+Rank of a target = 1 + the gallery images with a higher score + those with an equal score earlier in the gallery's own
+order. Scores are cosines in float32 (TF32 off). A target outside the gallery is never found."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from common.annotations import Benchmark
+from common.console import UserError, progress
+from common.images import ImageStore, load_pixels
+from common.ranks import gather_objects
+
+CIRR_KS, SUBSET_KS, FASHIONIQ_KS, CIRCO_KS = (1, 5, 10, 50), (1, 2, 3), (10, 50), (5, 10, 25, 50)
+NEVER = 2**62  # rank of a target that is not in the gallery: beyond every K, however small the gallery
+
+
+def rank(scores: torch.Tensor, target: torch.Tensor, excluded: torch.Tensor | None = None) -> torch.Tensor:
+    """Ranks from 1 by counting: scores (N, M), target (N,), excluded (N,) -> (N,) int64.
+
+    Equal scores: the earlier column counts ahead. Index -1 = none: a target of -1, or one that is excluded, is never
+    found (NEVER); an excluded column does not count ahead of anything.
+    """
+    n, m = scores.shape
+    column = torch.arange(m, device=scores.device)  # (M,)
+    own = scores.gather(1, target.clamp(min=0)[:, None])  # (N, 1)
+    ahead = (scores > own) | ((scores == own) & (column < target[:, None]))  # (N, M)
+    found = target >= 0
+    if excluded is not None:
+        ahead &= column != excluded[:, None]
+        found &= target != excluded
+    return torch.where(found, 1 + ahead.sum(1), NEVER)
+
+
+def best(scores: torch.Tensor, k: int, excluded: torch.Tensor | None = None) -> torch.Tensor:
+    """Columns of the k best by the same order as `rank`: (N, M) -> (N, k) int64; the excluded column is left out."""
+    if excluded is not None:
+        column = torch.arange(scores.shape[1], device=scores.device)
+        scores = scores.masked_fill(column == excluded[:, None], -torch.inf)
+        k = min(k, scores.shape[1] - 1)
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]  # stable: equal scores keep gallery order
+
+
+def recall(ranks: torch.Tensor, k: int) -> float:
+    """Percent of ranks (N,) within the first k."""
+    return 100.0 * (ranks <= k).double().mean().item()
+
+
+def average_precision(ranks: torch.Tensor, k: int) -> torch.Tensor:
+    """AP@K of each query: ranks (N, G) of its right answers, -1 where it has fewer -> (N,), in 0..1."""
+    there = ranks > 0
+    ranks = torch.where(there, ranks, NEVER).sort(dim=1).values
+    found = torch.arange(1, ranks.shape[1] + 1) / ranks  # precision where the g-th is found
+    return torch.where(ranks <= k, found, 0.0).sum(1) / there.sum(1).clamp(max=k)
+
+
+def score_blocks(
+    queries: torch.Tensor, images: torch.Tensor, first: torch.Tensor | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """queries (N, D) @ images (M, D).T in float32, some rows at a time: (rows, (n, M)).
+
+    first (N, K): columns that a re-ranking put ahead of all others, best first."""
+    size = max(1, min(512, 2**25 // max(1, len(images))))  # 128 MiB of scores at most
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 keeps 10 bits: near ties would change places
+    try:
+        with torch.autocast(queries.device.type, enabled=False):
+            for start in range(0, len(queries), size):
+                rows = slice(start, min(start + size, len(queries)))
+                scores = queries[rows].float() @ images.float().T
+                if first is not None:
+                    above = 3 - torch.arange(first.shape[1], device=scores.device) / first.shape[1]  # cosines end at 1
+                    scores.scatter_(1, first[rows].to(scores.device), above.expand(len(scores), -1))
+                yield rows, scores
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class Indices:
+    """A benchmark in numbers. The gallery is the first `gallery` of `names`; references and members outside follow."""
+
+    names: tuple[str, ...]
+    gallery: int
+    reference: torch.Tensor  # (N,)
+    target: torch.Tensor | None  # (N,), -1 not among names; None: hidden
+    others: torch.Tensor | None  # (N, 5) the other members of img_set, in the order of names
+    excluded: torch.Tensor | None  # (N,), -1 outside the gallery
+    truths: torch.Tensor | None = None  # (N, G) all right answers, -1 where a query has fewer (CIRCO)
+
+
+def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
+    """Names to rows; UserError for a gallery with duplicates, targets for some only, or an odd img_set."""
+    if not benchmark.queries or not benchmark.gallery:
+        raise UserError(f"{benchmark.title}: no queries or no gallery")
+    at = {name: i for i, name in enumerate(benchmark.gallery)}
+    size = len(at)
+    if size < len(benchmark.gallery):
+        raise UserError(f"{benchmark.title}: a name stands twice in the gallery; list each once")
+    for query in benchmark.queries:
+        for name in (query.reference, *(query.members or ())):
+            at.setdefault(name, len(at))
+    inside = [at[q.reference] if at[q.reference] < size else -1 for q in benchmark.queries]
+    hidden = [q.target is None for q in benchmark.queries]
+    if any(hidden) and not all(hidden):
+        raise UserError(f"{benchmark.title}: query {hidden.index(True)} has no target, others have one")
+    target = None
+    if not any(hidden):
+        target = torch.tensor([at.get(q.target, -1) for q in benchmark.queries])
+    others = None
+    if benchmark.dataset == "cirr":
+        rows = []
+        for query in benchmark.queries:
+            members = set(query.members or ()) - {query.reference}
+            if len(members) != 5 or len(query.members) != 6 or not (target is None or query.target in members):
+                raise UserError(
+                    f"{benchmark.title}: img_set of pairid {query.id} must be six images, the reference and the"
+                    f" target among them; found {list(query.members or ())}"
+                )
+            rows.append(sorted(at[name] for name in members))  # in gallery order: that is the tie rule of `rank`
+        others = torch.tensor(rows)
+    excluded = None if benchmark.dataset != "cirr" and keep_reference else torch.tensor(inside)
+    reference = torch.tensor([at[q.reference] for q in benchmark.queries])
+    truths = None
+    if benchmark.dataset == "circo" and target is not None:
+        rows = [[at[name] for name in q.extra["truths"]] for q in benchmark.queries]
+        truths = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
+    return Indices(tuple(at), size, reference, target, others, excluded, truths)
+
+
+def require_images(benchmark: Benchmark, names: tuple[str, ...]) -> None:
+    """Every image of the protocol must be there: UserError naming the first that is not."""
+    missing = benchmark.images.missing(names)
+    if missing:
+        raise UserError(
+            f"{benchmark.title}: {len(missing):,} of {len(names):,} images missing, the first is {missing[0]!r};"
+            " recall over fewer is not reported: add them, or name their folder with --images"
+        )
+
+
+def encode(model: torch.nn.Module, images: ImageStore, names: list, batch: int, device, dtype, workers, what: str):
+    """(rows, tokens, targets) of the pictures, a batch at a time, in eval mode and autocast; dealt to the ranks."""
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    place, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
+    modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
+    model.eval()
+    try:
+        for start in progress(range(0, len(names), batch)[place::size], what):
+            rows = range(start, min(start + batch, len(names)))
+            pixels = load_pixels(images, [names[i] for i in rows], model.preprocess, workers).to(device)
+            with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+                yield rows, *model.image(pixels)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def asked(places: list[list[int]]) -> dict[int, list[int]]:
+    """Image -> positions of the lists that name it."""
+    asks: dict[int, list[int]] = {}
+    for position, images in enumerate(places):
+        for image in images:
+            asks.setdefault(image, []).append(position)
+    return asks
+
+
+@torch.no_grad()
+def embed(
+    model: torch.nn.Module,
+    benchmark: Benchmark,
+    at: Indices,
+    batch: int,
+    device,
+    dtype: torch.dtype = torch.float32,
+    workers: int = 0,
+    backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> queries (N, D), images (len(at.names), D), float32, normalised, on every rank.
+
+    Each image is encoded once: the queries of a reference are composed with the batch that holds it, so that patch
+    tokens never outlive their batch. Batches are dealt to the ranks; call it on all of them."""
+    asks, images, queries = asked(at.reference[:, None].tolist()), [], []  # (row, embedding)
+    how = (batch, device, dtype, workers, f"embedding {benchmark.title}")
+    for rows, tokens, targets in encode(model, benchmark.images, at.names, *how):
+        images += zip(rows, targets.float().cpu(), strict=True)
+        pairs = [(i - rows.start, query) for i in rows for query in asks.get(i, ())]
+        for first in range(0, len(pairs), batch):
+            where, which = zip(*pairs[first : first + batch], strict=True)
+            composed = model.compose(tokens[list(where)], [benchmark.queries[i].delta for i in which], backward)
+            queries += zip(which, composed.float().cpu(), strict=True)
+    return tuple(_merge(rows, what, benchmark).to(device) for what, rows in (("query", queries), ("image", images)))
+
+
+@torch.no_grad()
+def rerank(
+    model: torch.nn.Module,
+    images: ImageStore,
+    names: list,
+    deltas: list[str],
+    cosines: torch.Tensor,
+    top: torch.Tensor,
+    tau: float,
+    weight: float,
+    how: tuple,
+) -> torch.Tensor:
+    """The columns `top` (N, K) of the gallery `names`, ordered by cosine / tau + weight * log p(matched) [ours].
+
+    cosines (N, K). The tdm head sees a candidate's patch tokens and the delta; each candidate is encoded once more,
+    with all the queries that found it. how: batch, device, dtype, workers. Call it on all ranks."""
+    found, asks = [], asked(top.tolist())
+    wanted = sorted(asks)
+    batch = how[0]
+    for rows, tokens, _ in encode(model, images, [names[i] for i in wanted], *how, "re-ranking"):
+        pairs = [(i - rows.start, query) for i in rows for query in asks[wanted[i]]]
+        for first in range(0, len(pairs), batch):
+            where, which = zip(*pairs[first : first + batch], strict=True)
+            logits = model.match(tokens[list(where)], [deltas[i] for i in which]).log_softmax(1)[:, 1]
+            columns = [wanted[rows.start + i] for i in where]
+            found += zip(which, columns, logits.tolist(), strict=True)
+    matched = {(query, column): value for part in gather_objects(found) for query, column, value in part}
+    logs = torch.tensor([[matched[i, j] for j in row] for i, row in enumerate(top.tolist())])
+    order = (cosines.cpu() / tau + weight * logs).sort(dim=1, descending=True, stable=True).indices
+    return top.cpu().gather(1, order)
+
+
+def _merge(rows: list, what: str, benchmark: Benchmark) -> torch.Tensor:
+    """(row, embedding) of all ranks -> (rows, D) in order, normalised; every row must be there once and finite."""
+    mine = (torch.tensor([i for i, _ in rows]), torch.stack([x for _, x in rows]) if rows else None)
+    parts = [(index, x) for index, x in gather_objects(mine) if x is not None]
+    index, x = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    order = index.argsort()
+    assert torch.equal(index[order], torch.arange(len(index))), f"a {what} embedding is lost or doubled"
+    x = x[order]
+    bad = (~torch.isfinite(x).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(f"{benchmark.title}: {len(bad)} {what} embeddings are not finite, first {bad[0]}")
+    return F.normalize(x, dim=1)
+
+
+def shortlist(
+    queries: torch.Tensor, images: torch.Tensor, at: Indices, k: int, first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns (N, K) of the best of the gallery and their scores: cosines, or above all those the places of `first`."""
+    parts = []
+    for rows, scores in score_blocks(queries, images, first):
+        scores = scores[:, : at.gallery]
+        top = best(scores, k, None if at.excluded is None else at.excluded[rows].to(scores.device))
+        parts.append((top.cpu(), scores.gather(1, top).cpu()))
+    return torch.cat([top for top, _ in parts]), torch.cat([cosines for _, cosines in parts])
+
+
+def measure(
+    queries: torch.Tensor, images: torch.Tensor, at: Indices, first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Ranks in the gallery (N,); for CIRR among the other members of img_set (N,); for CIRCO of all answers (N, G)."""
+    ranks, subset, truths = [], [], []
+    for rows, scores in score_blocks(queries, images, first):  # (n, names)
+        target = at.target[rows].to(scores.device)
+        inside = torch.where(target < at.gallery, target, -1)
+        excluded = None if at.excluded is None else at.excluded[rows].to(scores.device)
+        ranks.append(rank(scores[:, : at.gallery], inside, excluded).cpu())
+        if at.others is not None:
+            others = at.others[rows].to(scores.device)  # (n, 5)
+            right = (others == target[:, None]).int().argmax(1)
+            subset.append(rank(scores.gather(1, others), right).cpu())
+        if at.truths is not None:
+            each = [rank(scores, t, excluded).cpu() for t in at.truths[rows].to(scores.device).T]
+            truths.append(torch.where(at.truths[rows] >= 0, torch.stack(each, dim=1), -1))
+    return torch.cat(ranks), torch.cat(subset) if subset else None, torch.cat(truths) if truths else None
+
+
+def recalls(
+    ranks: torch.Tensor, subset: torch.Tensor | None = None, truths: torch.Tensor | None = None
+) -> dict[str, float]:
+    """Percent. With subset ranks CIRR's R@K, Rs@K and Avg = (R@5 + Rs@1) / 2; with truths CIRCO's mAP@K and R@K of the
+    target; without either FashionIQ's R@10 and R@50."""
+    if truths is not None:
+        result = {f"mAP@{k}": 100.0 * average_precision(truths, k).double().mean().item() for k in CIRCO_KS}
+        return result | {f"R@{k}": recall(ranks, k) for k in CIRCO_KS}
+    if subset is None:
+        return {f"R@{k}": recall(ranks, k) for k in FASHIONIQ_KS}
+    result = {f"R@{k}": recall(ranks, k) for k in CIRR_KS} | {f"Rs@{k}": recall(subset, k) for k in SUBSET_KS}
+    return result | {"Avg": (result["R@5"] + result["Rs@1"]) / 2}
+
+
+def evaluate(
+    model: torch.nn.Module,
+    benchmark: Benchmark,
+    batch: int,
+    device,
+    dtype: torch.dtype = torch.float32,
+    keep_reference: bool = True,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Recall in percent of a labelled benchmark; on all ranks together, each encoding its share of the images."""
+    at = index(benchmark, keep_reference)
+    if at.target is None:
+        raise UserError(f"{benchmark.title} has no labels: nothing to measure")
+    require_images(benchmark, at.names)
+    return recalls(*measure(*embed(model, benchmark, at, batch, device, dtype, workers), at))
+
+
+def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[str, ...]) -> str:
+    """One line that says what the gallery is, and whatever else is not as usual: it stands beside every number."""
+    if dataset == "cirr":
+        which = {"split": "every image of the split", "references": "only the images that are a query's reference"}
+        says = f'protocol "{protocol}": gallery = {which[protocol]}, minus the query\'s own reference'
+    else:
+        which = {"original": "the category's split file", "val": "candidates and targets of the category's captions"}
+        which["unlabeled2017"] = "COCO's unlabelled images"
+        kept = "kept in" if keep_reference else "left out of"
+        says = f'protocol "{protocol}": gallery = {which[protocol]}, the reference {kept} it'
+    return "; ".join([says, *more])
