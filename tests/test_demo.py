@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mine_pairs
 from common.annotations import FASHIONIQ_CATEGORIES, read_chat, read_cirr, read_fashioniq, training_triplets
-from common.files import write_json, write_jsonl
+from common.files import write_json, write_jsonl, write_text
 from common.images import Preprocess
-from demo import pretrain, report, texts, world
+from demo import formats, report, texts, world
 
-MODELS = Path(__file__).parent.parent / "demo" / "models"
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "demo" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_layouts_read_like_the_real_ones(small):
     val = read_cirr(str(small / "cirr"), "val")
     assert len(val.queries) == 16 and len(val.gallery) == 24 and not val.images.missing(val.gallery)
     ranks = {(q.members.index(q.reference), q.members.index(q.target)) for q in val.queries}
-    assert ranks <= set(world.RING)
+    assert ranks <= set(mine_pairs.template(6)) and list(world._RING) == mine_pairs.template(6)
     assert all(q.target is None for q in read_cirr(str(small / "cirr"), "test1").queries)
     triplets, images = training_triplets("cirr", str(small / "cirr"), "train")
     assert len(triplets) == 20 and not images.missing([t.target for t in triplets])
@@ -171,7 +174,7 @@ def test_committed_models_are_ordinary_folders(name):
     _, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     if name != "llama":
-        assert Preprocess.from_folder(str(folder), name).size == pretrain.PIXELS
+        assert Preprocess.from_folder(str(folder), name).size == formats.PIXELS
     if name in ("llama", "clip", "blip"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         text = "the same dress but with long sleeves and lime dots instead of checks"
@@ -180,8 +183,41 @@ def test_committed_models_are_ordinary_folders(name):
 
 
 def test_committed_models_are_small():
+    """In half precision: one of them saved in fp32 by mistake would go past the sum."""
+    import torch
+    from safetensors.torch import load_file
+
     size = sum(os.path.getsize(p) for p in MODELS.rglob("*") if p.is_file())
-    assert size < 25 * 2**20, f"{size / 2**20:.1f} MiB"
+    assert size < 18e6, f"{size / 1e6:.1f} MB"
+    folders = sorted(MODELS.glob("*/model.safetensors"))
+    assert [file.parent.name for file in folders] == ["blip", "clip", "instructblip", "llama", "resnet"]
+    for file in folders:
+        kinds = {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()}
+        assert kinds == {torch.float16}, file
+
+
+def run_demo(folder: Path, *argv: str) -> subprocess.CompletedProcess:
+    """demo.sh in another folder, with a python that installs nothing and stops at the first stage with status 7."""
+    (folder / "demo.sh").write_text((ROOT / "demo.sh").read_text())
+    stop = folder / "bin" / "python"
+    write_text(stop, '#!/bin/sh\n[ "$1" = -m ] || exit 7\n')
+    stop.chmod(0o755)
+    env = os.environ | {"PATH": f"{stop.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "active"}
+    return subprocess.run(["bash", "demo.sh", *argv], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_demo_removes_what_it_wrote_and_nothing_else(tmp_path):
+    notes, stale = tmp_path / "out/demo-seed-3/notes.txt", tmp_path / "out/demo-seed-3/world/old.jpg"
+    write_text(notes, "mine")
+    write_text(stale, "")
+    refused = run_demo(tmp_path, "--seed", "3")  # a folder of somebody else
+    assert refused.returncode == 1 and refused.stderr.startswith("error: out/demo-seed-3 holds something")
+    assert notes.exists() and stale.exists()
+    (notes.parent / ".demo").touch()
+    assert run_demo(tmp_path, "--seed", "3").returncode == 7
+    assert notes.read_text() == "mine" and not stale.parent.exists()
+    assert run_demo(tmp_path).returncode == 7 and (tmp_path / "out/demo/.demo").exists()  # a fresh folder is marked
+    assert notes.exists()
 
 
 def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, monkeypatch, capsys):
@@ -196,7 +232,7 @@ def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, mo
         write_jsonl(out / folder / "pseudo.jsonl", lines)
     for folder in ("align", "vdg"):
         write_jsonl(out / folder / "log.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
-    for model in report.MODELS:
+    for model in report._MODELS:
         for number, key in enumerate(report.ROWS):
             run, found = f"{model}-{key}", []
             for q in val.queries:
@@ -213,7 +249,7 @@ def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, mo
     monkeypatch.setattr(report, "WORLD", str(small))
     report.main()
     rows = json.loads((out / "metrics.json").read_text())["rows"]
-    assert [(r["model"], r["name"]) for r in rows] == [(m, n) for m in report.MODELS for n in report.ROWS.values()]
+    assert [(r["model"], r["name"]) for r in rows] == [(m, n) for m in report._MODELS for n in report.ROWS.values()]
     assert rows[3]["R@1"] == 13.0 and rows[3]["mean"] == pytest.approx((13 + 20 + 30) / 3)
     page = (out / "index.html").read_text()
     assert "<script" not in page and "Retrievals of combiner" in page and "Retrievals of blip_tdm" in page
