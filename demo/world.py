@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common.annotations import cirr_template
 from common.console import progress, run
 from common.files import write_json
 from common.flags import override
@@ -87,8 +88,7 @@ CHANGE = {
     "neck": 0.12,
     "background": 0.17,
 }
-# CIRR's nine pairs of a subgroup, as mine_pairs.py pairs; here too, since drawing needs no torch
-_RING = ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4))
+RING = cirr_template(6)  # CIRR's nine pairs of a subgroup
 _SIZE = 128  # side of a written picture in pixels; drawn at twice that
 
 
@@ -472,7 +472,7 @@ def write_world(
         attributes[name] = garment
 
     pairid = 0
-    for split, groups in (("train", -(-train // len(_RING))), ("dev", dev), ("val", val), ("test1", test)):
+    for split, groups in (("train", -(-train // len(RING))), ("dev", dev), ("val", val), ("test1", test)):
         rng = seeded_rng("cirr", seed, split)
         table, records = {}, []
         for g in range(groups):
@@ -483,8 +483,8 @@ def write_world(
                 table[name] = f"./{file}"
                 picture("cirr/img_raw", file, garment)
                 attributes[name] = attributes.pop(file)
-            chosen = range(len(_RING)) if split == "train" else sorted(rng.permutation(len(_RING))[:queries])
-            for r, t in (_RING[k] for k in chosen):
+            chosen = range(len(RING)) if split == "train" else sorted(rng.permutation(len(RING))[:queries])
+            for r, t in (RING[k] for k in chosen):
                 record = {
                     "pairid": pairid,
                     "reference": names[r],
@@ -509,7 +509,7 @@ def write_world(
                 names = [f"{category[0].upper()}{split[0].upper()}{g:03d}{i}" for i in range(6)]
                 for name, garment in zip(names, garments, strict=True):
                     picture("fashioniq/images", f"{name}.jpg", garment)
-                for r, t in _RING[:3]:
+                for r, t in RING[:3]:
                     if changed(garments[r], garments[t]):
                         captions = [delta(garments[r], garments[t], rng) for _ in range(2)]
                         records.append({"target": names[t], "candidate": names[r], "captions": captions})
