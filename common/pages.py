@@ -153,6 +153,13 @@ def panel(query, text: object, ranked: list, right: int | None = None, note: obj
     return Html(f'<div class="panel">{ask}<div class="found">{words}{below}{strip(items, right)}</div></div>')
 
 
+def delta_panel(images, reference: str, target: str, delta: str, notes: list[str]) -> Html:
+    """A pair of images and the text that leads from the one to the other, notes below. images: an ImageStore."""
+    query = (images.path(reference), f"reference {reference}")
+    found = (images.path(target), f"target {target}")
+    return panel(query, delta or "(nothing)", [found], note=" · ".join(notes))
+
+
 def table(rows: list, headers: list) -> Html:
     """Rows of cells under headers; first column to the left, the others to the right; a float shows two decimals."""
 
