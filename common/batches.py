@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets, with_text
 from common.console import UserError, say
@@ -165,21 +165,33 @@ def rank_batches(order: Sequence[int], batch: int, rank: int = 0, size: int = 1)
     return parts
 
 
-def steps_of(groups: list[list[int]], epochs: int, items: int, seed: int, world: World, done: int):
-    """Yield (step, epoch, this rank's items) from step `done` on; a step has `items` on all ranks.
+class Step(NamedTuple):
+    """One optimiser step, as one rank sees it."""
+
+    step: int  # of the whole run, from 0
+    epoch: int
+    items: list[int]  # this rank's, by their index; none where the last batch of an epoch has fewer items than ranks
+
+
+def training_steps(
+    groups: list[list[int]], epochs: int, per_step: int, seed: int, world: World, done: int
+) -> Iterator[Step]:
+    """The steps of a run from number `done` on, each of `per_step` items on all ranks; the same after every resume.
 
     groups: items that keep together while the groups are shuffled; of one item each as a rule."""
-    per_epoch = math.ceil(sum(map(len, groups)) / items)
+    per_epoch = math.ceil(sum(map(len, groups)) / per_step)
     for epoch in range(done // per_epoch, epochs):
         order = [item for g in epoch_order(len(groups), seed, epoch) for item in groups[g]]
-        batches = rank_batches(order, items, world.rank, world.size)
-        for i, mine in enumerate(batches):
-            if epoch * per_epoch + i >= done:
-                yield epoch * per_epoch + i, epoch, mine
+        for i, items in enumerate(rank_batches(order, per_step, world.rank, world.size)):
+            step = epoch * per_epoch + i
+            if step >= done:
+                yield Step(step, epoch, items)
 
 
-def ahead(load, jobs):
-    """Yield (job, load(job)) while a thread loads the next; a user's mistake in load is yielded as its result."""
+def ahead(load: Callable[[Any], Any], jobs: Iterable) -> Iterator[tuple[Any, Any]]:
+    """Yields (job, load(job)) while a thread loads the next one; one job ahead, so that two are held at most.
+
+    A user's mistake in load is yielded as its result: stop_together tells the other ranks."""
 
     def attempt(job):
         try:
@@ -198,14 +210,22 @@ def ahead(load, jobs):
             yield waiting[0], waiting[1].result()
 
 
-def stop_together(result) -> None:
-    """All ranks stop when one loaded a fault: one that stops alone leaves the others waiting in a collective."""
-    found = isinstance(result, Exception)
-    if any_rank(found):
-        raise UserError(next(text for text in gather_objects(str(result) if found else "") if text))
+def stop_together(loaded: Any) -> None:
+    """All ranks stop, in one line, when one of them loaded a fault: one that stops alone leaves the others waiting."""
+    fault = (str(loaded) or type(loaded).__name__) if isinstance(loaded, Exception) else ""
+    if any_rank(bool(fault)):
+        raise UserError(next(text for text in gather_objects(fault) if text))
 
 
-def check_texts(texts, where: str, most: int) -> None:
+def say_check(names: Iterable[str], images: ImageStore, what: str) -> None:
+    """The answer to --check, `what` in front; UserError where an image is missing or unreadable."""
+    report, well = check_report(names, images)
+    if not well:
+        raise UserError(f"{what}; {report}")
+    say(f"{what}; {report}")
+
+
+def check_texts(texts: Iterable[tuple[str, str]], where: str, most: int) -> None:
     """Stop at start-up over (id, text) that is blank (nothing to learn) or longer than `most` characters (memory)."""
     for name, text in texts:
         if not 0 < len(text.strip()) <= most:
@@ -225,3 +245,15 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
+
+
+def slices(count: int, length: int) -> list[slice]:
+    """Slices that cut `count` items into parts of `length`, the last one shorter."""
+    return [slice(start, start + length) for start in range(0, count, length)]
+
+
+def gather_dealt(mine: list) -> list:
+    """Every rank's results of items that were dealt out as items[rank :: ranks], in the items' order, on all ranks."""
+    shares = gather_objects(mine)
+    longest = len(shares[0])
+    return [share[i] for i in range(longest) for share in shares if i < len(share)]

@@ -205,3 +205,15 @@ def at_least(constants: dict[str, Any], **lowest: float) -> None:
     for name, low in lowest.items():
         if not constants[name] >= low:  # so is NaN
             raise UserError(f"--{name.lower()} {constants[name]}: wanted {low} or more")
+
+
+def within(constants: dict[str, Any], **ranges: tuple[float, float]) -> None:
+    """`within(globals(), FLOOR=(0, 1), BETAS=(0, 0.999))`: UserError naming the first constant that is outside.
+
+    Both ends are allowed. A constant that is a tuple must hold two numbers, each of them inside."""
+    for name, (low, high) in ranges.items():
+        value, several = constants[name], isinstance(constants[name], tuple)
+        numbers = value if several else (value,)
+        if len(numbers) != 1 + several or not all(low <= number <= high for number in numbers):
+            wanted = f"two numbers from {low} to {high}" if several else f"{low} to {high}"
+            raise UserError(f"--{name.lower()} {_show(value)}: wanted {wanted}")
