@@ -428,16 +428,9 @@ def claims(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def judge(text: str, a: dict, b: dict) -> tuple[int, int, set[str], list[str]]:
-    """-> (claims made, claims that are a true change named with the right value, the attributes rightly named,
-    the attributes that changed). A pattern and the colour of its print named together are one claim."""
-    verdicts, truth = judged(text, a, b), changed(a, b)
-    right = [key for key, good in verdicts if good]
-    return len(verdicts), len(right), set(right), truth
-
-
 def judged(text: str, a: dict, b: dict) -> list[tuple[str, bool]]:
-    """Each claim of a delta: its attribute ("?": a clause that says nothing we know), and whether it is right."""
+    """Each claim of a delta: its attribute ("?": a clause that says nothing we know), and whether it is a true change
+    named with the right value. A pattern and the colour of its print named together are one claim."""
     truth, verdicts = changed(a, b), []
     found = claims(text)
     spoken = dict(reversed([(k, v) for k, v in found if k in ("pattern", "print")]))  # the first of each

@@ -28,6 +28,7 @@ from common.files import (
     read_jsonl,
     save_folder,
     save_state,
+    whole,
     write_json,
     write_text,
 )
@@ -256,6 +257,17 @@ def test_write_text_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     assert read_json(path) == {"text": "snow\u2028man"}
     write_text(path, "{}")  # over the stray .tmp
     assert [p.name for p in path.parent.iterdir()] == ["a.json"] and path.read_text() == "{}"
+
+
+def test_whole_keeps_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    with whole(path) as aside:
+        aside.write_bytes(b"old")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), whole(path) as aside:
+        aside.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(
