@@ -31,6 +31,12 @@ OFFICIAL = {
 }
 
 
+def cirr_template(group: int = 6) -> list[tuple[int, int]]:
+    """CIRR's pairs of ranks within a subgroup: a ring, then the anchor with all but its neighbours in it; 9 for 6."""
+    ring = [(i, (i + 1) % group) for i in range(group)]
+    return ring + [(0, i) for i in range(2, group - 1)]
+
+
 @dataclass(frozen=True)
 class Triplet:
     """Reference image, target image (None where hidden: CIRR test1, FashionIQ test) and modification text."""

@@ -225,3 +225,10 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
+
+
+def gather_dealt(mine: list) -> list:
+    """Every rank's results of items that were dealt out as items[rank :: ranks], in the items' order, on all ranks."""
+    shares = gather_objects(mine)
+    longest = len(shares[0])
+    return [share[i] for i in range(longest) for share in shares if i < len(share)]

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common.annotations import cirr_template
 from common.console import progress, run
 from common.files import write_json
 from common.flags import override
@@ -87,7 +88,7 @@ CHANGE = {
     "neck": 0.12,
     "background": 0.17,
 }
-RING = ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4))  # CIRR's nine pairs of a subgroup
+RING = cirr_template(6)  # CIRR's nine pairs of a subgroup
 SIZE = 128  # pixels of a written picture; drawn at twice that
 
 
