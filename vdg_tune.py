@@ -30,7 +30,7 @@ from common import memory, pages
 from common.annotations import Triplet, training_triplets
 from common.batches import ahead, check_texts, chunks, drop_missing, fingerprint, steps_of, stop_together
 from common.console import UserError, progress, run, say
-from common.decode import describe, prompt_parts, start_engine
+from common.decode import Sampling, describe, prompt_parts, start_engine
 from common.files import (
     MAY_CHANGE,
     load_state,
@@ -503,11 +503,12 @@ def main() -> None:
 
         llm.eval()
         prompt, order = prompt_parts(pieces)
-        engine = start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, MAX_NEW, graph=False)
+        greedy = Sampling(tokenizer.eos_token_id, MAX_NEW, temperature=0.0, top_k=0)
+        engine = start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, greedy, graph=False)
         said = []
         for part in chunks(held[world.rank :: world.size], BATCH):
             pairs = [tuple(getattr(triplet, side) for side in order) for triplet in part]
-            said += describe(engine, whole_images, tokenizer, pairs, [0] * len(pairs), MAX_NEW, 0.0, 0)
+            said += describe(engine, whole_images, tokenizer, pairs, [0] * len(pairs))
         shares = gather_objects(said)
         return [shares[i % world.size][i // world.size] for i in range(len(held))]
 
