@@ -30,7 +30,7 @@ import vdg_align
 from common import batches, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
 from common.console import UserError, progress, run, say
-from common.decode import describe, prompt_parts, start_engine
+from common.decode import Sampling, describe, prompt_parts, start_engine
 from common.files import (
     MAY_CHANGE,
     load_state,
@@ -451,7 +451,8 @@ def measure_held_out(model: Model, held: list[Triplet], queries: dict, triplets:
     llm, tokenizer, vision, pieces = model
     llm.eval()
     prompt, order = prompt_parts(pieces)
-    engine = start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, MAX_NEW, graph=False)
+    greedy = Sampling(tokenizer.eos_token_id, MAX_NEW, temperature=0.0, top_k=0)
+    engine = start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, greedy, graph=False)
 
     def image_tokens(names: list[str]) -> torch.Tensor:
         return vision(torch.cat([queries[name] for name in names]).to(world.device))  # (n, Q, D)
@@ -465,7 +466,7 @@ def measure_held_out(model: Model, held: list[Triplet], queries: dict, triplets:
             loss += caption_loss(llm, batch, 1).item()
         tokens += sum(map(len, answers))
         pairs = [tuple(getattr(triplet, side) for side in order) for triplet in part]
-        said += describe(engine, image_tokens, tokenizer, pairs, [0] * len(pairs), MAX_NEW, 0.0, 0)
+        said += describe(engine, image_tokens, tokenizer, pairs, [0] * len(pairs))
 
     loss, said = ranks.all_sum(loss) / ranks.all_sum(tokens), batches.gather_dealt(said)
     known = (triplet.delta for triplet in triplets)
