@@ -20,7 +20,6 @@ from typing import Any
 
 from common.console import UserError, fail, rank_size
 
-
 # ---- a script's flags ----
 
 
