@@ -61,12 +61,6 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """The whole text in UTF-8, or the old file."""
-    with whole(path) as aside:
-        aside.write_bytes(text.encode("utf-8"))
-
-
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Atomic, UTF-8, no NaN."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")

@@ -436,9 +436,9 @@ def test_shares_that_cannot_be_kept_stop_before_anything_loads(flags, tmp_path, 
         "--held_out 0.08": "--held_out 0.08 of 12 triplets is none",
         "--lora_dropout 1": "--lora_dropout 1.0: wanted 0 to 0.99",
         "--decay_at 1.5": "--decay_at 1.5: wanted 0 to 1",
-        "--betas 0.9": "--betas 0.9: wanted two numbers from 0 to 0.99999",
-        "--betas 0.9,1": "--betas 0.9,1.0: wanted two numbers",
-        "--scale 0.8,1.2": "--scale 0.8,1.2: wanted two numbers from 0.01 to 1",
+        "--betas 0.9": "--betas wants 2 numbers such as 0.9,0.99",
+        "--betas 0.9,1": "--betas 0.9,1.0: wanted 0 to 0.99999 each",
+        "--scale 0.8,1.2": "--scale 0.8,1.2: wanted 0.01 to 1 each",
         "--lora_rank 0": "--lora_rank 0: wanted 1 or more",
     }
     monkeypatch.setattr(llama, "load_llm", None)
