@@ -22,10 +22,9 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from common import batches, memory, ranks
+from common import batches, files, memory, ranks
 from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
-from common.files import MAY_CHANGE, load_state, lock_folder, save_folder, save_state
 from common.flags import at_least, constants_of, override, within
 from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
@@ -45,7 +44,7 @@ MAX_CHARACTERS = 2000  # a longer caption stops the run at start-up rather than 
 # ---- training ----
 EPOCHS = 1  # passes over CHAT [S4.1]
 BATCH = 64  # captions per GPU and forward pass [S4.1]
-KEEP = False  # encode each image once, its Q-Former outputs stay in host memory, 96 KiB each: for EPOCHS > 1 [ours]
+KEEP = False  # encode each image once, its Q-Former outputs stay in host memory, 96 KiB in fp32: for EPOCHS > 1 [ours]
 ENCODE_BATCH = 64  # images per forward pass when they are encoded once [ours]
 ACCUMULATE = 1  # forward passes per optimiser step; 512 captions a step in the paper: 8 GPUs x 64 x 1 [ours]
 LR = 1e-3  # peak learning rate [S4.1]
@@ -342,6 +341,11 @@ def load_steps(captions: list[Caption], images: ImageStore, vision: VisionProjec
     return batches.ahead(load, steps)
 
 
+def queries_of(vision: VisionProjector, inputs: torch.Tensor) -> torch.Tensor:
+    """What load_steps gives of B captions -> Q-Former outputs (B, Q, q_width)."""
+    return inputs if KEEP else vision.queries(inputs)
+
+
 def learning_rate(step: int, total: int) -> float:
     """Rises linearly over WARMUP of the steps, falls along a cosine."""
     warm = (step + 1) / max(1, WARMUP * total)
@@ -353,7 +357,7 @@ def save_result(vision: VisionProjector, steps: int, captions: int) -> None:
     """OUT's checkpoint, which stage 2 starts from."""
     config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
     config |= {"dim": vision.projection.out_features, "steps": steps, "captions": captions, "seed": SEED}
-    save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
+    files.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
     say(f"wrote {OUT}/projection.safetensors")
 
 
@@ -373,10 +377,10 @@ def main() -> None:
     total = EPOCHS * math.ceil(len(captions) / per_step)  # steps
 
     # the folder is this run's alone; the same command goes on where it stopped
-    lock_folder(OUT)
+    files.lock_folder(OUT)
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
-    done, state = load_state(OUT, constants, MAY_CHANGE | _FREE) or (0, None)
-    if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
+    start, state = files.load_state(OUT, constants, files.MAY_CHANGE | _FREE) or (0, None)
+    if start >= total and os.path.exists(f"{OUT}/projection.safetensors"):
         return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
     # ViT, Q-Former and LLM stay as they are, the projection learns
@@ -387,14 +391,17 @@ def main() -> None:
     if state:
         vision.projection.load_state_dict(state["projection"])
         optimizer.load_state_dict(state["optimizer"])
-        say(f"resuming after step {done} of {total}")
+        say(f"resuming after step {start} of {total}")
 
     # Algorithm 1
-    steps = batches.training_steps([[i] for i in range(len(captions))], EPOCHS, per_step, SEED, world, done)
+    steps = batches.training_steps([[i] for i in range(len(captions))], EPOCHS, per_step, SEED, world, start)
     loaded = load_steps(captions, images, vision, steps, world)
-    log, began, seen = Log(OUT, done), time.time(), 0
-    for (step, epoch, items), inputs in progress(loaded, "align", total - done):
+    log, began, seen = Log(OUT, start), time.time(), 0
+    for (step, epoch, items), inputs in progress(loaded, "align", total - start):
+        # a rank that could not read its images stops all
         batches.stop_together(inputs)
+
+        # a linear rise, then a cosine
         rate = learning_rate(step, total)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -407,13 +414,11 @@ def main() -> None:
 
         for part in batches.slices(len(mine), BATCH):
             # [S3.1]: image -> frozen ViT and Q-Former -> projection
-            queries = inputs[part].to(world.device)
-            if not KEEP:
-                queries = vision.queries(queries)  # (B, Q, q_width)
+            queries = queries_of(vision, inputs[part].to(world.device))
             pairs = zip(mine[part], vision(queries), strict=True)
 
-            # the instruction with the image's tokens in it, then the caption
-            rows = [caption_row(tokenizer, caption, image) for caption, image in pairs]
+            # the instruction with the image's tokens, then the caption
+            rows = [caption_row(tokenizer, *pair) for pair in pairs]
             batch = pack(llm.get_input_embeddings(), rows, answers[part])
 
             # Eq. 1: next-token loss on the caption, through the frozen LLM
@@ -426,21 +431,24 @@ def main() -> None:
         ranks.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
         loss = ranks.all_sum(share)
-        stop_if_not_finite(step, loss, norm, share, [caption.id for caption in mine])
+        names = [caption.id for caption in mine]
+        stop_if_not_finite(step, loss, norm, share, names)
         optimizer.step()
         optimizer.zero_grad()
 
         # a line of the log
-        speed = pace(began, step + 1 - done, total - step - 1, per_step, seen, world)
-        log.write(step=step + 1, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
+        done = step + 1
+        speed = pace(began, done - start, total - done, per_step, seen, world)
+        log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
 
         # a state to resume from: now and then, at the end, when a signal came
         stop = ranks.any_rank(ranks.stop_requested())
-        if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
-            state = {"projection": vision.projection.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(OUT, step + 1, state, constants)
+        if stop or done % SAVE_EVERY == 0 or done == total:
+            state = {"projection": vision.projection.state_dict()}
+            state["optimizer"] = optimizer.state_dict()
+            files.save_state(OUT, done, state, constants)
         if stop:
-            say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            say(f"stopped after step {done} of {total}; the same command resumes")
             raise SystemExit(143)
 
     save_result(vision, total, len(captions))

@@ -27,35 +27,16 @@ import transformers
 from torch import nn
 
 import vdg_align
-from common import batches, held_out, memory, ranks
+from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
 from common.console import UserError, progress, run, say
 from common.decode import Sampling, describe, prompt_parts, start_engine
-from common.files import (
-    MAY_CHANGE,
-    load_state,
-    load_tensors,
-    lock_folder,
-    read_json,
-    save_folder,
-    save_state,
-)
 from common.flags import at_least, constants_of, override, within
 from common.images import ImageStore, load_pixels, random_resized_crop
 from common.llama import answer_ids, llm_shape, load_llm, tokenize
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
-from vdg_align import (
-    Packed,
-    VisionProjector,
-    caption_loss,
-    encode,
-    pace,
-    pack,
-    share_start,
-    stop_if_not_finite,
-    vision_weights,
-)
+from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
 
 # ---- data ----
 ALIGNED = "out/align"  # checkpoint of vdg_align.py; its config.json names the vision side and the LLM
@@ -64,7 +45,7 @@ ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of tr
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
-HELD_OUT = 0.02  # share of the triplets kept out, for a loss after each epoch [ours: the paper uses all; 0 does]
+HELD_OUT = 0.02  # share of the triplets kept out, at least one, for a loss after each epoch [ours: the paper uses all; 0 does]
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
 # ---- model ----
@@ -198,14 +179,14 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
 
     Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
     path = f"{folder}/adapter_config.json"
-    found = read_json(path)
+    found = files.read_json(path)
     wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
         here, there = (sorted(v) if isinstance(v, list) else v or None for v in (found.get(key), value))
         if here != there:
             raise UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
     modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
-    fill_lora(llm, load_tensors(folder, "adapter_model.safetensors"), folder)
+    fill_lora(llm, files.load_tensors(folder, "adapter_model.safetensors"), folder)
     return modules
 
 
@@ -216,8 +197,8 @@ def fill_lora(llm: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> N
 
 def check_saved(llm: nn.Module, folder: str) -> None:
     """What was saved, read back as a later stage reads it, must give the outputs of the modules that were trained."""
-    tensors = load_tensors(folder, "adapter_model.safetensors")
-    config = read_json(f"{folder}/adapter_config.json")
+    tensors = files.load_tensors(folder, "adapter_model.safetensors")
+    config = files.read_json(f"{folder}/adapter_config.json")
     for name, module in lora_modules(llm.eval()).items():
         again = LoRALinear(module.base, config["r"], config["lora_alpha"], 0.0).eval()
         again.lora_A.data.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
@@ -281,14 +262,14 @@ def read_stage(folder: str, stage: str) -> dict:
     path = f"{folder}/config.json"
     if not os.path.exists(path):
         raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
-    config = read_json(path)
+    config = files.read_json(path)
     if not isinstance(config, dict) or config.get("stage") != stage:
         raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
     return config
 
 
 def load_projection(vision: VisionProjector, folder: str) -> None:
-    tensors = load_tensors(folder, "projection.safetensors")
+    tensors = files.load_tensors(folder, "projection.safetensors")
     where = f"{folder}/projection.safetensors holds a projection between other models"
     copy_weights(vision.projection.state_dict(), tensors, where)
 
@@ -349,7 +330,7 @@ def read_aligned() -> dict:
 
 def memory_options(aligned: dict, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Flags -> bytes by purpose: of the run as it stands, then of ever smaller ones."""
-    shape, vision = llm_shape(aligned["llm"]), vision_weights(aligned["vision"])
+    shape, vision = llm_shape(aligned["llm"]), vdg_align.vision_weights(aligned["vision"])
     itemsize = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
     linears = shape.linears()
     if unknown := set(LORA_TARGETS) - linears.keys():
@@ -389,6 +370,17 @@ def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
     add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     share_start(lora_weights(llm), world)
     return Model(llm, tokenizer, vision, prompt_pieces(tokenizer, PROMPT))
+
+
+def state_of(model: Model, optimizer: torch.optim.Optimizer) -> dict:
+    state = {"projection": model.vision.projection.state_dict(), "lora": adapter_tensors(model.llm)}
+    return state | {"optimizer": optimizer.state_dict()}
+
+
+def restore(model: Model, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    model.vision.projection.load_state_dict(state["projection"])
+    fill_lora(model.llm, state["lora"], OUT)
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def groups_of(triplets: list[Triplet]) -> list[list[int]]:
@@ -431,6 +423,12 @@ def load_steps(triplets: list[Triplet], images: ImageStore, vision: VisionProjec
 def queries_of(vision: VisionProjector, inputs: torch.Tensor) -> torch.Tensor:
     """What load_steps gives of B pairs -> Q-Former outputs (B, 2, Q, q_width)."""
     return inputs if VIEWS else vision.queries(inputs.flatten(0, 1)).unflatten(0, (-1, 2))
+
+
+def prompt_batch(model: Model, triplets: list[Triplet], queries: torch.Tensor, answers: list) -> Packed:
+    """delta_batch; with TREE each reference is held once."""
+    names = [triplet.reference for triplet in triplets] if TREE else None
+    return delta_batch(model.llm, model.vision, model.pieces, queries, answers, names)
 
 
 def learning_rate(step: int, epoch: int) -> float:
@@ -483,7 +481,7 @@ def save_result(model: Model, aligned: dict, trained: dict, world: World) -> Non
     texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}
     if world.rank == 0:  # it has the log
         texts["README.md"] = held_out.model_card(config, held_out.records(OUT))
-    save_folder(OUT, tensors, texts)
+    files.save_folder(OUT, tensors, texts)
     if world.rank == 0:
         check_saved(model.llm, OUT)
     say(f"wrote {OUT}/adapter_model.safetensors")
@@ -509,35 +507,36 @@ def main() -> None:
     total = EPOCHS * per_epoch
 
     # the folder is this run's alone; the same command goes on where it stopped
-    lock_folder(OUT)
+    files.lock_folder(OUT)
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint([*triplets, *held])}
-    done, state = load_state(OUT, constants, MAY_CHANGE | _FREE) or (0, None)
-    if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
+    start, state = files.load_state(OUT, constants, files.MAY_CHANGE | _FREE) or (0, None)
+    if start >= total and os.path.exists(f"{OUT}/projection.safetensors"):
         return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
     # projection and LoRA learn; ViT, Q-Former and the LLM's own weights stay as they are
     memory.say(options, [memory.has(world.device)])
-    llm, tokenizer, vision, pieces = model = load_models(aligned, dtype, world)
+    llm, tokenizer, vision, _ = model = load_models(aligned, dtype, world)
     weights = [*vision.projection.parameters(), *lora_weights(llm)]
     optimizer = make_optimizer(OPTIMIZER, weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
     if state:
-        vision.projection.load_state_dict(state["projection"])
-        fill_lora(llm, state["lora"], OUT)
-        optimizer.load_state_dict(state["optimizer"])
-        say(f"resuming after step {done} of {total}")
+        restore(model, optimizer, state)
+        say(f"resuming after step {start} of {total}")
 
     # Algorithm 2
-    held_images = encode_held_out(held, images, vision, world)
-    steps = batches.training_steps(groups_of(triplets), EPOCHS, per_step, SEED, world, done)
+    of_held = encode_held_out(held, images, vision, world)
+    steps = batches.training_steps(groups_of(triplets), EPOCHS, per_step, SEED, world, start)
     loaded = load_steps(triplets, images, vision, steps, world)
-    log, began, seen = Log(OUT, done), time.time(), 0
-    for (step, epoch, items), inputs in progress(loaded, "tune", total - done):
+    log, began, seen = Log(OUT, start), time.time(), 0
+    for (step, epoch, items), inputs in progress(loaded, "tune", total - start):
+        # a rank that could not read its images stops all
         batches.stop_together(inputs)
+
+        # a linear rise, then one fall; dropout of this step
         rate = learning_rate(step, epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
         llm.train()
-        ranks.seed_step(SEED, step, world.rank)  # LoRA's dropout
+        ranks.seed_step(SEED, step, world.rank)
 
         # this rank's triplets; Eq. 1 is a mean over the tokens of all ranks
         mine = [triplets[i] for i in items]
@@ -550,8 +549,7 @@ def main() -> None:
             queries = queries_of(vision, inputs[part].to(world.device))
 
             # [Fig. 3]: the prompt with both, projected, then the delta
-            shared = [triplet.reference for triplet in mine[part]] if TREE else None
-            batch = delta_batch(llm, vision, pieces, queries, answers[part], shared)
+            batch = prompt_batch(model, mine[part], queries, answers[part])
 
             # Eq. 1: next-token loss on the delta, through LLM and LoRA
             loss = caption_loss(llm, batch, tokens, CHECKPOINT)
@@ -563,27 +561,28 @@ def main() -> None:
         ranks.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
         loss = ranks.all_sum(share)
-        stop_if_not_finite(step, loss, norm, share, [f"{t.reference} -> {t.target}" for t in mine])
+        names = [f"{t.reference} -> {t.target}" for t in mine]
+        vdg_align.stop_if_not_finite(step, loss, norm, share, names)
         optimizer.step()
         optimizer.zero_grad()
 
         # a line of the log
-        speed = pace(began, step + 1 - done, total - step - 1, per_step, seen, world)
-        log.write(step=step + 1, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
+        done = step + 1
+        speed = pace(began, done - start, total - done, per_step, seen, world)
+        log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
 
         # after an epoch the held-out triplets: their loss, and deltas to look at
-        if held and (step + 1) % per_epoch == 0:
-            measured, said = measure_held_out(model, held, held_images, triplets, world)
-            log.write(step=step + 1, epoch=epoch, **measured)
+        if held and done % per_epoch == 0:
+            found, said = measure_held_out(model, held, of_held, triplets, world)
+            log.write(step=done, epoch=epoch, **found)
             held_out.write_page(OUT, held, said, images, SHOW)
 
         # a state to resume from: now and then, at the end, when a signal came
         stop = ranks.any_rank(ranks.stop_requested())
-        if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
-            state = {"projection": vision.projection.state_dict(), "lora": adapter_tensors(llm)}
-            save_state(OUT, step + 1, {**state, "optimizer": optimizer.state_dict()}, constants)
+        if stop or done % SAVE_EVERY == 0 or done == total:
+            files.save_state(OUT, done, state_of(model, optimizer), constants)
         if stop:
-            say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            say(f"stopped after step {done} of {total}; the same command resumes")
             raise SystemExit(143)
 
     save_result(model, aligned, {"steps": total, "triplets": len(triplets)}, world)
