@@ -359,7 +359,7 @@ def main() -> None:
     say(f"{len(pairs):,} pairs of {len(names):,} images, {len(pairs) - len(todo):,} of them described already")
 
     if todo:
-        memory.say(options, [memory.has(world.device)])
+        memory.say(options, [memory.has(world.device)], world.device.type)
         vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype)
         if MERGE and not config["quantize"]:
             vdg_tune.merge_lora(llm)

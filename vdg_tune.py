@@ -444,7 +444,7 @@ def main() -> None:
         say(f"{OUT} is finished ({total} steps); for another run take another --out")
         return
 
-    memory.say(options, [memory.has(world.device)])
+    memory.say(options, [memory.has(world.device)], world.device.type)
     torch.manual_seed(SEED)
     llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, quantize)
     vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)

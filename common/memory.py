@@ -13,6 +13,8 @@ from common import console
 from common.console import UserError
 from common.llama import Shape
 
+CONTEXT = "CUDA context, workspaces, fragments (a guess)"
+
 
 def frozen(shape: Shape, quantize: str, size: int, vision: int) -> dict[str, float]:
     """Bytes of the frozen weights by purpose; size: bytes of a number that is not quantised; vision: weights of ViT and
@@ -29,7 +31,7 @@ def frozen(shape: Shape, quantize: str, size: int, vision: int) -> dict[str, flo
         f"LLM, {quantize or f'{8 * size} bits'}": packed + tables,
         "its largest weight once more, while it loads or is unpacked": largest,
         "ViT and Q-Former": vision * size,
-        "CUDA context, workspaces, fragments (a guess)": 1.5 * 2**30,
+        CONTEXT: 1.5 * 2**30,
     }
 
 
@@ -76,10 +78,14 @@ def options_of(parts, quantize: str, checkpoint: bool, batch: int) -> dict[str, 
     return options
 
 
-def say(options: dict[str, dict[str, float]], cards: list[float]) -> None:
-    """Prints the first option's bytes, and for each card (GiB) which option fits it first."""
+def say(options: dict[str, dict[str, float]], cards: list[float], device: str = "cuda") -> None:
+    """Prints the first option's bytes, and for each card (GiB) which option fits it first; a CPU has no CUDA context."""
+    together = "together, estimated for one GPU"
+    if device == "cpu":
+        options = {flags: {k: v for k, v in parts.items() if k != CONTEXT} for flags, parts in options.items()}
+        together = "together, estimated"
     first = next(iter(options.values()))
-    for what, amount in (first | {"together, estimated for one GPU": sum(first.values())}).items():
+    for what, amount in (first | {together: sum(first.values())}).items():
         console.say(f"{amount / 2**30:9.2f} GiB  {what}")
     for card in cards:
         totals = {flags: sum(parts.values()) / 2**30 for flags, parts in options.items()}
