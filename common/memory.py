@@ -79,7 +79,7 @@ def options_of(parts, quantize: str, checkpoint: bool, batch: int) -> dict[str, 
 
 
 def say(options: dict[str, dict[str, float]], cards: list[float], device: str = "cuda") -> None:
-    """Prints the first option's bytes, and for each card (GiB) which option fits it first; a CPU has no CUDA context."""
+    """Prints the first option's bytes, and for each card (GiB) what fits it first; a CPU has no CUDA context."""
     together = "together, estimated for one GPU"
     if device == "cpu":
         options = {flags: {k: v for k, v in parts.items() if k != CONTEXT} for flags, parts in options.items()}
