@@ -545,7 +545,7 @@ def main() -> None:
 
     # the VDG, and every image through ViT and Q-Former
     if todo:
-        memory.say(options, [memory.has(world.device)])
+        memory.say(options, [memory.has(world.device)], world.device.type)
         vdg = start_vdg(todo, data.images, dtype, world)
 
     # equally many batches on every rank, so that all stop together

@@ -384,7 +384,7 @@ def main() -> None:
         return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
     # ViT, Q-Former and LLM stay as they are, the projection learns
-    memory.say(options, [memory.has(world.device)])
+    memory.say(options, [memory.has(world.device)], world.device.type)
     llm, tokenizer, vision = load_models(dtype, world)
     weights = list(vision.projection.parameters())
     optimizer = torch.optim.AdamW(weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)

@@ -45,7 +45,8 @@ ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of tr
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
-HELD_OUT = 0.02  # share of the triplets kept out, at least one, for a loss after each epoch [ours: the paper uses all; 0 does]
+# Held-out triplets give a loss after each epoch [ours: the paper uses all; 0 does].
+HELD_OUT = 0.02  # share of the triplets kept out of training
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
 # ---- model ----
@@ -514,7 +515,7 @@ def main() -> None:
         return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
     # projection and LoRA learn; ViT, Q-Former and the LLM's own weights stay as they are
-    memory.say(options, [memory.has(world.device)])
+    memory.say(options, [memory.has(world.device)], world.device.type)
     llm, tokenizer, vision, _ = model = load_models(aligned, dtype, world)
     weights = [*vision.projection.parameters(), *lora_weights(llm)]
     optimizer = make_optimizer(OPTIMIZER, weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
