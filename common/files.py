@@ -12,7 +12,8 @@ import pickle
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,24 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Atomic: a kill leaves the old file or the new one, never a part."""
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """`with whole(path) as aside:` what is written to `aside` becomes path once all of it is on the disk.
+
+    Atomic: a kill or an error leaves the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(text.encode("utf-8"))
+    yield aside
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """The whole text in UTF-8, or the old file."""
+    with whole(path) as aside:
+        aside.write_bytes(text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:

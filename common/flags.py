@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import tokenize
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,8 +201,42 @@ def constants_of(constants: dict[str, Any]) -> dict[str, Any]:
     return {flag.name: constants[flag.name] for flag in read_flags(constants["__file__"])}
 
 
+# ---- values: each of these raises UserError with one line that names the flag ----
+
+
 def at_least(constants: dict[str, Any], **lowest: float) -> None:
-    """`at_least(globals(), BATCH=1, TAU=1e-4)`: UserError naming the first constant below its lowest value."""
+    """`at_least(globals(), BATCH=1, TAU=1e-4)`: none may lie below its lowest value."""
     for name, low in lowest.items():
-        if not constants[name] >= low:  # so is NaN
-            raise UserError(f"--{name.lower()} {constants[name]}: wanted {low} or more")
+        _each(constants, name, lambda value, low=low: value >= low, f"{low} or more")
+
+
+def below(constants: dict[str, Any], **end: float) -> None:
+    """`below(globals(), COMBINER_DROPOUT=1)`: each must be less than the number."""
+    for name, high in end.items():
+        _each(constants, name, lambda value, high=high: value < high, f"less than {high}")
+
+
+def within(constants: dict[str, Any], **bounds: tuple[float, float]) -> None:
+    """`within(globals(), HELD_OUT=(0, 1), BETAS=(0, 1))`: from low to high, both allowed; so is each of a tuple."""
+    for name, (low, high) in bounds.items():
+        _each(constants, name, lambda value, low=low, high=high: low <= value <= high, f"{low} to {high}")
+
+
+def _each(constants: dict[str, Any], name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    """NaN holds nowhere."""
+    value = constants[name]
+    every = value if isinstance(value, tuple | list) else (value,)
+    if not all(map(holds, every)):
+        raise UserError(f"--{name.lower()} {_show(value)}: wanted {wanted}{' each' if len(every) > 1 else ''}")
+
+
+def one_of(constants: dict[str, Any], **choices: Iterable[str]) -> None:
+    """`one_of(globals(), MODEL=("combiner", "blip_tdm"))`: each must be one of its words."""
+    for name, words in choices.items():
+        words = list(words)
+        value = str(constants[name])
+        if value in words:
+            continue
+        wanted = " or ".join(filter(None, [", ".join(map(_show, words[:-1])), _show(words[-1])]))
+        near = difflib.get_close_matches(value.lower(), words, n=1)
+        raise UserError(f"--{name.lower()} {_show(value)}: wanted {wanted}" + "".join(f"; meant {w}?" for w in near))

@@ -3,6 +3,7 @@
 import os
 import re
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.utils import cached_file
@@ -58,3 +59,20 @@ def read_config(source: str, kinds: tuple[str, ...]):
 def located(source: str) -> str:
     """A checkpoint's name for config.json: the next stage may run from another folder."""
     return os.path.abspath(source) if os.path.isdir(source) else source
+
+
+@torch.no_grad()
+def copy_weights(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copies tensors into `own`, in place: the same names and shapes on both sides, or UserError naming the first."""
+    for name in sorted(own.keys() | tensors.keys()):
+        wanted, found = (tuple(side[name].shape) if name in side else None for side in (own, tensors))
+        if wanted == found:
+            continue
+        what = f"{found}, want {wanted}"
+        if found is None:
+            what = "missing"
+        if wanted is None:
+            what = "one too many"
+        raise UserError(f"{where}: weights do not fit the model, first {name} is {what}")
+    for name, weight in own.items():
+        weight.copy_(tensors[name])
