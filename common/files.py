@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.console import UserError, rank_size, warn
+from common.console import UserError, rank_size, say, warn
 
 # Constants whose change leaves the weights as they are: a run may be resumed with other values of these.
 MAY_CHANGE = frozenset({"OUT", "DEVICE", "CHECK", "WORKERS", "SAVE_EVERY", "LOG_EVERY"})
@@ -52,6 +52,15 @@ def write_text(path: str | Path, text: str) -> None:
     """The whole text in UTF-8, or the old file."""
     with whole(path) as aside:
         aside.write_bytes(text.encode("utf-8"))
+
+
+def write_tensors(path: str | Path, tensors: dict) -> None:
+    """A safetensors file, the old one or the new one; the tensors may lie anywhere and need not be contiguous."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
@@ -368,6 +377,15 @@ def _load_step(folder: Path) -> tuple[int, dict, dict]:
     if folder.name != f"step-{step}" or vouched != (folder.name, _hash(constants)):
         raise UserError(f"{folder}: its step or constants differ from manifest.json")
     return step, state, constants
+
+
+def is_finished(out: str, file: str, done: int, steps: int) -> bool:
+    """Whether an earlier run took all its steps and wrote its result, which must be whole; says so."""
+    finished = done >= steps and os.path.exists(os.path.join(out, file))
+    if finished:
+        load_tensors(out, file)
+        say(f"{out} is finished ({steps} steps); for another run take another --out")
+    return finished
 
 
 def lock_folder(out: str | Path) -> None:
