@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets, with_text
 from common.console import UserError, say
 from common.images import ImageStore, check_report
-from common.ranks import World, any_rank, gather_objects, seeded_rng
+from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
 
 
 class Item(NamedTuple):
@@ -71,35 +72,53 @@ def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet],
     return items
 
 
-def training_items(
-    dataset: str,
-    root: str,
-    split: str,
-    images: str,
-    same_pairs: str,
-    same_deltas: bool,
-    pseudo: str,
-    pseudo_images: str,
-    human: bool,
-) -> tuple[list[ImageStore], list[list[Item]]]:
-    """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
-    stores, streams = [ImageStore([]), ImageStore([])], [[], []]
-    if human:
-        if not root:
-            raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
-        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
-        same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
-        streams[0] = human_items(triplets, dataset, same, same_deltas)
-    if pseudo:
-        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
-        kept = with_text(triplets, pseudo)
-        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept]
-    for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
-        if wanted and not items:
-            raise UserError(f"{file} holds no triplet to train on")
-    if not human and not pseudo:
-        raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
-    return stores, streams
+class Source(NamedTuple):
+    """One stream of triplets to train on, and where its images lie."""
+
+    images: ImageStore = ImageStore([])
+    items: Sequence[Item] = ()  # none: nothing of this stream is trained on
+
+
+_STREAMS = ("human", "auxiliary")
+
+
+def human_source(
+    dataset: str, root: str, split: str, images: str, same_pairs: str = "", same_deltas: bool = True
+) -> Source:
+    """Stream 0, human triplets. same_pairs: a pseudo.jsonl of the same pairs, if not empty; same_deltas: False takes
+    only its reversed texts."""
+    if not root:
+        raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
+    triplets, store = training_triplets(dataset, root, split, "all", images or None)
+    same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
+    if not triplets:
+        raise UserError(f"{root} holds no triplet to train on")
+    return Source(store, human_items(triplets, dataset, same, same_deltas))
+
+
+def pseudo_source(file: str, images: str) -> Source:
+    """Stream 1, auxiliary pseudo triplets: those that say something."""
+    triplets, store = training_triplets("jsonl", file, "", "all", images or None)
+    kept = with_text(triplets, file)
+    if not kept:
+        raise UserError(f"{file} holds no triplet to train on")
+    return Source(store, [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept])
+
+
+def _names(item: Item) -> tuple[str, str]:
+    return item.reference[1], item.target[1]
+
+
+def complete_sources(sources: list[Source], batch: int, ranks: int) -> list[Source]:
+    """The same with only those triplets whose images are there; UserError if they do not make one batch a rank."""
+    complete = []
+    for source, what in zip(sources, _STREAMS, strict=True):
+        items = drop_missing(source.items, _names, source.images, f"{what} triplets")
+        complete.append(source._replace(items=items))
+    fewest = min(len(source.items) for source in complete if source.items)
+    if fewest < batch * ranks:
+        raise UserError(f"{fewest} triplets are fewer than {batch} on each of {ranks} ranks: lower --batch")
+    return complete
 
 
 def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> list[Draw]:
@@ -114,6 +133,72 @@ def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> li
         back = items[i].back[rng.integers(len(items[i].back))] if items[i].back else ""
         draws.append(Draw(items[i].reference, items[i].target, delta, (stream, epoch, i), back))
     return draws
+
+
+def steps_an_epoch(sources: list[Source], batch: int, ranks: int) -> int:
+    """One pass over the human triplets, or over the auxiliary ones where there are no others."""
+    items = next(source.items for source in sources if source.items)
+    return len(items) // (batch * ranks)
+
+
+def images_of(sources: list[Source]) -> list[tuple[int, str]]:
+    """Every image that is trained on, once, in one order."""
+    items = [item for source in sources for item in source.items]
+    return sorted({image for item in items for image in (item.reference, item.target)})
+
+
+def texts_of(sources: list[Source]) -> list[str]:
+    """Every text that may be drawn, once, in one order."""
+    items = [item for source in sources for item in source.items]
+    return sorted({text for item in items for group in (*item.deltas, item.back) for text in group})
+
+
+def say_backs(sources: list[Source]) -> None:
+    """How many triplets have a text that leads back; UserError if none has."""
+    have = [bool(item.back) for source in sources for item in source.items]
+    if not any(have):
+        raise UserError("--reversed_text delta: no triplet has a reverse_delta (gen_deltas.py --reverse)")
+    say(f"{sum(have):,} of {len(have):,} triplets have a reverse_delta; the others have no reversed loss")
+
+
+def sources_sha256(sources: list[Source]) -> str:
+    """A hash of all triplets: a resumed run must find those that it began with."""
+    return hashlib.sha256(json.dumps([source.items for source in sources]).encode()).hexdigest()
+
+
+class Batch(NamedTuple):
+    """The triplets of one step on all ranks, stream after stream, in each of them rank after rank."""
+
+    step: int
+    draws: list[Draw]
+    own: list[int]  # rows of this rank
+
+    @property
+    def own_draws(self) -> list[Draw]:
+        return [self.draws[i] for i in self.own]
+
+    @property
+    def own_deltas(self) -> list[str]:
+        return [d.delta for d in self.own_draws]
+
+    @property
+    def deltas(self) -> list[str]:
+        return [d.delta for d in self.draws]
+
+    @property
+    def targets(self) -> list[tuple[int, str]]:
+        return [d.target for d in self.draws]
+
+
+def draw_batch(sources: list[Source], step: int, batch: int, seed: int, world: World) -> Batch:
+    """`batch` triplets of every source that has any, for each rank; a function of the step, equal on all ranks."""
+    draws, own = [], []
+    for stream, source in enumerate(sources):
+        if source.items:
+            first = len(draws) + world.rank * batch
+            own += range(first, first + batch)
+            draws += draw(source.items, stream, step, batch * world.size, seed)
+    return Batch(step, draws, own)
 
 
 def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
@@ -131,13 +216,14 @@ def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str)
     return kept
 
 
-def check_items(stores: list[ImageStore], streams: list[list[Item]], benchmarks: list[Benchmark]) -> None:
+def check_items(sources: list[Source], benchmarks: list[Benchmark]) -> None:
     """Prints what there is to train on and to measure; UserError if an image is missing or unreadable."""
     reports = [check_report(names_of(benchmark), benchmark.images) for benchmark in benchmarks]
-    for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True):
-        if items:
-            text, ok = check_report([name for item in items for _, name in (item.reference, item.target)], store)
-            reports.append((f"{what}: {len(items):,} triplets; {text}", ok))
+    for source, what in zip(sources, _STREAMS, strict=True):
+        if source.items:
+            names = [name for item in source.items for name in _names(item)]
+            text, ok = check_report(names, source.images)
+            reports.append((f"{what}: {len(source.items):,} triplets; {text}", ok))
     say("\n".join(text for text, _ in reports))
     if not all(ok for _, ok in reports):
         raise UserError("images missing or unreadable, see above; fetch them or fix --images / --pseudo_images")
@@ -215,6 +301,15 @@ def stop_together(loaded: Any) -> None:
     fault = (str(loaded) or type(loaded).__name__) if isinstance(loaded, Exception) else ""
     if any_rank(bool(fault)):
         raise UserError(next(text for text in gather_objects(fault) if text))
+
+
+def stop_if_not_finite(value, batch: Batch, log: Log, advice: str) -> None:
+    """All ranks stop before the optimiser steps: the last state saved is good. value: loss plus gradient norm."""
+    if any_rank(not math.isfinite(value)):
+        what, step = "loss or gradient not finite", batch.step + 1
+        items = [(d.reference[1], d.target[1], d.delta) for d in batch.draws]
+        log.write(step=step, error=what, value=float(value), items=items)
+        raise UserError(f"{what} at step {step}: its items are in {log.path}, the last good state beside it; {advice}")
 
 
 def say_check(names: Iterable[str], images: ImageStore, what: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common.console import UserError, rank_size, warn
+from common.console import UserError, rank_size, say, warn
 from common.disk import UNSUPPORTED, fresh, naming, open_regular, remove, sync, torch_save, warn_once, whole
 
 # Constants whose change leaves the weights as they are: a run may be resumed with other values of these.
@@ -413,6 +413,15 @@ def _load_step(folder: Path) -> tuple[int, dict, dict, dict]:
     if folder.name != f"step-{step}" or vouched != (folder.name, _hash(constants)):
         raise UserError(f"{folder}: its step or constants differ from manifest.json")
     return step, state, constants, machine
+
+
+def is_finished(out: str, file: str, done: int, steps: int) -> bool:
+    """Whether an earlier run took all its steps and wrote its result, which must be whole; says so."""
+    finished = done >= steps and os.path.exists(os.path.join(out, file))
+    if finished:
+        load_tensors(out, file)
+        say(f"{out} is finished ({steps} steps); for another run take another --out")
+    return finished
 
 
 def _machine() -> dict:

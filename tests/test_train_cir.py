@@ -13,8 +13,9 @@ import zoo as writer
 from safetensors.torch import load_file, save_file
 
 import train_cir
+from common import batches, retrieval
 from common.annotations import Triplet, read_triplets
-from common.batches import Item, draw, drop_missing, human_items, training_items
+from common.batches import Item, draw, drop_missing, human_items, human_source, pseudo_source
 from common.console import UserError
 from common.files import read_json, write_json
 from common.flags import constants_of, override
@@ -228,13 +229,13 @@ def reversed_by_hand(model, reference, texts, target, candidates, tau):
 def test_reversed_loss_equals_composing_every_pair(zoo, model):
     torch.manual_seed(0)
     backbone = str(zoo / ("blip" if model == "blip_tdm" else "clip"))
-    ours = train_cir.build_cir(model, backbone, p=6, h=9, directions=True).eval()
+    ours = train_cir.build_cir(model, backbone, p=6, h=9, directions=True, tau=0.1).eval()
     with torch.no_grad():
         target, reference = (ours.tokens(pixels_of(ours, 5, seed)) for seed in (1, 2))
     own = torch.tensor([2, 0, 4])
     candidates = [[j, *(k for k in range(5) if k != j)] for j in own.tolist()]
     given = torch.tensor(candidates) if model == "blip_tdm" else own
-    loss = ours.reversed_loss(reference[:3], WORDS[:3], target, given, 0.1)
+    loss = ours.reversed_loss(reference[:3], WORDS[:3], target, given)
     wanted = reversed_by_hand(ours, reference[:3], WORDS[:3], target, candidates, 0.1)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     parameters = [p for p in ours.parameters() if p.requires_grad]
@@ -425,17 +426,17 @@ def test_the_bank_is_every_other_image(world, zoo, tmp_path, monkeypatch):
     """What L_tcc gets: the plain embeddings of all training images but the targets of this batch."""
     given, real = [], train_cir.l_tcc_ranks
     monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *a, **k: given.append((a, k["bank"])) or real(*a, **k))
-    drawn, draw = [], train_cir.draw
-    monkeypatch.setattr(train_cir, "draw", lambda *a: drawn.append((a[2], draw(*a))) or draw(*a))
+    drawn, draw = [], batches.draw
+    monkeypatch.setattr(batches, "draw", lambda *a: drawn.append((a[2], draw(*a))) or draw(*a))
     train(arguments(world, zoo, tmp_path, "combiner", bank=True, steps=2))
     model = train_cir.build_cir("combiner", str(zoo / "clip")).eval()
     stores = [ImageStore(str(world / "img_raw" / "train")), ImageStore(str(world / "aux"))]
     for step in (0, 1):
         targets = {d.target for at, draws in drawn if at == step for d in draws}
-        _, items = training_items(
-            "cirr", str(world / "cirr"), "train", "", "", True, str(world / "pseudo.jsonl"), str(world / "aux"), True
-        )
-        images = {image for stream in items for item in stream for image in (item.reference, item.target)} - targets
+        human = human_source("cirr", str(world / "cirr"), "train", "")
+        auxiliary = pseudo_source(str(world / "pseudo.jsonl"), str(world / "aux"))
+        items = [*human.items, *auxiliary.items]
+        images = {image for item in items for image in (item.reference, item.target)} - targets
         files = [
             stores[s].path(name.removeprefix("train-") if s else f"1-{int(name[6:]):03d}.png") for s, name in images
         ]
@@ -578,7 +579,7 @@ def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
         seen.append(train_cir.get_trained(model))
         return {"R@1": next(scores), "R@5": 1.0, "R@10": 2.0}
 
-    monkeypatch.setattr(train_cir, "evaluate", evaluate)
+    monkeypatch.setattr(retrieval, "evaluate", evaluate)
     more = {"learn_tau": True, "log_every": 1}
     train(arguments(world, zoo, tmp_path, "combiner", steps=5, val_split="val", val_every=2, **more))
     saved = load_file(tmp_path / "model.safetensors")
