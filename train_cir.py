@@ -30,6 +30,7 @@ from common.console import UserError, progress, run, say
 from common.files import load_state, load_tensors, lock_folder, read_json, save_folder, save_state, tensors_sha256
 from common.flags import at_least, constants_of, override
 from common.images import Preprocess, augment, load_pixels
+from common.pretrained import load_model, model_kind, read_config
 from common.ranks import (
     Log,
     all_reduce_gradients,
@@ -46,6 +47,7 @@ from common.ranks import (
     stop_requested,
 )
 from common.retrieval import evaluate, protocol_of
+from common.tokenizer import read_tokenizer, tokenizer_sha256
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
 from kernels.reversed import reversed_combiner, reversed_sum
@@ -151,17 +153,11 @@ class CirModel(nn.Module):
 
     def load(self, kind: type, backbone: str, text_length: int, **how: str) -> None:
         """The frozen Hugging Face model, its tokenizer and picture transform, from a folder or hub id."""
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        here = {"local_files_only": os.path.isdir(backbone)}
         if (found := model_type(backbone)) != (wanted := kind.config_class.model_type):
             raise UserError(f"--backbone {backbone} is a {found} model, wanted {wanted}: fix it or --model")
-        how |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True} | here
-        self.backbone, info = kind.from_pretrained(backbone, **how)
-        if missing := sorted(info["missing_keys"]):  # they would be random, with a warning
-            raise UserError(f"{backbone}: {len(missing)} weights of {kind.__name__} missing, first {missing[0]}")
-        self.backbone.requires_grad_(False)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(backbone, **here)
+        config = read_config(backbone, (wanted,), "--backbone")
+        self.backbone = load_model(kind, backbone, config, torch.float32, "--backbone", **how).requires_grad_(False)
+        self.tokenizer = read_tokenizer(backbone, config, config.text_config.vocab_size, "--backbone")
         self.preprocess = Preprocess.from_folder(backbone, kind.__name__)
         positions = self.backbone.config.text_config.max_position_embeddings
         if text_length > positions:
@@ -364,7 +360,7 @@ class BlipTdm(CirModel):
 
 def model_type(backbone: str) -> str:
     """ "clip", "blip" or what else a folder or hub id holds."""
-    return transformers.AutoConfig.from_pretrained(backbone, local_files_only=os.path.isdir(backbone)).model_type
+    return model_kind(backbone, "--backbone")
 
 
 def build_cir(
@@ -407,16 +403,16 @@ def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
     model = build_cir(**settings["build"])
     put_trained(model, load_tensors(folder, "model.safetensors"), folder)
     trained_on = settings.get("constants", {}).get("FROZEN_SHA256")
-    if trained_on and trained_on != frozen_digest(model):
+    if trained_on and trained_on not in (frozen_digest(model), frozen_digest(model, words=False)):  # older: without
         on = " or ".join(filter(None, (settings["build"]["backbone"], settings["build"].get("start"))))
         raise UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")
     return model.eval().to(device)
 
 
-def frozen_digest(model: CirModel) -> str:
-    """sha256 of what a checkpoint stands on but does not hold: frozen weights and the pictures' preprocessing."""
+def frozen_digest(model: CirModel, words: bool = True) -> str:
+    """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer."""
     frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-    return tensors_sha256(frozen, repr(model.preprocess))
+    return tensors_sha256(frozen, repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else ""))
 
 
 def get_trained(model: nn.Module) -> dict[str, torch.Tensor]:
