@@ -29,6 +29,7 @@ from common.batches import Draw, check_items, draw, drop_missing, training_items
 from common.console import UserError, progress, run, say
 from common.files import load_state, load_tensors, lock_folder, read_json, save_folder, save_state, tensors_sha256
 from common.flags import at_least, constants_of, override
+from common.hub import locate
 from common.images import Preprocess, augment, load_pixels
 from common.pretrained import load_model, model_kind, read_config
 from common.ranks import (
@@ -395,12 +396,18 @@ def build_cir(
     return built
 
 
-def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
-    """The model that main() saved in folder, in eval mode; UserError if weights and config do not belong together."""
+def load_cir(folder: str, device: str | torch.device = "cpu", backbone: str = "") -> CirModel:
+    """The model that main() saved in folder, in eval mode; UserError if weights and config do not belong together.
+
+    backbone: where its CLIP or BLIP lies now, if not where it was; the hash of what is frozen must be the same."""
     settings = read_json(os.path.join(folder, "config.json"))
     if not isinstance(settings, dict) or not isinstance(settings.get("build"), dict):
         raise UserError(f"{folder}/config.json is not one of train_cir.py")
-    model = build_cir(**settings["build"])
+    build, beside = settings["build"], settings.get("near", {})  # of another stage's folder, as near() wrote it
+    build["backbone"] = locate(build["backbone"], folder, "--backbone", backbone, beside.get("backbone", ""))
+    if build.get("start"):
+        build["start"] = locate(build["start"], folder, "--start", beside=beside.get("start", ""))
+    model = build_cir(**build)
     put_trained(model, load_tensors(folder, "model.safetensors"), folder)
     trained_on = settings.get("constants", {}).get("FROZEN_SHA256")
     if trained_on and trained_on not in (frozen_digest(model), frozen_digest(model, words=False)):  # older: without

@@ -29,7 +29,7 @@ def checkpoint_file(source: str, name: str, flag: str = "") -> str | None:
         path = os.path.join(place, name)
         path = path if os.path.isfile(path) else None
     else:
-        path = _download(source, name, place, flag) if name in place.files else None
+        path = _download(source, name, place.commit, flag) if name in place.files else None
     if path is not None:
         _refuse_pointer(path, flag)
     return path
@@ -76,7 +76,11 @@ def _ask_hub(source: str, flag: str) -> str | Repository:
         return _cached(source, flag, f"the hub answers {_first_line(fault)}")
     except (HTTPError, OSError) as fault:
         return _cached(source, flag, f"{constants.ENDPOINT} cannot be reached ({_first_line(fault)})")
-    return Repository(info.sha, frozenset(file.rfilename for file in info.siblings or ()))
+    files = frozenset(file.rfilename for file in info.siblings or ())
+    commit = info.sha
+    if "config.json" in files:  # of the branch and not of the commit: then the cache notes which one the branch means
+        commit = os.path.basename(os.path.dirname(_download(source, "config.json", None, flag)))
+    return Repository(commit, files)
 
 
 def _cached(source: str, flag: str, why: str) -> str:
@@ -90,12 +94,12 @@ def _cached(source: str, flag: str, why: str) -> str:
     return os.path.dirname(found)
 
 
-def _download(source: str, name: str, place: Repository, flag: str) -> str:
+def _download(source: str, name: str, commit: str | None, flag: str) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HTTPError
 
     try:
-        return hf_hub_download(source, name, revision=place.commit)
+        return hf_hub_download(source, name, revision=commit)
     except GatedRepoError:
         remedy = f"accept them at https://huggingface.co/{source}, then `hf auth login`"
         raise UserError(f"{shown(source, flag)}: its owner wants terms to be accepted; {remedy}") from None

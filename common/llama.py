@@ -78,15 +78,13 @@ def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.d
 
 
 def bitsandbytes():
-    """The library, imported when it is wanted: it is optional, and speaks at length where there is no GPU."""
-    loud = logging.getLogger("bitsandbytes").level
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU's import advises packages that nobody needs
+    """The library, imported when it is wanted: it is optional."""
+    # it would advise a package that nobody needs, and say at every int8 product that it computes in fp16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as fault:
-        raise UserError(f"bitsandbytes cannot be imported ({fault}); pip install bitsandbytes") from None
-    finally:
-        logging.getLogger("bitsandbytes").setLevel(loud)
+        raise UserError(f"--quantize wants bitsandbytes ({fault}): pip install bitsandbytes") from None
     return bitsandbytes
 
 
