@@ -26,9 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionModelWithProjection, ResNetModel
+from transformers import CLIPVisionModelWithProjection, ResNetModel
 
 from common import pages
 from common.annotations import cirr_template
@@ -47,6 +46,7 @@ from common.files import (
 )
 from common.flags import at_least, override
 from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, list_images, load_pixels
+from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
 
@@ -176,28 +176,13 @@ class Encoder(nn.Module):
 
     def __init__(self, source: str, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        local = os.path.isdir(source)
-        kinds = {"resnet": ResNetModel, "clip": CLIPVisionModelWithProjection}
-        kinds["clip_vision_model"] = kinds["clip"]
-        try:
-            config = AutoConfig.from_pretrained(source, local_files_only=local)
-            if config.model_type not in kinds:
-                raise UserError(f"{source}: a {config.model_type} model; wanted a ResNet or CLIP")
-            self.model, report = kinds[config.model_type].from_pretrained(
-                source, dtype=dtype, use_safetensors=True, local_files_only=local, output_loading_info=True
-            )
-        except SafetensorError as fault:
-            raise UserError(f"{source}: damaged weights ({fault}); download or copy them again") from None
-        except OSError as fault:
-            wanted = "wanted a folder with config.json and model.safetensors, or a hub id that can be downloaded"
-            raise UserError(f"--encoder {source} cannot be read ({fault}); {wanted}") from None
-        except ValueError as fault:  # transformers': no model_type in config.json
-            if isinstance(fault, UserError):
-                raise
-            raise UserError(f"{source}: {fault}; a folder written by save_pretrained is wanted") from None
-        if report["missing_keys"] or report["mismatched_keys"]:  # transformers would go on with random weights
-            first = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[0]
-            raise UserError(f"{source}: weights are missing, first {first}; download or copy them again")
+        kinds = ("resnet", "clip", "clip_vision_model")
+        if (found := model_kind(source, "--encoder")) not in kinds:
+            raise UserError(f"--encoder {source}: a {found} model; wanted a ResNet or CLIP")
+        config = read_config(source, kinds, "--encoder")
+        kind = ResNetModel if config.model_type == "resnet" else CLIPVisionModelWithProjection
+        part = config.vision_config if config.model_type == "clip" else config
+        self.model = load_model(kind, source, part, dtype, "--encoder")
         self.pooled = config.model_type == "resnet"
         self.preprocess = Preprocess.from_folder(source, "encoder")
         self.requires_grad_(False).to(device).eval()  # eval: batch norm's stored statistics

@@ -29,6 +29,7 @@ from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages
 from common.files import is_finished, load_state, load_tensors, lock_folder, read_json, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
+from common.hub import locate
 from common.images import augment
 from common.pretrained import copy_weights
 from common.ranks import all_sum, any_rank, stop_requested
@@ -299,18 +300,24 @@ def build_cir(
     return built
 
 
-def load_cir(folder: str, device: str | torch.device = "cpu") -> CirModel:
-    """The model that main() saved in folder, in eval mode; UserError if weights and config do not belong together."""
+def load_cir(folder: str, device: str | torch.device = "cpu", backbone: str = "") -> CirModel:
+    """The model that main() saved in folder, in eval mode; UserError if weights and config do not belong together.
+
+    backbone: where its CLIP or BLIP lies now, if not where it was; the hash of what is frozen must be the same."""
     file = os.path.join(folder, "config.json")
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("build"), dict):
         raise UserError(f"{file} is not one of train_cir.py")
     if not isinstance(config.get("tau"), float):
         raise UserError(f'{file} has no "tau", the temperature that the model was trained with; train it again')
-    model = build_cir(**config["build"], tau=config["tau"])
+    build, beside = config["build"], config.get("near", {})
+    build["backbone"] = locate(build["backbone"], folder, "--backbone", backbone, beside.get("backbone", ""))
+    if build.get("start"):
+        build["start"] = locate(build["start"], folder, "--start", beside=beside.get("start", ""))
+    model = build_cir(**build, tau=config["tau"])
     put_trained(model, load_tensors(folder, "model.safetensors"), folder)
     trained_on = config.get("constants", {}).get("FROZEN_SHA256")
-    if trained_on and trained_on != frozen_sha256(model):
+    if trained_on and trained_on not in (frozen_sha256(model), frozen_sha256(model, words=False)):  # older: without
         on = " or ".join(filter(None, (model.source, config["build"].get("start"))))
         raise UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")
     return model.eval().to(device)

@@ -26,9 +26,10 @@ from common import batches, files, memory, ranks
 from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
 from common.flags import at_least, constants_of, override, within
+from common.hub import located
 from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
-from common.pretrained import located, read_config, read_tensors
+from common.pretrained import read_config, read_exactly
 from common.ranks import Log, World
 
 # ---- models ----
@@ -111,15 +112,10 @@ class VisionProjector(nn.Module):
     def _load(self, source: str) -> None:
         """Strict, by prefix: from_pretrained of one part of a whole checkpoint gives random weights and only warns."""
         wanted = {n: t for n, t in self.state_dict().items() if not n.startswith("projection.")}
-        for name, tensor in read_tensors(source, ("vision_model.", "qformer.", "query_tokens")):
-            if name.endswith("position_ids"):  # older checkpoints store this arange
-                continue
-            if name not in wanted or wanted[name].shape != tensor.shape:
-                here = tuple(wanted[name].shape) if name in wanted else "no such weight"
-                raise UserError(f"{source}: {name} is {tuple(tensor.shape)} in the file, {here} by config.json")
-            wanted.pop(name).copy_(tensor)
-        if wanted:
-            raise UserError(f"{source}: {len(wanted)} weights are not in the files, first {min(wanted)}")
+        shapes = {name: tensor.shape for name, tensor in wanted.items()}
+        prefixes, stored = ("vision_model.", "qformer.", "query_tokens"), ("position_ids",)  # an arange of older files
+        for name, tensor in read_exactly(source, shapes, prefixes, ignored=stored, flag="--vision"):
+            wanted[name].copy_(tensor)
 
     @torch.no_grad()
     def queries(self, pixels: torch.Tensor) -> torch.Tensor:

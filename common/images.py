@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 from common.console import UserError
 from common.files import read_json
+from common.hub import checkpoint_file
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow reads 40 more, some of them by running other programs (EPS)
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # tried in this order behind a name that has none
@@ -324,24 +325,13 @@ def _side(size: object, path: str, key: str) -> int:
 
 
 def _processor_file(name: str, use: str) -> str:
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        if os.path.isdir(name):
-            path = os.path.join(name, file)
-            if os.path.isfile(path):
+    try:
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            if path := checkpoint_file(name, file):
                 return path
-        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
-            from transformers.utils import cached_file
-
-            try:
-                path = cached_file(name, file)
-            except OSError:  # not there, or the hub cannot be reached
-                continue
-            if path is not None:
-                return path
-    raise UserError(
-        f"{use} {shown(name)}: no preprocessor_config.json; wanted a model folder that holds one, "
-        "or a hub id that is cached or can be downloaded"
-    )
+    except UserError as fault:
+        raise UserError(f"{use}: no preprocessor_config.json ({fault})") from None
+    raise UserError(f"{use} {shown(name)}: no preprocessor_config.json; wanted a model folder or hub id that holds one")
 
 
 def random_resized_crop(

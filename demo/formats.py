@@ -42,7 +42,7 @@ def llama_tokenizer(folder: str, lines: list[str]):
             "model_max_length": 512,
         },
     )
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def words_of(lines: list[str]) -> list[str]:
@@ -60,7 +60,7 @@ def bert_tokenizer(folder: str, lines: list[str]):
         f"{folder}/tokenizer_config.json",
         {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512},
     )
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def clip_tokenizer(folder: str, lines: list[str]):
@@ -98,7 +98,7 @@ def clip_tokenizer(folder: str, lines: list[str]):
             "pad_token": "<|endoftext|>",
         },
     )
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 # ---- preprocessor and weights ----
