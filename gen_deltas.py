@@ -37,10 +37,11 @@ import transformers
 import vdg_align
 import vdg_tune
 from common import memory, pages
-from common.annotations import FASHIONIQ_CATEGORIES, training_triplets, write_cirr_captions, write_fashioniq_captions
+from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
 from common.batches import ahead, chunks, stop_together
 from common.console import UserError, progress, run, say
 from common.decode import describe, fill, prompt_parts, row_key, start_engine
+from common.exports import write_cirr_captions, write_fashioniq_captions
 from common.files import (
     JsonlAppender,
     file_sha256,

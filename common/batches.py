@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets, with_text
+from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets
 from common.console import UserError, say
 from common.images import ImageStore, check_report
 from common.ranks import World, any_rank, gather_objects, seeded_rng
+from common.triplets import with_text
 
 
 class Item(NamedTuple):
@@ -34,12 +35,13 @@ class Draw(NamedTuple):
 
 
 def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
-    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
+    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone that is not
+    blank."""
     if dataset != "fashioniq":
         return (triplet.delta,)
     one, two = triplet.alternatives
-    alone = (text.strip(".?, ").capitalize() for text in (one, two))
-    return join_captions(one, two), join_captions(two, one), *alone
+    texts = join_captions(one, two), join_captions(two, one), join_captions(one), join_captions(two)
+    return tuple(text for text in texts if text)
 
 
 def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ followed wherever they lead: data sets are linked from other disks, and a snapsh
 
 import errno
 import functools
+import itertools
 import math
 import os
 import re
@@ -107,11 +108,12 @@ class ImageStore:
         if suffix.lower() in EXTENSIONS:
             candidates.append((stem, (suffix.lower(),)))  # x.jpg that is called x.JPG
         if name in self.table:
-            entry = safe_name(self.table[name])
+            entry = os.path.normpath(safe_name(self.table[name])).replace(os.sep, "/")  # CIRR: ./train/34/x.png
             *folders, file = entry.split("/")
-            flat = "/".join([*folders[:-1], file])  # train/34/x.png, where all of NLVR2's train/ lies in one folder
-            either = [[(path, ()), (os.path.splitext(path)[0], EXTENSIONS)] for path in (entry, flat)]
-            candidates = [*either[0], *either[1], *candidates]  # copies of CIRR converted from .png to .jpg are common
+            # NLVR2's train/ may lie flat, and --images may name the folder of the split
+            places = [entry, "/".join([*folders[:-1], file]), "/".join([*folders[1:], file])]
+            either = [[(path, ()), (os.path.splitext(path)[0], EXTENSIONS)] for path in dict.fromkeys(places)]
+            candidates = [*itertools.chain(*either), *candidates]  # copies of CIRR converted from .png are common
         return candidates
 
     def _look(self, root: str, path: str, suffixes: tuple[str, ...]) -> str:
@@ -146,13 +148,13 @@ class ImageStore:
         return regular_file(path)
 
     def relative(self, name: str) -> str:
-        """Where the image lies below its root, with suffix: as the table says, or as it was found. "/" between folders.
+        """Where the image lies below its root: as the table says, or with the suffix with which it was found.
 
         For files that others read, who join it with the folder of the images."""
         if name in self.table:
             return self.table[name]
-        self.path(name)  # or says that it is missing
-        return "./" + os.path.normpath(self._found[name][1]).replace(os.sep, "/")
+        below = self._found[name][1] if self.find(name) else safe_name(name)
+        return "./" + os.path.normpath(below).replace(os.sep, "/")
 
     def open(self, name: str, then: Callable[[Image.Image], Any] | None = None) -> Any:
         return open_image(self.path(name), self.large, then)
@@ -291,18 +293,24 @@ def check_report(
     """
     names = list(dict.fromkeys(names))
     faults = unreadable(names, images, workers, decode)
+    text = report_of(len(names), faults, images)
+    if listing:
+        write_faults(faults.values(), listing)
+        text += f"; all in {listing}" if faults else ""
+    return text, not faults
+
+
+def report_of(count: int, faults: dict[str, str], images: ImageStore) -> str:
+    """check_report's line about `count` images with these faults."""
     missing = [name for name in faults if _absent(images, name)]
     damaged = [text for name, text in faults.items() if name not in set(missing)]
-    text = f"images: {len(names):,} expected, {len(names) - len(faults):,} present"
+    text = f"images: {count:,} expected, {count - len(faults):,} present"
     text += f", {len(damaged):,} unreadable, {len(missing):,} missing"
     if missing:
         text += f"; first missing: {', '.join(map(shown, missing[:3]))} (looked in {', '.join(images.roots)})"
     if damaged:
         text += f"; first unreadable: {damaged[0]}"
-    if listing:
-        write_faults(faults.values(), listing)
-        text += f"; all in {listing}" if faults else ""
-    return text, not faults
+    return text
 
 
 def _absent(images: ImageStore, name: str) -> bool:

@@ -25,10 +25,10 @@ from common.annotations import (
     read_fashioniq,
     read_triplets,
     training_triplets,
-    write_cirr_captions,
 )
 from common.batches import epoch_order, rank_batches
 from common.console import UserError
+from common.exports import write_cirr_captions
 from common.images import (
     ImageStore,
     Preprocess,
