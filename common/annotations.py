@@ -367,7 +367,7 @@ def training_triplets(
 def _own_store(path: str, images: str | Sequence[str] | None) -> ImageStore:
     """Pictures of one's own files of triplets: the folder given, or those of the files. Photos may be large."""
     beside = dict.fromkeys(os.path.dirname(os.path.abspath(file)) for file in split_paths(path))
-    return open_store(images, list(beside), large="reduce")
+    return open_store(images, list(beside), own=True)
 
 
 def read_own(

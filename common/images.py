@@ -71,18 +71,18 @@ class ImageStore:
 
     `roots`: a folder, several joined by os.pathsep ("a:b"), or a list; the first that has the picture wins. `table`:
     name -> path below a root, as in CIRR's split files. Under each root a name is tried as the table says, as it is,
-    and with each of EXTENSIONS, in capitals too. `large`: what open_image does with a picture that is too large.
+    and with each of EXTENSIONS, in capitals too. `own`: pictures of one's own, not a benchmark's, of which some are
+    always too large (they are read small) or broken (batches.drop_missing leaves them out).
     """
 
-    def __init__(
-        self, roots: str | os.PathLike | Sequence[str], table: dict[str, str] | None = None, large: str = "refuse"
-    ):
+    def __init__(self, roots: str | os.PathLike | Sequence[str], table: dict[str, str] | None = None, own=False):
         if isinstance(roots, (str, os.PathLike)):
             roots = os.fspath(roots)
             roots = [roots] if os.path.isdir(roots) else [part for part in roots.split(os.pathsep) if part]
         self.roots = [os.fspath(root) for root in roots]
         self.table = table or {}
-        self.large = large
+        self.own = own
+        self.large = "reduce" if own else "refuse"  # what open_image does with a picture that is too large
         self._found: dict[str, tuple[str, str]] = {}  # name -> (root, path below it)
         self._listed: dict[str, dict[str, list[str]]] = {}  # folder -> stem -> suffixes of the pictures in it
 
@@ -226,12 +226,12 @@ def _listed(folder: str) -> list[str]:
 
 
 def open_store(
-    images: str | Sequence[str] | None, places: list[str], table: dict | None = None, large: str = "refuse"
+    images: str | Sequence[str] | None, places: list[str], table: dict | None = None, own: bool = False
 ) -> ImageStore:
     """The folders that the user gives, which must exist; else the usual places."""
     if not images:
-        return ImageStore(places, table, large)
-    store = ImageStore(images, table, large)
+        return ImageStore(places, table, own)
+    store = ImageStore(images, table, own)
     for root in store.roots:
         if not os.path.isdir(root):
             raise UserError(f"image folder {root} not found")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import mixed
@@ -21,7 +22,8 @@ from common.annotations import (
     without_missing,
     without_unreadable,
 )
-from common.batches import human_deltas
+from common.batches import draw as draw_items
+from common.batches import drop_missing, human_deltas, human_items
 from common.console import UserError
 from common.exports import write_cirr_captions, write_exports
 from common.images import ImageStore
@@ -39,7 +41,7 @@ def jsonl(path: Path, records: list) -> str:
     return put(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def draw(path: Path, seed: int = 0) -> None:
+def save(path: Path, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     mixed.picture(seed, 12, 9).save(path, "PNG")
 
@@ -81,7 +83,7 @@ def test_cirr_pictures_are_found_where_peers_keep_them(tmp_path, annotations, pi
         forms = {"name": name, "path": path, "flat": "/".join([parts[0], parts[-1]]), "below": "/".join(parts[1:])}
         stem = path.removesuffix(".png")
         forms |= {"capitals": f"{stem}.PNG", "converted": f"{stem}.JPG", "half": "ab"[i % 2]}
-        draw(tmp_path / pictures.format(**forms), i)
+        save(tmp_path / pictures.format(**forms), i)
     given = os.pathsep.join(str(tmp_path / part) for part in images.split(":") if part)
     benchmark = read_cirr(str(tmp_path / root), "val", given or None)
     assert benchmark.images.missing(benchmark.gallery) == []
@@ -107,7 +109,7 @@ def test_fashioniq_pictures_are_found_where_peers_keep_them(tmp_path, annotation
     put(tmp_path / annotations / "captions/cap.shirt.val.json", [query])
     put(tmp_path / annotations / "image_splits/split.shirt.val.json", names)
     for i, (name, kind) in enumerate(zip(names, ("shirt", "shirt", "toptee"), strict=True)):
-        draw(tmp_path / pictures.format(name=name, kind=kind), i)
+        save(tmp_path / pictures.format(name=name, kind=kind), i)
     benchmark = read_fashioniq(str(tmp_path / root), "val", "shirt", str(tmp_path / images) if images else None)
     for i, name in enumerate(names):
         assert benchmark.images.open(name).tobytes() == mixed.picture(i, 12, 9).tobytes()
@@ -168,7 +170,7 @@ def test_missing_pictures_of_real_fashioniq_are_left_out_and_counted(shared, tmp
     folder = shared / "data/fashioniq"
     gallery = json.loads((folder / "image_splits/split.dress.val.json").read_text())
     records = json.loads((folder / "captions/cap.dress.val.json").read_text())
-    draw(tmp_path / "one.png")
+    save(tmp_path / "one.png")
     (tmp_path / "images").mkdir()
     lost = {records[5]["target"], records[9]["candidate"], *gallery[::400]}
     empty, page = gallery[1], gallery[2]
@@ -219,7 +221,7 @@ def test_a_cirr_query_needs_its_whole_image_set_and_a_server_every_query(tmp_pat
         put(tmp_path / f"cirr/captions/cap.rc2.{split}.json", some)
         put(tmp_path / f"cirr/image_splits/split.rc2.{split}.json", table)
     for name in members[:6]:  # m6 is a member of the second query, m7 of none
-        draw(tmp_path / f"img_raw/dev/{name}.png")
+        save(tmp_path / f"img_raw/dev/{name}.png")
     kept, note, missing = without_missing(read_cirr(str(tmp_path), "val"), 0.25)
     assert [q.id for q in kept.queries] == [0] and kept.gallery == tuple(members[:6]) and list(missing) == ["m6", "m7"]
     assert note.startswith("cirr val: 1 of 2 queries and 2 of 8 gallery images left out")
@@ -239,7 +241,7 @@ def human_pairs(tmp_path):
     for i in range(300):
         name = f"train-{i}-img{i % 2}"
         table[name] = f"./train/{i % 7}/{name}.png"
-        draw(tmp_path / "cirr_dataset" / table[name], i)
+        save(tmp_path / "cirr_dataset" / table[name], i)
     names = list(table)
     for i in range(0, 300, 6):
         query = {"pairid": i, "reference": names[i], "target_hard": names[i + 5], "caption": "human"}
@@ -294,7 +296,7 @@ def test_covr_finds_the_stems_and_the_release_list_is_read_back(human_pairs, tmp
 
 def test_exports_of_a_folder_that_was_mined(tmp_path):
     for i, name in enumerate(("a/x.jpg", "a/y.JPG", "b/z.png")):
-        draw(tmp_path / "images" / name, i)
+        save(tmp_path / "images" / name, i)
     store = ImageStore(str(tmp_path / "images"))
     records = [
         {"id": 0, "subgroup": 0, "reference": "a/x.jpg", "target": "b/z.png", "delta": "one"},
@@ -309,7 +311,7 @@ def test_exports_of_a_folder_that_was_mined(tmp_path):
 
 def test_stems_that_clash_stop(tmp_path):
     for name in ("a/x.jpg", "b/x.jpg"):
-        draw(tmp_path / name)
+        save(tmp_path / name)
     record = {"reference": "a/x.jpg", "target": "b/x.jpg", "delta": "one"}
     with pytest.raises(UserError, match="'./a/x.jpg' and './b/x.jpg' have the same stem 'x'"):
         write_cirr_captions(tmp_path, "train", [record], ImageStore(str(tmp_path)), stems=True)
@@ -317,7 +319,7 @@ def test_stems_that_clash_stop(tmp_path):
 
 def test_fashioniq_pairs_keep_their_layout(tmp_path):
     records = [{"id": 0, "category": "dress", "reference": "A", "target": "B", "delta": "is red"}]
-    draw(tmp_path / "A.jpg")
+    save(tmp_path / "A.jpg")
     write_exports(tmp_path / "out", ("cirr",), "fashioniq", "train", records, ImageStore(str(tmp_path)))
     (query,) = read_fashioniq(str(tmp_path / "out/fashioniq"), "train", "dress").queries
     assert (query.reference, query.target, query.alternatives) == ("A", "B", ("is red", "is red"))
@@ -377,7 +379,7 @@ def test_several_files_and_keys_that_are_wrong(tmp_path):
     paths = [jsonl(tmp_path / f"{i}/t.jsonl", [line | {"delta": str(i)}]) for i in range(2)]
     triplets, store = training_triplets("jsonl", ",".join(paths), "")
     assert [(t.delta, t.id) for t in triplets] == [("0", 0), ("1", 1)]
-    assert store.roots == [str(tmp_path / "0"), str(tmp_path / "1")] and store.large == "reduce"
+    assert store.roots == [str(tmp_path / "0"), str(tmp_path / "1")] and store.own
     comma = jsonl(tmp_path / "a,b.jsonl", [line])
     assert len(read_triplets(comma)) == 1
     for keys in ("reference", "reference=", "query=a", "reference=a,reference=b", "=a"):
@@ -393,7 +395,7 @@ def test_several_files_and_keys_that_are_wrong(tmp_path):
 def own(tmp_path):
     """40 pictures, 60 triplets, of which some share their two images; -> (file, folder of pictures)."""
     for i in range(40):
-        draw(tmp_path / f"pictures/{i % 3}/{i}.png", i)
+        save(tmp_path / f"pictures/{i % 3}/{i}.png", i)
     records = []
     for i in range(60):
         a, b = i % 20, 20 + i % 20  # each pair three times
@@ -456,3 +458,29 @@ def test_unreadable_pictures_of_one_s_own_are_left_out(own, tmp_path, capsys):
     lines = (tmp_path / "out/unreadable.txt").read_text().splitlines()
     assert len(lines) == 2 and "21.png" in lines[0] + lines[1] and "'1/22' not found" in lines[0] + lines[1]
     assert "2 pictures cannot be read" in capsys.readouterr().out
+
+
+# ---- what is trained on ----
+def test_training_leaves_broken_pictures_of_one_s_own_out(own, tmp_path, capsys):
+    path, folder = own
+    os.truncate(Path(folder, "0/21.png"), 90)  # whole in its header
+    triplets, store = training_triplets("jsonl", path, "", images=folder)
+    names_of_triplet = lambda t: (t.reference, t.target)  # noqa: E731
+    kept = drop_missing(triplets, names_of_triplet, store, "triplets", f"{tmp_path}/unreadable.txt", 2)
+    assert len(kept) == 57 and not [t for t in kept if t.target == "0/21"]
+    assert (tmp_path / "unreadable.txt").read_text().count("\n") == 1
+    assert "1 of 40 pictures of the triplets cannot be read" in capsys.readouterr().out
+    Path(folder, "0/21.png").unlink()
+    with pytest.raises(UserError, match="more than 0.1 %"):  # a benchmark's
+        drop_missing(triplets, names_of_triplet, ImageStore(folder), "triplets", f"{tmp_path}/unreadable.txt")
+
+
+def test_of_several_texts_one_is_drawn(tmp_path):
+    record = {"q_img": "a.jpg", "t_img": "b.jpg", "q_text": ["one", "two", "three"]}
+    triplets = read_triplets(jsonl(tmp_path / "mega.jsonl", [record]), "reference=q_img,target=t_img,delta=q_text")
+    (item,) = human_items(triplets, "jsonl", [], alike=True)
+    drawn = Counter(draws[0].delta for draws in (draw_items([item], 0, step, 1, 0) for step in range(600)))
+    assert set(drawn) == {"one", "two", "three"} and min(drawn.values()) > 150
+    (item,) = human_items(triplets, "jsonl", [])  # the release's [human, generated, generated]
+    drawn = Counter(draws[0].delta for draws in (draw_items([item], 0, step, 1, 0) for step in range(600)))
+    assert 250 < drawn["one"] < 350

@@ -54,7 +54,7 @@ def test_every_picture_of_a_mixed_folder_is_read_or_counted(folder, tmp_path, ca
     root, good, bad = folder
     names = list_images(root)
     assert names == sorted(good + bad) and len(names) == mixed.TOTAL
-    store = ImageStore(str(root), large="reduce")
+    store = ImageStore(str(root), own=True)
     faults = unreadable(names, store, workers=4)
     assert sorted(faults) == bad
     assert faults == unreadable(names, store)
@@ -376,7 +376,7 @@ def test_write_faults_replaces_and_removes(tmp_path):
 def test_load_pixels_of_a_reducing_store(folder):
     import torch
 
-    store = ImageStore(str(folder[0]), large="reduce")
+    store = ImageStore(str(folder[0]), own=True)
     to_pixels = lambda image: torch.tensor(np.asarray(image.resize((4, 4))).copy())  # noqa: E731
     rows = load_pixels(store, ["108 megapixels.jpg", "turned.jpg"], to_pixels, 2)
     assert rows[0, :, 0].max() == 0 and rows[0, :, 3].min() == 255
