@@ -41,10 +41,11 @@ import transformers
 import vdg_align
 import vdg_tune
 from common import memory, pages
-from common.annotations import FASHIONIQ_CATEGORIES, training_triplets, write_cirr_captions, write_fashioniq_captions
+from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
 from common.batches import ahead, chunks, gather_dealt, rank_batches, stop_together
 from common.console import UserError, progress, run, say, warn
 from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, row_key, start_engine
+from common.exports import write_cirr_captions, write_fashioniq_captions
 from common.files import (
     JsonlAppender,
     file_sha256,

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets, with_text
-from common.console import UserError, say
-from common.images import ImageStore, check_report
+from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets
+from common.console import UserError, rank_size, say
+from common.images import ImageStore, check_report, leave_out, unreadable
 from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
+from common.triplets import with_text
 
 
 class Item(NamedTuple):
@@ -35,12 +36,13 @@ class Draw(NamedTuple):
 
 
 def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
-    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
+    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone that is not
+    blank."""
     if dataset != "fashioniq":
         return (triplet.delta,)
     one, two = triplet.alternatives
-    alone = (text.strip(".?, ").capitalize() for text in (one, two))
-    return join_captions(one, two), join_captions(two, one), *alone
+    texts = join_captions(one, two), join_captions(two, one), join_captions(one), join_captions(two)
+    return tuple(text for text in texts if text)
 
 
 def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
@@ -49,17 +51,22 @@ def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
     return tuple(text for text in texts if isinstance(text, str) and text.strip())
 
 
-def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet], deltas: bool = True) -> list[Item]:
+def human_items(
+    triplets: list[Triplet], dataset: str, generated: list[Triplet], deltas: bool = True, alike: bool = False
+) -> list[Item]:
     """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn).
 
-    deltas: False takes only the reversed texts of what was generated."""
+    deltas: False takes only the reversed texts of what was generated. alike: several texts of a triplet count alike, as
+    in files of others; otherwise those after the first are generated ones."""
     also: dict[tuple[str, str], list[Triplet]] = {}
     for t in generated:
         also.setdefault((t.reference, t.target), []).append(t)
     items = []
     for t in triplets:
         groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
-        if dataset == "jsonl" and t.alternatives:
+        if dataset == "jsonl" and t.alternatives and alike:
+            groups = [(t.delta, *t.alternatives)]
+        elif dataset == "jsonl" and t.alternatives:
             groups.append(t.alternatives)  # the VDG release's [human, generated]: those after the human one
         if same and deltas:
             groups.append(tuple(other.delta for other in same))
@@ -201,16 +208,33 @@ def draw_batch(sources: list[Source], step: int, batch: int, seed: int, world: W
     return Batch(step, draws, own)
 
 
-def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
+def faults_of(names: Sequence[str], images: ImageStore, workers: int = 0) -> dict[str, str]:
+    """images.unreadable, each rank looking at its share of the pictures; the same answer on all of them."""
+    rank, size = rank_size()
+    parts = gather_objects(unreadable(names[rank::size], images, workers))
+    found = {name: text for part in parts for name, text in part.items()}
+    return {name: found[name] for name in names if name in found}
+
+
+def drop_missing(
+    items: list, names_of: Callable, images: ImageStore, what: str, listing: str = "", workers: int = 0
+) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
-    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs."""
-    missing = set(images.missing(sorted({name for item in items for name in names_of(item)})))
-    kept = [item for item in items if not missing.intersection(names_of(item))]
-    if missing:
-        lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(missing)}"
+    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs. Pictures of
+    one's own (images.own) are decoded too, on all ranks together; as many may be missing or broken as are, and all are
+    in the file `listing`."""
+    names = sorted({name for item in items for name in names_of(item)})
+    if images.own and listing:
+        faults = faults_of(names, images, workers)
+        leave_out(names, faults, listing, f"pictures of the {what}")
+    else:
+        faults = dict.fromkeys(images.missing(names))
+    kept = [item for item in items if faults.keys().isdisjoint(names_of(item))]
+    if faults:
+        lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(faults)}"
         lost += f" (looked in {', '.join(images.roots)})"
-        if len(items) - len(kept) > len(items) / 1000:
+        if len(items) - len(kept) > len(items) / 1000 and not (images.own and listing):
             raise UserError(f"{lost}, more than 0.1 %; complete the folder or correct the flag that names it")
         say(f"{lost}: left out")
     return kept

@@ -346,7 +346,7 @@ def test_only_new_pairs_are_generated(vdg, mined, truth, tmp_path, monkeypatch):
 def test_each_image_is_encoded_once(vdg, mined, truth, tmp_path, monkeypatch):
     opened, encoded = [], []
     real_open, real_queries = ImageStore.open, vdg_align.VisionProjector.queries
-    monkeypatch.setattr(ImageStore, "open", lambda self, name: opened.append(name) or real_open(self, name))
+    monkeypatch.setattr(ImageStore, "open", lambda self, name, *to: opened.append(name) or real_open(self, name, *to))
     counted = lambda self, pixels: encoded.append(len(pixels)) or real_queries(self, pixels)  # noqa: E731
     monkeypatch.setattr(vdg_align.VisionProjector, "queries", counted)
     pairs, out = read_jsonl(mined / "pairs.jsonl"), tmp_path / "out"

@@ -48,7 +48,7 @@ def test_every_format_decodes_and_is_refused_when_cut(tmp_path, name):
 
 
 def test_other_formats_are_refused_whatever_they_are_called(tmp_path):
-    for kind in ("TIFF", "GIF", "BMP", "PPM", "ICO"):
+    for kind in ("PPM", "ICO", "TGA", "JPEG2000"):
         path = tmp_path / f"{kind}.jpg"
         noise(32, 32).save(path, format=kind)
         with pytest.raises(UserError, match="JPEG, PNG, WEBP"):
@@ -211,7 +211,7 @@ def test_store_looks_in_the_table_then_for_the_name_then_for_extensions(tmp_path
         assert "'f'" in str(error.value) and str(two) in str(error.value)
 
 
-def test_links_stay_below_the_root(tmp_path):
+def test_links_in_the_root_are_followed(tmp_path):
     root, outside = tmp_path / "root", tmp_path / "outside"
     root.mkdir(), outside.mkdir()
     noise(8, 8).save(outside / "x.png")
@@ -221,19 +221,17 @@ def test_links_stay_below_the_root(tmp_path):
     (root / "folder").symlink_to(outside)
     (tmp_path / "alias").symlink_to(root)
     for name in ("out.png", "out", "folder/x.png"):
-        with pytest.raises(UserError, match="link"):
-            ImageStore(str(root)).find(name)
+        assert ImageStore(str(root)).open(name).tobytes() == noise(8, 8).tobytes()
     assert ImageStore(str(root)).open("in.png").size == (8, 8)
     assert ImageStore(str(tmp_path / "alias")).open("y").size == (8, 8)  # the root itself may be a link
-    with pytest.raises(UserError, match="link to a folder"):
-        list_images(root)
+    assert list_images(root) == ["folder/x.png", "in.png", "out.png", "y.png"]
 
 
 def test_list_images(tmp_path):
     for name in ("b.JPG", "a/z.png", "a/b/c.webp", "a.jpeg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    for name in ("a/notes.txt", "._b.jpg", "c.gif"):
+    for name in ("a/notes.txt", "._b.jpg", "c.psd"):
         (tmp_path / name).touch()
     assert list_images(tmp_path) == ["a.jpeg", "a/b/c.webp", "a/z.png", "b.JPG"]
     for folder in (tmp_path / "absent", tmp_path / "empty"):
