@@ -51,7 +51,6 @@ from common.retrieval import (
 )
 from common.submission import score_submission, write_submission
 
-
 DEFAULTS = constants_of(vars(eval_cir))
 
 
