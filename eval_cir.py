@@ -301,7 +301,7 @@ def read_pseudo(folder: str, images: str) -> Pseudo:
             raise UserError(f"--filter: pair {t.id} is not in {captions[0]}; run gen_deltas.py again")
         if not set(members) - {t.reference, t.target}:
             raise UserError(
-                f"--filter: pair {t.id} has no subgroup to be found in; was subgroups.jsonl beside --pairs?"
+                f"--filter: pair {t.id} has no subgroup; gen_deltas.py wants subgroups.jsonl beside --pairs"
             )
         queries.append(dataclasses.replace(t, members=tuple(members)))
     gallery = tuple(dict.fromkeys(name for query in queries for name in query.members))
