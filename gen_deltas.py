@@ -553,12 +553,13 @@ def main() -> None:
     batches = rank_batches(todo, BATCH * world.size, world.rank, world.size)
     began, count = time.time(), 0
     for batch in progress(batches, "deltas"):
+        # a signal to one rank stops all before the same batch
         if any_rank(stop_requested()):
             break
 
         # S3.2: the prompt of Fig. 3, its two images, and a delta drawn token by token
         forward = speak(vdg, batch, "forward")
-        stop_together(forward)
+        stop_together(forward)  # it is a fault where the logits are no numbers
 
         # [ours] the other way round: the same model, images swapped
         backward = [None] * len(batch)

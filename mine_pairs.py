@@ -389,7 +389,9 @@ def pair_records(subgroups: list[Subgroup], names: list[str], embeddings: Tensor
     return records
 
 
-def write_results(subgroups: list[dict], pairs: list[dict], counts: dict[str, int], rule: Rule, images: ImageStore):
+def write_results(
+    subgroups: list[dict], pairs: list[dict], counts: dict[str, int], rule: Rule, images: ImageStore
+) -> None:
     """subgroups.jsonl, pairs.jsonl, stats.json, and for the eye subgroups.png and subgroups.html."""
     write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
     write_jsonl(f"{OUT}/pairs.jsonl", pairs)

@@ -483,6 +483,24 @@ def test_a_fault_of_one_rank_stops_all(vdg, mined, truth, tmp_path, monkeypatch)
     assert generate(vdg, mined, tmp_path / "out") == truth[1]
 
 
+def test_a_signal_to_one_rank_stops_all(vdg, mined, truth, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        gen_deltas, "stop_requested", lambda: asked.append(0) or (os.environ.get("RANK") == "1" and len(asked) == 3)
+    )
+
+    def work():
+        try:
+            generate(vdg, mined, tmp_path / "out", batch=4)
+        except SystemExit as stop:
+            return stop.code
+
+    assert ranks.run_ranks(2, work) == [143, 143]
+    parts = list((tmp_path / "out" / "parts").glob("*.jsonl"))
+    assert [len(read_jsonl(part)) for part in parts] == [8, 8] and not (tmp_path / "out" / "pseudo.jsonl").exists()
+    assert generate(vdg, mined, tmp_path / "out") == truth[1]
+
+
 def test_more_ranks_than_pairs(vdg, mined, truth, tmp_path):
     pairs = read_jsonl(mined / "pairs.jsonl")[:2]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
