@@ -40,11 +40,10 @@ from common.annotations import (
     read_triplets,
     require_official,
     training_triplets,
-    write_cirr_captions,
 )
-from common.cir_model import model_type
 from common.console import UserError, run, say
 from common.encoding import Compute, encode
+from common.exports import write_cirr_captions
 from common.files import (
     file_sha256,
     lock_folder,
@@ -58,6 +57,7 @@ from common.files import (
 )
 from common.flags import at_least, one_of, override
 from common.images import ImageStore, check_report, list_images
+from common.pretrained import model_kind
 from common.ranks import World, barrier, init_world, pick_dtype
 from common.retrieval import (
     NEVER,
@@ -154,7 +154,7 @@ def load_system(device: torch.device) -> System:
         return System(model, CHECKPOINT, file_sha256(os.path.join(CHECKPOINT, "model.safetensors")))
     if RERANK:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
-    kind = "blip_tdm" if BACKBONE and model_type(BACKBONE) == "blip" else "sum"
+    kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
     model = build_cir(kind, BACKBONE).eval().to(device)
     digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
     return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)

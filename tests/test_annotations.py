@@ -15,9 +15,9 @@ from common.annotations import (
     read_fashioniq,
     read_triplets,
     training_triplets,
-    write_cirr_captions,
 )
 from common.console import UserError
+from common.exports import write_cirr_captions
 from common.images import (
     check_report,
 )

@@ -26,10 +26,10 @@ from common.annotations import (
     read_cirr,
     read_submission,
     require_official,
-    write_cirr_captions,
 )
 from common.console import UserError
 from common.encoding import Compute, encode
+from common.exports import write_cirr_captions
 from common.files import read_json, read_jsonl, save_folder, write_jsonl
 from common.flags import constants_of, override
 from common.images import ImageStore, list_images, load_pixels, open_image
