@@ -67,8 +67,8 @@ EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for bl
 STEPS = 0  # optimiser steps instead of EPOCHS; 0 = by EPOCHS
 BATCH = 64  # triplets per GPU, of B and of B' each [S6.1]
 LR = 1e-4  # learning rate, cosine to zero [S6.1]
-BETAS = (0.9, 0.99)  # AdamW [S6.1]
-WEIGHT_DECAY = 0.05  # AdamW [S6.1]
+BETAS = (0.9, 0.99)  # decay of AdamW's two moments [S6.1]
+WEIGHT_DECAY = 0.05  # weight decay of AdamW [S6.1]
 TAU = 0.01  # temperature of Eq. 2 [S6.1]; with LEARN_TAU where it starts (release: 0.07)
 LEARN_TAU = False  # learn the temperature, clamped to [0.001, 0.5], as the release
 ALPHA = 1.0  # weight of the positive in the denominator of Eq. 2 [S6.1]

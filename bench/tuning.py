@@ -22,9 +22,8 @@ def batches(llm, batch: int, count: int, device: str):
     """Batches of (queries (B, 2, Q, WIDTH), names of the references, answers)."""
     import torch
 
-    from mine_pairs import template
 
-    pairs = template(6)  # nine of a subgroup
+    pairs = cirr_template(6)  # nine of a subgroup
     generator = torch.Generator().manual_seed(2)
     made = []
     for _ in range(count):
