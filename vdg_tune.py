@@ -45,7 +45,7 @@ ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of tr
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
-HELD_OUT = 0.02  # share of the triplets kept out, at least one, for a loss after each epoch [ours: the paper uses all; 0 does]
+HELD_OUT = 0.02  # share kept out, at least one triplet, for a loss after each epoch [ours: the paper uses all; 0 does]
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
 # ---- model ----
