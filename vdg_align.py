@@ -25,7 +25,7 @@ from torch import nn
 from common import batches, files, memory, ranks
 from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
-from common.flags import at_least, constants_of, override, within
+from common.flags import at_least, below, constants_of, override, within
 from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
 from common.pretrained import located, read_config, read_tensors
@@ -282,8 +282,9 @@ def pace(began: float, steps: int, left: int, per_step: int, tokens: int, world:
 # ---- this run: what main() calls, and main() alone, may read the constants ----
 def check_flags() -> None:
     at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
-    at_least(globals(), LR=0, CLIP=0, WEIGHT_DECAY=0, START=0)
-    within(globals(), WARMUP=(0, 1), FLOOR=(0, 1), BETAS=(0, 0.99999))
+    at_least(globals(), LR=0, CLIP=0, WEIGHT_DECAY=0, START=0, BETAS=0)
+    within(globals(), WARMUP=(0, 1), FLOOR=(0, 1))
+    below(globals(), BETAS=1)
 
 
 def memory_options(dtype: torch.dtype) -> dict[str, dict[str, float]]:
@@ -384,7 +385,7 @@ def main() -> None:
         return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
     # ViT, Q-Former and LLM stay as they are, the projection learns
-    memory.say(options, [memory.has(world.device)])
+    memory.say(options, [memory.has(world.device)], world.device.type)
     llm, tokenizer, vision = load_models(dtype, world)
     weights = list(vision.projection.parameters())
     optimizer = torch.optim.AdamW(weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)

@@ -31,7 +31,7 @@ from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
 from common.console import UserError, progress, run, say
 from common.decode import describe, prompt_parts, start_engine
-from common.flags import at_least, constants_of, override, within
+from common.flags import at_least, below, constants_of, one_of, override, within
 from common.images import ImageStore, load_pixels, random_resized_crop
 from common.llama import answer_ids, llm_shape, load_llm, tokenize
 from common.pretrained import copy_weights, read_config
@@ -314,8 +314,10 @@ class Model(NamedTuple):
 def check_flags() -> None:
     at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0, MAX_NEW=1)
     at_least(globals(), LR=0, WARMUP=0, CLIP=0, WEIGHT_DECAY=0, VIEWS=0, SHOW=0, LORA_RANK=1)
-    within(globals(), HELD_OUT=(0, 0.99), LORA_DROPOUT=(0, 0.99), DECAY_AT=(0, 1), DECAY=(0, 1))
-    within(globals(), BETAS=(0, 0.99999), SCALE=(0.01, 1), RATIO=(0.01, 100))
+    at_least(globals(), HELD_OUT=0, LORA_DROPOUT=0, BETAS=0)
+    below(globals(), HELD_OUT=1, LORA_DROPOUT=1, BETAS=1)
+    within(globals(), DECAY_AT=(0, 1), DECAY=(0, 1), SCALE=(0.01, 1), RATIO=(0.01, 100))
+    one_of(globals(), OPTIMIZER=("adamw", "adamw8bit"))
 
 
 def read_aligned() -> dict:
@@ -513,7 +515,7 @@ def main() -> None:
         return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
     # projection and LoRA learn; ViT, Q-Former and the LLM's own weights stay as they are
-    memory.say(options, [memory.has(world.device)])
+    memory.say(options, [memory.has(world.device)], world.device.type)
     llm, tokenizer, vision, _ = model = load_models(aligned, dtype, world)
     weights = [*vision.projection.parameters(), *lora_weights(llm)]
     optimizer = make_optimizer(OPTIMIZER, weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)

@@ -15,6 +15,8 @@ from common import console
 from common.console import UserError
 from common.llama import Shape
 
+CONTEXT = "CUDA context, workspaces, fragments (a guess)"
+
 
 def frozen(shape: Shape, quantize: str, itemsize: int, vision: int) -> dict[str, float]:
     """Bytes of the frozen weights, by purpose."""
@@ -29,7 +31,7 @@ def frozen(shape: Shape, quantize: str, itemsize: int, vision: int) -> dict[str,
         f"LLM, {quantize or f'{8 * itemsize} bits'}": linears * bytes_of_one[quantize] + tables * itemsize,
         "its largest weight once more, while it loads or is unpacked": largest * itemsize,
         "ViT and Q-Former": vision * itemsize,
-        "CUDA context, workspaces, fragments (a guess)": 1.5 * 2**30,
+        CONTEXT: 1.5 * 2**30,
     }
 
 
@@ -89,10 +91,14 @@ def options_of(
     return options
 
 
-def say(options: dict[str, dict[str, float]], cards: Sequence[float] = (80, 40, 24)) -> None:
-    """Prints the first option's bytes, and for each card (GiB) which option fits it first."""
+def say(options: dict[str, dict[str, float]], cards: Sequence[float] = (80, 40, 24), device: str = "cuda") -> None:
+    """Prints the first option's bytes, and for each card (GiB) what fits it first; a CPU has no CUDA context."""
+    together = "together, estimated for one GPU"
+    if device == "cpu":
+        options = {flags: {k: v for k, v in parts.items() if k != CONTEXT} for flags, parts in options.items()}
+        together = "together, estimated"
     first = next(iter(options.values()))
-    for what, amount in (first | {"together, estimated for one GPU": sum(first.values())}).items():
+    for what, amount in (first | {together: sum(first.values())}).items():
         console.say(f"{amount / 2**30:9.2f} GiB  {what}")
     totals = {flags: sum(parts.values()) / 2**30 for flags, parts in options.items()}
     for card in cards:
