@@ -25,7 +25,7 @@ from torch import nn
 from common import batches, files, memory, ranks
 from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
-from common.flags import at_least, constants_of, override, within
+from common.flags import at_least, below, constants_of, override, within
 from common.hub import located
 from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
@@ -278,8 +278,9 @@ def pace(began: float, steps: int, left: int, per_step: int, tokens: int, world:
 # ---- this run: what main() calls, and main() alone, may read the constants ----
 def check_flags() -> None:
     at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
-    at_least(globals(), LR=0, CLIP=0, WEIGHT_DECAY=0, START=0)
-    within(globals(), WARMUP=(0, 1), FLOOR=(0, 1), BETAS=(0, 0.99999))
+    at_least(globals(), LR=0, CLIP=0, WEIGHT_DECAY=0, START=0, BETAS=0)
+    within(globals(), WARMUP=(0, 1), FLOOR=(0, 1))
+    below(globals(), BETAS=1)
 
 
 def memory_options(dtype: torch.dtype) -> dict[str, dict[str, float]]:

@@ -31,7 +31,7 @@ from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
 from common.console import UserError, progress, run, say
 from common.decode import Sampling, describe, prompt_parts, start_engine
-from common.flags import at_least, constants_of, override, within
+from common.flags import at_least, below, constants_of, one_of, override, within
 from common.images import ImageStore, load_pixels, random_resized_crop
 from common.llama import answer_ids, llm_shape, load_llm, tokenize
 from common.pretrained import copy_weights, read_config
@@ -45,8 +45,7 @@ ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of tr
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
-# Held-out triplets give a loss after each epoch [ours: the paper uses all; 0 does].
-HELD_OUT = 0.02  # share of the triplets kept out of training
+HELD_OUT = 0.02  # share kept out, at least one triplet, for a loss after each epoch [ours: the paper uses all; 0 does]
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
 # ---- model ----
@@ -315,8 +314,10 @@ class Model(NamedTuple):
 def check_flags() -> None:
     at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0, MAX_NEW=1)
     at_least(globals(), LR=0, WARMUP=0, CLIP=0, WEIGHT_DECAY=0, VIEWS=0, SHOW=0, LORA_RANK=1)
-    within(globals(), HELD_OUT=(0, 0.99), LORA_DROPOUT=(0, 0.99), DECAY_AT=(0, 1), DECAY=(0, 1))
-    within(globals(), BETAS=(0, 0.99999), SCALE=(0.01, 1), RATIO=(0.01, 100))
+    at_least(globals(), HELD_OUT=0, LORA_DROPOUT=0, BETAS=0)
+    below(globals(), HELD_OUT=1, LORA_DROPOUT=1, BETAS=1)
+    within(globals(), DECAY_AT=(0, 1), DECAY=(0, 1), SCALE=(0.01, 1), RATIO=(0.01, 100))
+    one_of(globals(), OPTIMIZER=("adamw", "adamw8bit"))
 
 
 def read_aligned() -> dict:

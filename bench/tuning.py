@@ -22,6 +22,7 @@ def batches(llm, batch: int, count: int, device: str):
     """Batches of (queries (B, 2, Q, WIDTH), names of the references, answers)."""
     import torch
 
+    from common.annotations import cirr_template
 
     pairs = cirr_template(6)  # nine of a subgroup
     generator = torch.Generator().manual_seed(2)

@@ -344,6 +344,11 @@ def say_check(names: Iterable[str], images: ImageStore, what: str) -> None:
     say(f"{what}; {report}")
 
 
+def slices(count: int, length: int) -> list[slice]:
+    """Slices that cut `count` items into parts of `length`, the last one shorter."""
+    return [slice(start, start + length) for start in range(0, count, length)]
+
+
 def check_texts(texts: Iterable[tuple[str, str]], where: str, most: int) -> None:
     """Stop at start-up over (id, text) that is blank (nothing to learn) or longer than `most` characters (memory)."""
     for name, text in texts:
@@ -364,11 +369,6 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
-
-
-def slices(count: int, length: int) -> list[slice]:
-    """Slices that cut `count` items into parts of `length`, the last one shorter."""
-    return [slice(start, start + length) for start in range(0, count, length)]
 
 
 def gather_dealt(mine: list) -> list:
