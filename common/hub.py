@@ -139,6 +139,8 @@ def locate(saved: str, checkpoint: str | os.PathLike, flag: str, override: str =
     In this order: override (the value of `flag`), saved, beside the checkpoint. UserError names the flag."""
     if override:
         return located(override)
+    if not isinstance(saved, str) or not isinstance(beside, str):
+        raise UserError(f"{checkpoint}/config.json does not say which model it stands on; copy the checkpoint again")
     if not os.path.isabs(saved):  # a hub id
         return saved
     moved = os.path.normpath(os.path.join(checkpoint, beside)) if beside else ""
