@@ -54,43 +54,46 @@ def _place(source: str, flag: str) -> str | Repository:
         raise UserError(f"{shown(source, flag)} is a file; the model's folder is wanted, or a hub id (owner/name)")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise UserError(f"{shown(source, flag)} cannot be read: no such folder, and no hub id (owner/name) either")
-    return _ask_hub(source, flag)
+    try:
+        return _ask_hub(source)
+    except UserError as fault:
+        raise UserError(shown(str(fault), flag)) from None
 
 
 @functools.cache
-def _ask_hub(source: str, flag: str) -> str | Repository:
+def _ask_hub(source: str) -> str | Repository:
     """One request, once a process; without an answer the folder of the cache."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        return _cached(source, flag, "HF_HUB_OFFLINE is set")
+        return _cached(source, "HF_HUB_OFFLINE is set")
     try:
         info = HfApi().model_info(source, timeout=_PATIENCE)
     except RepositoryNotFoundError:
         why = "no such folder here and no such model on the hub (a private one wants `hf auth login`)"
-        raise UserError(f"{shown(source, flag)}: {why}") from None
+        raise UserError(f"{source}: {why}") from None
     except HFValidationError:
-        raise UserError(f"{shown(source, flag)}: no such folder, and no hub id (owner/name) either") from None
+        raise UserError(f"{source}: no such folder, and no hub id (owner/name) either") from None
     except HfHubHTTPError as fault:
-        return _cached(source, flag, f"the hub answers {_first_line(fault)}")
-    except (HTTPError, OSError) as fault:
-        return _cached(source, flag, f"{constants.ENDPOINT} cannot be reached ({_first_line(fault)})")
+        return _cached(source, f"the hub answers {_first_line(fault)}")
+    except (HTTPError, LookupError, OSError, TypeError, ValueError) as fault:  # the last: a login page answers instead
+        return _cached(source, f"{constants.ENDPOINT} cannot be reached ({_first_line(fault)})")
     files = frozenset(file.rfilename for file in info.siblings or ())
     commit = info.sha
     if "config.json" in files:  # of the branch and not of the commit: then the cache notes which one the branch means
-        commit = os.path.basename(os.path.dirname(_download(source, "config.json", None, flag)))
+        commit = os.path.basename(os.path.dirname(_download(source, "config.json", None, "")))
     return Repository(commit, files)
 
 
-def _cached(source: str, flag: str, why: str) -> str:
+def _cached(source: str, why: str) -> str:
     """The folder of the cache that holds what an earlier run downloaded of this model."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(source, "config.json")
     if not isinstance(found, str):
         remedy = "name a folder, or run once where the hub can be reached"
-        raise UserError(f"{shown(source, flag)}: no such folder, not in the cache, and {why}; {remedy}")
+        raise UserError(f"{source}: no such folder, not in the cache, and {why}; {remedy}")
     return os.path.dirname(found)
 
 
@@ -139,6 +142,8 @@ def locate(saved: str, checkpoint: str | os.PathLike, flag: str, override: str =
     In this order: override (the value of `flag`), saved, beside the checkpoint. UserError names the flag."""
     if override:
         return located(override)
+    if not isinstance(saved, str) or not isinstance(beside, str):
+        raise UserError(f"{checkpoint}/config.json does not say which model it stands on; copy the checkpoint again")
     if not os.path.isabs(saved):  # a hub id
         return saved
     moved = os.path.normpath(os.path.join(checkpoint, beside)) if beside else ""

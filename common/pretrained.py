@@ -5,7 +5,8 @@ file of a folder is executed (auto_map), none outside it is opened, and nothing 
 
 import os
 import pickle
-import zipfile
+import struct
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,6 +22,7 @@ from common.hub import checkpoint_file, has_file, shown
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards beside NAME.index.json; the first wins
 _MOST_LAYERS, _LARGEST_SIZE = 1000, 2**20  # of any model read here: Llama 3 has 126 layers, 128,256 words
+_HARMLESS = 2**22  # weights that may be built for nothing
 _FOREIGN = frozenset(  # entries of config.json that choose code or files, now or in a later transformers
     "auto_map attn_implementation _attn_implementation experts_implementation _experts_implementation custom_pipelines "
     "fusion_config kernel_config transformers_weights name_or_path _name_or_path _commit_hash".split()
@@ -120,16 +122,18 @@ def copy_weights(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor],
 
 def _read_bin(path: str, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     """A file of torch.save that holds tensors by name; weights_only: nothing in it is executed."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # files of before torch 1.6 are not, and cannot be mapped
     try:
-        # files of before torch 1.6 are no zip archives and cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # of what a damaged file seems to be
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         why = "damaged, or it holds more than tensors, and nothing in it is run"
         raise UserError(f"{path}: {why}; download it again, or take safetensors") from None
-    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError) as fault:
-        why = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged ({why}); download or copy it again") from None
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    except (*_SENSELESS, EOFError, OSError, struct.error) as fault:
+        raise UserError(f"{path}: damaged ({_first_line(fault)}); download or copy it again") from None
+    tensors = isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
+    if not tensors or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: wanted tensors by name; it holds something else")
     for name in list(state):
         tensor = state.pop(name)
@@ -230,7 +234,7 @@ def read_config(source: str, kinds: tuple[str, ...], flag: str = ""):
         raise UserError(f"{name}: its weights are quantised already; name the plain model (--quantize makes it small)")
     _check_sizes(record, f"{name}: config.json")
     if os.path.isdir(source):
-        _check_described(record, source, name)
+        _check_described(record, source, flag)
     try:
         return CONFIG_MAPPING[record["model_type"]].from_dict(_clean(record))
     except _SENSELESS as fault:
@@ -254,14 +258,15 @@ def _check_sizes(record: dict, where: str) -> None:
                 raise UserError(f"{where} says {key} {str(value)[:60]}; wanted whole numbers from 1 to {most:,}")
 
 
-def _check_described(record: dict, source: str, name: str) -> None:
+def _check_described(record: dict, source: str, flag: str) -> None:
     """A part that would hold far more weights than the files have bytes is not what they hold: stop before building."""
-    there = sum(e.stat().st_size for e in os.scandir(source) if e.name.endswith((".safetensors", ".bin")))
+    files = [entry.name for entry in os.scandir(source) if entry.name.endswith((".safetensors", ".bin"))]
+    there = sum(os.path.getsize(path) for path in (checkpoint_file(source, file, flag) for file in files) if path)
     for part in (record, *(value for value in record.values() if isinstance(value, dict))):
-        if there and _described(part) > 8 * there:
+        if files and _described(part) > 8 * max(there, _HARMLESS):
             raise UserError(
-                f"{name}: config.json describes a model of {_described(part):.1e} weights or more, but the "
-                f"files hold {there:.1e} bytes; copy both again"
+                f"{shown(source, flag)}: config.json describes a model of {_described(part):.1e} weights or more, the "
+                f"files hold {there:.1e} bytes: a file is cut, or two models are mixed; download it again"
             )
 
 
