@@ -234,11 +234,14 @@ def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, views):
 def test_two_ranks_equal_one_rank(flags, tmp_path):
     argv = [*flags, "--lora_dropout", "0.0", "--epochs", "1", "--out"]
     stage("vdg_tune", *argv, str(tmp_path / "one"), "--batch", "4")
+    stage("vdg_tune", *argv, str(tmp_path / "halves"), "--batch", "2", "--accumulate", "2")  # fp32 in another order
     run_ranks(2, stage, "vdg_tune", *argv, str(tmp_path / "two"), "--batch", "2")
     for file in ("adapter_model.safetensors", "projection.safetensors"):
-        one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+        one, two, halves = (load_file(tmp_path / run / file) for run in ("one", "two", "halves"))
+        lost = max(float((halves[name] - one[name]).abs().max()) for name in one)  # on this machine
+        assert lost < 1e-5
         for name in one:
-            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6 + 4 * lost)
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         key = "loss" if "loss" in a else "held_out_loss"
         assert abs(a[key] - b[key]) < 1e-5
