@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets, with_text
 from common.console import UserError, say
@@ -201,6 +201,14 @@ def draw_batch(sources: list[Source], step: int, batch: int, seed: int, world: W
     return Batch(step, draws, own)
 
 
+class Everyone(NamedTuple):
+    """What losses against all images want of all ranks: rows in the order of the batch, without gradients."""
+
+    x: Any  # Tensor (G, d) of the targets
+    c: Any  # Tensor (G, d) of the queries
+    tokens: Any  # Tensor (G, ...) of the targets
+
+
 def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
@@ -291,13 +299,16 @@ def stop_together(result) -> None:
         raise UserError(next(text for text in gather_objects(str(result) if found else "") if text))
 
 
-def stop_if_not_finite(value, batch: Batch, log: Log, advice: str) -> None:
+def stop_if_not_finite(value: float, batch: Batch, log: Log) -> None:
     """All ranks stop before the optimiser steps: the last state saved is good. value: loss plus gradient norm."""
     if any_rank(not math.isfinite(value)):
         what, step = "loss or gradient not finite", batch.step + 1
         items = [(d.reference[1], d.target[1], d.delta) for d in batch.draws]
         log.write(step=step, error=what, value=float(value), items=items)
-        raise UserError(f"{what} at step {step}: its items are in {log.path}, the last good state beside it; {advice}")
+        raise UserError(
+            f"{what} at step {step}: its items are in {log.path}, the last good state in last/ beside it;"
+            " take a lower --lr or a higher --tau, with another --out"
+        )
 
 
 def check_texts(texts, where: str, most: int) -> None:
