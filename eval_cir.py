@@ -58,7 +58,7 @@ from common.files import (
 from common.flags import at_least, one_of, override
 from common.images import ImageStore, check_report, list_images
 from common.pretrained import model_kind
-from common.ranks import World, barrier, init_world, pick_dtype
+from common.ranks import World, barrier, init_world
 from common.retrieval import (
     NEVER,
     Indices,
@@ -487,7 +487,7 @@ def read_official() -> list[Benchmark]:
 
 def main() -> None:
     world = init_world(DEVICE)
-    compute = Compute(BATCH, world.device, pick_dtype(DTYPE, world.device), WORKERS)
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS)
     check_flags(world)
 
     # one query over a folder, or pseudo triplets worth keeping

@@ -15,15 +15,15 @@ import functools
 import math
 import os
 import time
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from common import batches, ranks
-from common.batches import Batch, Source, draw_batch
+from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages
@@ -206,8 +206,6 @@ class BlipTdm(CirModel):
         self, backbone: str, text_length: int, train_text: bool, directions: bool, first_token: str, train_head: bool
     ):
         super().__init__()
-        if first_token not in ("enc", "cls"):
-            raise UserError(f"--first_token {first_token}: wanted enc or cls")
         self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)  # transformers has no sdpa for it
         self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
@@ -326,14 +324,6 @@ def load_cir(folder: str, device: str | torch.device = "cpu", backbone: str = ""
 # ---- Algorithm 3: losses of the rows of this rank against those of all ranks ----
 
 
-class Everyone(NamedTuple):
-    """Rows of all ranks, in the order of the batch, without gradients."""
-
-    x: Tensor  # (G, d) targets
-    c: Tensor  # (G, d) queries
-    tokens: Tensor  # (G, ...) of the targets
-
-
 def matching() -> bool:
     return TDM and MODEL == "blip_tdm"
 
@@ -406,15 +396,30 @@ def check_flags() -> None:
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))
-    one_of(globals(), REVERSED_TEXT=("token", "delta"))
+    one_of(globals(), REVERSED_TEXT=("token", "delta"), FIRST_TOKEN=("enc", "cls"))
     if BETA != "auto" and not BETA.replace(".", "", 1).isdecimal():
         raise UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     if not TRIPLETS and not PSEUDO:
         raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
 
 
-def epochs() -> int:
-    return EPOCHS or (6 if MODEL == "blip_tdm" else 10)  # [S6.1]
+def read_sources() -> list[Source]:
+    """D (stream 0, human) and D' (stream 1, auxiliary); one of them may be empty."""
+    human = auxiliary = Source()
+    if TRIPLETS:
+        human = batches.human_source(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, SAME_DELTAS)
+    if PSEUDO:
+        auxiliary = batches.pseudo_source(PSEUDO, PSEUDO_IMAGES)
+    return [human, auxiliary]
+
+
+def complete_data(sources: list[Source], validation: Validation, world: ranks.World) -> list[Source]:
+    """The triplets with both images, UserError if they are too few or lack what a flag asks for."""
+    begin_validation(validation, VAL_SPLIT)
+    sources = batches.complete_sources(sources, BATCH, world.size)
+    if BIDIRECTIONAL and REVERSED_TEXT == "delta":
+        batches.say_backs(sources)
+    return sources
 
 
 def model_settings() -> dict:
@@ -441,6 +446,13 @@ def make_optimizer(model: CirModel) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
+    rate = 0.5 * LR * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def resume(model: CirModel, optimizer: torch.optim.Optimizer, constants: dict) -> tuple[int, dict | None]:
     """-> steps done, and the best measured one so far, from the newest training state in OUT."""
     if not (found := load_state(OUT, constants)):
@@ -452,14 +464,12 @@ def resume(model: CirModel, optimizer: torch.optim.Optimizer, constants: dict) -
     return start, state["best"]
 
 
-def open_pixels(sources: list[Source], preprocess, job: tuple) -> Tensor:
-    """One image (3, S, S), augmented [S6.1] as its key says; without a key it is not."""
-    (stream, name), key = job
-    image = sources[stream].images.open(name)
-    if AUGMENT and key:
-        strengths = (CROP_SCALE, CROP_RATIO, FLIP, JITTER, TRANSLATE, ROTATE)
-        image = augment(image, ranks.seeded_rng(SEED, *key), *strengths, preprocess.size)
-    return preprocess(image)
+def augmented(image: Image, key: tuple, size: int) -> Image:
+    """The image as one draw of the augmentation [S6.1] makes it; the draw is a function of the key."""
+    if not AUGMENT:
+        return image
+    strengths = (CROP_SCALE, CROP_RATIO, FLIP, JITTER, TRANSLATE, ROTATE)
+    return augment(image, ranks.seeded_rng(SEED, *key), *strengths, size)
 
 
 def summed(tcc: Tensor, tdm: Tensor, rev: Tensor) -> dict[str, float]:
@@ -480,12 +490,12 @@ def measure(model: CirModel, validation: Validation, step: int, best: dict | Non
     return {"score": recalls["score"], "step": step, "weights": get_trained(model) if KEEP_BEST else None}
 
 
-def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, config: dict) -> None:
+def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, constants: dict) -> None:
     """Writes OUT/model.safetensors, of the best measured step or the last, and OUT/config.json, in which tau stands."""
     kept = best if best and KEEP_BEST else {"step": steps, "weights": get_trained(model)}
     weights = dict(kept["weights"])
     tau = weights.pop("tau", model.tau).item()
-    config = {"stage": "cir", "step": kept["step"], "tau": tau} | config
+    config = {"stage": "cir", "build": model_settings(), "step": kept["step"], "tau": tau, "constants": constants}
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": protocol, "score": best["score"], "step": best["step"]}
     save_folder(OUT, {"model.safetensors": weights}, {"config.json": config})
@@ -494,32 +504,29 @@ def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, co
 
 def main() -> None:
     world = ranks.init_world(DEVICE)
-    compute = Compute(BATCH, world.device, ranks.pick_dtype(DTYPE, world.device), WORKERS)
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS)
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
-    human = batches.human_source(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, SAME_DELTAS) if TRIPLETS else Source()
-    auxiliary = batches.pseudo_source(PSEUDO, PSEUDO_IMAGES) if PSEUDO else Source()
+    sources = read_sources()
     validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES)
     if CHECK:
-        return batches.check_items([human, auxiliary], validation.benchmarks)
+        return batches.check_items(sources, validation.benchmarks)
     lock_folder(OUT)
-    begin_validation(validation, VAL_SPLIT)
-    sources = batches.complete_sources([human, auxiliary], BATCH, world.size)
-    if BIDIRECTIONAL and REVERSED_TEXT == "delta":
-        batches.say_backs(sources)
-    steps = STEPS or epochs() * batches.steps_an_epoch(sources, BATCH, world.size)
+    sources = complete_data(sources, validation, world)
+    epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
+    steps = STEPS or epochs * batches.steps_an_epoch(sources, BATCH, world.size)
 
     # model
     torch.manual_seed(SEED)  # the start of a Combiner, of [FORWARD] and [BACKWARD]
-    build = model_settings()
-    model = build_cir(**build, tau=TAU, learn_tau=LEARN_TAU).to(world.device).train()
-    optimizer = make_optimizer(model)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    model = build_cir(**model_settings(), tau=TAU, learn_tau=LEARN_TAU)
+    model = model.to(world.device).train()
     model.say_too_long(batches.texts_of(sources))
+    optimizer = make_optimizer(model)
 
     # resume: what is drawn is a function of (seed, step), so weights and optimiser are the whole state
-    constants = constants_of(globals()) | {"RANKS": world.size, "TRIPLETS_SHA256": batches.sources_sha256(sources)}
+    constants = constants_of(globals()) | {"RANKS": world.size}
+    constants["TRIPLETS_SHA256"] = batches.sources_sha256(sources)
     constants["FROZEN_SHA256"] = frozen_sha256(model)  # load_cir compares it
     start, best = resume(model, optimizer, constants)
     if is_finished(OUT, "model.safetensors", start, steps):
@@ -527,22 +534,23 @@ def main() -> None:
     log = ranks.Log(OUT, resume_step=start)
 
     # images: augmented anew and decoded one step ahead, or views of each that are encoded now
-    images = TrainingImages(model, functools.partial(open_pixels, sources, model.preprocess), compute)
-    bank = images.bank(batches.images_of(sources)) if BANK else None
-    images.keep_views(batches.images_of(sources), VIEWS)
+    images = TrainingImages(model, sources, augmented, compute)
+    bank = images.bank() if BANK else None
+    images.keep_views(VIEWS)
 
     # Algorithm 3: each step draws B triplets of D and B' of D', over all ranks
     draws = (draw_batch(sources, step, BATCH, SEED, world) for step in range(start, steps))
     loaded = batches.ahead(lambda batch: images.load(batch, SEED), draws)
     began = time.perf_counter()
     for batch, pixels in progress(loaded, "training", steps - start):
-        batches.stop_together(pixels)  # an image that one rank cannot read stops them all
-        ranks.seed_step(SEED, batch.step, world.rank)  # dropout
-        for group in optimizer.param_groups:
-            group["lr"] = 0.5 * LR * (1 + math.cos(math.pi * batch.step / steps))
+        # an image that one rank cannot read stops all; dropout and the rate are functions of the step
+        batches.stop_together(pixels)
+        ranks.seed_step(SEED, batch.step, world.rank)
+        rate = set_rate(optimizer, batch.step, steps)
 
-        # the rows of this rank: x of the targets, c of the references with their deltas
-        reference, target = images.tokens(pixels).chunk(2)  # (n, ...) each
+        # this rank's rows: x of the targets, c of the references with their deltas
+        tokens = images.tokens(pixels)  # from the frozen vision encoder
+        reference, target = tokens.chunk(2)  # (n, ...) each
         with compute.autocast():
             x = model.target(target)  # (n, d)
             c = model.compose(reference, batch.own_deltas)  # (n, d)
@@ -550,44 +558,47 @@ def main() -> None:
         # Eq. 2: HN-NCE over B, and over B + B'
         tcc = contrastive_loss(model, x, c, batch, bank)
 
-        # Eq. 3 and [Bi]: their negatives are images of any rank, the same on all of them
+        # Eq. 3 and [Bi]: their negatives may be any rank's, so all ranks draw the same
         everyone = gather_batch(x, c, target)
         noise = ranks.seeded_generator("step", SEED, batch.step, 0)
         tdm = matching_loss(model, everyone, batch, noise, compute)
         rev = reversed_loss(model, reference, everyone, batch, noise, compute)
 
-        # each loss is this rank's share: shares and gradients add up over the ranks
+        # a loss is this rank's share: shares and gradients add up over the ranks
         loss = tcc + tdm + BIDIRECTIONAL * rev
         optimizer.zero_grad()
         loss.backward()
-        ranks.all_reduce_gradients(trained)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
-        batches.stop_if_not_finite(loss.item() + norm, batch, log, "take a lower --lr or a higher --tau")
+        ranks.all_reduce_gradients(model.parameters())
+        norm = ranks.gradient_norm(model.parameters())
+        batches.stop_if_not_finite(loss.item() + norm, batch, log)
         optimizer.step()
         model.clamp_tau()
 
         # log
         done = batch.step + 1
-        if done % LOG_EVERY == 0 or done == steps:
-            losses = summed(tcc.detach(), tdm.detach(), rev.detach())
-            speed = ranks.pace(began, done - start, steps - done, len(batch.draws))
-            encoded = int(all_sum(images.encoded))
-            log.write(step=done, **losses, lr=group["lr"], norm=norm, tau=model.tau.item(), images=encoded, **speed)
+        last = done == steps
+        if last or done % LOG_EVERY == 0:
+            record = summed(tcc, tdm, rev)
+            record |= {"lr": rate, "norm": norm, "tau": model.tau.item()}
+            record |= {"images": int(all_sum(images.encoded))}
+            record |= ranks.pace(began, done - start, steps - done, len(batch.draws))
+            log.write(step=done, **record)
 
-        # validate, keeping the best step
-        if VAL_SPLIT and (done % VAL_EVERY == 0 or done == steps):
+        # validate, and keep the best step
+        if VAL_SPLIT and (last or done % VAL_EVERY == 0):
             best = measure(model, validation, done, best, compute, log)
 
         # save, and stop where a signal asks for it
-        stop = any_rank(stop_requested()) and done < steps
-        if stop or done % SAVE_EVERY == 0 or done == steps:
-            state = {"weights": get_trained(model), "optimizer": optimizer.state_dict(), "best": best}
+        stop = any_rank(stop_requested()) and not last
+        if stop or last or done % SAVE_EVERY == 0:
+            state = {"weights": get_trained(model), "best": best}
+            state["optimizer"] = optimizer.state_dict()
             save_state(OUT, done, state, constants)
         if stop:
             say(f"stopped after step {done} of {steps}; the same command goes on from there")
             raise SystemExit(143)
 
-    save_model(model, steps, best, validation.says, {"build": build, "constants": constants})
+    save_model(model, steps, best, validation.says, constants)
     ranks.barrier()
 
 

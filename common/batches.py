@@ -208,6 +208,14 @@ def draw_batch(sources: list[Source], step: int, batch: int, seed: int, world: W
     return Batch(step, draws, own)
 
 
+class Everyone(NamedTuple):
+    """What losses against all images want of all ranks: rows in the order of the batch, without gradients."""
+
+    x: Any  # Tensor (G, d) of the targets
+    c: Any  # Tensor (G, d) of the queries
+    tokens: Any  # Tensor (G, ...) of the targets
+
+
 def faults_of(names: Sequence[str], images: ImageStore, workers: int = 0) -> dict[str, str]:
     """images.unreadable, each rank looking at its share of the pictures; the same answer on all of them."""
     rank, size = rank_size()
@@ -327,13 +335,16 @@ def stop_together(loaded: Any) -> None:
         raise UserError(next(text for text in gather_objects(fault) if text))
 
 
-def stop_if_not_finite(value, batch: Batch, log: Log, advice: str) -> None:
+def stop_if_not_finite(value: float, batch: Batch, log: Log) -> None:
     """All ranks stop before the optimiser steps: the last state saved is good. value: loss plus gradient norm."""
     if any_rank(not math.isfinite(value)):
         what, step = "loss or gradient not finite", batch.step + 1
         items = [(d.reference[1], d.target[1], d.delta) for d in batch.draws]
         log.write(step=step, error=what, value=float(value), items=items)
-        raise UserError(f"{what} at step {step}: its items are in {log.path}, the last good state beside it; {advice}")
+        raise UserError(
+            f"{what} at step {step}: its items are in {log.path}, the last good state in last/ beside it;"
+            " take a lower --lr or a higher --tau, with another --out"
+        )
 
 
 def say_check(names: Iterable[str], images: ImageStore, what: str) -> None:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.batches import Batch, Draw, ahead, chunks, stop_together
+from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
 from common.console import progress, rank_size
 from common.images import ImageStore, load_pixels
-from common.ranks import gather_objects, seeded_rng
+from common.ranks import gather_objects, pick_dtype, seeded_rng
 
 
 class Compute(NamedTuple):
@@ -20,6 +20,11 @@ class Compute(NamedTuple):
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32  # of the model's products; its weights, scores and losses stay fp32
     workers: int = 0  # threads that decode images
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: str, batch: int, workers: int) -> "Compute":
+        """dtype: as the flag has it."""
+        return cls(batch, device, pick_dtype(dtype, device), workers)
 
     def autocast(self) -> torch.autocast:
         """The context in which the model runs; with fp32 it changes nothing."""
@@ -100,38 +105,47 @@ class Bank(NamedTuple):
 class TrainingImages:
     """What the frozen vision encoder of a model makes of training images: augmented anew each time, or of views kept.
 
-    open_one((image, key)) -> pixels (3, S, S), augmented as the key says; key None: not augmented."""
+    augmented(picture, key, S) -> the picture as the randomness of the key changes it, for a model of S x S pixels."""
 
-    def __init__(self, model: torch.nn.Module, open_one: Callable[[tuple], Tensor], compute: Compute):
-        self.model, self.open_one, self.compute = model, open_one, compute
+    def __init__(self, model: torch.nn.Module, sources: list[Source], augmented: Callable, compute: Compute):
+        self.model, self.sources, self.augmented, self.compute = model, sources, augmented, compute
         self.views: dict[Image, list[Tensor]] = {}  # tokens of each view, on the CPU; empty: augmented anew
         self.encoded = 0  # images that went through the encoder for the last batch
         self._pool = ThreadPoolExecutor(max(1, compute.workers))
 
+    def _open(self, job: tuple[Image, tuple | None]) -> Tensor:
+        """Pixels (3, S, S) of an image; without a key it is not augmented."""
+        (stream, name), key = job
+        picture = self.sources[stream].images.open(name)
+        if key is not None:
+            picture = self.augmented(picture, key, self.model.preprocess.size)
+        return self.model.preprocess(picture)
+
     def _pixels(self, jobs: list[tuple]) -> Tensor:
-        return torch.stack(list(self._pool.map(self.open_one, jobs)))
+        return torch.stack(list(self._pool.map(self._open, jobs)))
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
         with self.compute.autocast():
             return self.model.tokens(pixels.to(self.compute.device))
 
-    def keep_views(self, images: list[Image], count: int) -> None:
+    def keep_views(self, count: int) -> None:
         """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens."""
-        jobs = [(image, ("view", *image, k)) for image in images for k in range(count)]
+        jobs = [(image, ("view", *image, k)) for image in images_of(self.sources) for k in range(count)]
         blocks = list(chunks(jobs, self.compute.batch))  # fixed blocks: a resume sees the same bits
         for block, tokens in encode_in_turn(blocks, self._pixels, self._encode, "encoding views"):
             for (image, _), row in zip(block, tokens, strict=True):
                 self.views.setdefault(image, []).append(row)
 
     @torch.no_grad()
-    def bank(self, images: list[Image]) -> Bank:
-        """Target features of the images, on every rank."""
+    def bank(self) -> Bank:
+        """Target features of all images, not augmented, on every rank."""
 
         def features(pixels: Tensor) -> Tensor:
             with self.compute.autocast():
                 return self.model.image(pixels.to(self.compute.device))[1]
 
+        images = images_of(self.sources)
         blocks = list(chunks([(image, None) for image in images], self.compute.batch))
         rows = [rows for _, rows in encode_in_turn(blocks, self._pixels, features, "encoding the bank")]
         return Bank(images, torch.cat(rows).to(self.compute.device))

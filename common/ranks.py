@@ -125,6 +125,13 @@ def all_reduce_gradients(parameters: Iterable) -> None:
             grad.copy_(part.view_as(grad))
 
 
+def gradient_norm(parameters: Iterable) -> float:
+    """L2 norm of all gradients; no .grad counts as 0."""
+    import torch
+
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+
+
 def all_sum(x):
     """The sum over ranks of a number (in float64) or of a tensor; no gradient flows."""
     import torch

@@ -563,6 +563,32 @@ def test_reranking_orders_the_first_k_anew(monkeypatch, tmp_path, world):
         run_stage(monkeypatch, tmp_path, ROOT=str(world / "cirr"), OFFICIAL=False, DEVICE="cpu", RERANK=5)
 
 
+def test_the_model_runs_in_the_dtype_asked_for(world):
+    """Image, query and tdm head each inside autocast, the ranking outside it."""
+
+    class Watched(Matching):
+        def image(self, pixels):
+            inside.append(("image", torch.is_autocast_enabled("cpu")))
+            return super().image(pixels)
+
+        def compose(self, tokens, texts, backward=False):
+            inside.append(("compose", torch.is_autocast_enabled("cpu")))
+            return super().compose(tokens, texts)
+
+        def match(self, tokens, texts):
+            inside.append(("match", torch.is_autocast_enabled("cpu")))
+            return super().match(tokens, texts)
+
+    benchmark, model = read_cirr(world / "cirr", "val"), Watched().eval()
+    at, deltas = index(benchmark, True), [q.delta for q in benchmark.queries]
+    for dtype, wanted in ((torch.bfloat16, True), (torch.float32, False)):
+        inside, compute = [], Compute(5, dtype=dtype)
+        queries, images = embed(model, benchmark, at, compute)
+        rerank(model, benchmark.images, at.names, deltas, shortlist(queries, images, at, 4), 1.0, compute)
+        assert {what for what, _ in inside} == {"image", "compose", "match"}
+        assert all(enabled == wanted for _, enabled in inside) and queries.dtype == torch.float32
+
+
 def write_circo(root, split="val", labelled=True):
     """CIRCO's layout: 12 pictures, 4 queries with one to three right answers."""
     draw = random.Random(2)
