@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from common.annotations import read_triplets
 from common.batches import chunks
 from common.console import UserError, progress, run, say
 from common.files import file_sha256, lock_folder, read_json, read_jsonl, save_folder, sync, write_json, write_jsonl
@@ -77,12 +78,12 @@ DEVICE = "auto"  # "auto", "cpu" or "cuda"; features are searched on the CPU
 DTYPE = "auto"  # of the model: "auto" is bf16 on cuda and fp32 on CPU; features and scores are always fp32
 SEED = 0  # of teaching
 
-_WEB = {"": "index.html", "style.css": "style.css", "app.js": "app.js"}  # what is served of web/, by address
+_WEB = ("style.css", "app.js", "judge.js", "icon.svg")  # what is served of web/ beside index.html
 _UPLOAD = 20 << 20  # bytes of a picture that is uploaded
 _TEXT, _TEXTS, _MOST = 500, 8, 500  # characters of a change, changes of a query, pictures of an answer
 _THUMB = 320  # pixels of a thumbnail's longer side
 _FEWEST = 4  # triplets that are worth a training
-_STAND_IN = ". The embedded model knows drawn garments only: on photographs it finds little; name one of your own"
+_STAND_IN = ". The embedded model knows drawn garments only; on photographs it finds next to nothing"
 _KS = (1, 5, 10)  # recall of held-out marks
 # constants of the present checkpoint that a teaching keeps
 _KEPT = "MODEL BACKBONE TEXT_LENGTH FIRST_TOKEN TRAIN_TEXT TRAIN_TDM_HEAD COMBINER_P COMBINER_H COMBINER_DROPOUT"
@@ -361,10 +362,15 @@ async def api_undo(request) -> dict:
         raise UserError("what: wanted marks or labels")
     for i in reversed(range(len(site.notes.history))):
         kind, key, before = site.notes.history[i]
-        if kind == what:
-            del site.notes.history[i]
-            note(site.notes, kind, key, before, keep=False)
-            return {"undone": key if kind == "labels" else {"target": site.engine.gallery.of_name.get(key[1])}}
+        if kind != what:
+            continue
+        del site.notes.history[i]
+        note(site.notes, kind, key, before, keep=False)
+        if kind == "labels":
+            return {"n": key}
+        reference, target, text = key
+        target = site.engine.gallery.of_name.get(target)
+        return {"reference": reference, "text": text, "target": target, "right": before and before["right"]}
     raise UserError("nothing to undo")
 
 
@@ -487,7 +493,7 @@ def build_app(site: Site):
         site.worker.shutdown(wait=False, cancel_futures=True)
         site.decoders.shutdown(wait=False, cancel_futures=True)
 
-    routes = [Route("/" + address, as_file(name)) for address, name in _WEB.items()]
+    routes = [Route("/", as_file("index.html")), *(Route(f"/{name}", as_file(name)) for name in _WEB)]
     routes += [Route(f"/{what}/{{id}}", functools.partial(serve_picture, what)) for what in ("thumb", "image")]
     gets = {"gallery": api_gallery, "label": api_label, "teach": api_teach}
     posts = {"search": api_search, "upload": api_upload, "mark": api_mark, "undo": api_undo}
@@ -506,8 +512,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; take another --port, or 0") from None
 
 
-def serve(site: Site, listening: socket.socket, host: str) -> None:
-    """Until Ctrl-C. Beyond this machine's own addresses every address of the page begins with a secret."""
+def server_of(site: Site, listening: socket.socket, host: str):
+    """-> uvicorn's server and its address. Beyond this machine's own addresses every path begins with a secret."""
     import uvicorn
 
     hosts, anywhere = {"127.0.0.1", "localhost", "::1", host.lower()}, host in ("0.0.0.0", "::")
@@ -516,12 +522,10 @@ def serve(site: Site, listening: socket.socket, host: str) -> None:
     if anywhere:
         hosts.add(host := socket.gethostname().lower())
     app = guarded(build_app(site), hosts, anywhere, secret)
-    shown_host = f"[{host}]" if ":" in host else host
-    say(f"http://{shown_host}:{listening.getsockname()[1]}/{secret + '/' if secret else ''}   (Ctrl-C ends it)")
     config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", access_log=False, server_header=False)
     config.timeout_graceful_shutdown = 2  # seconds
-    with contextlib.suppress(KeyboardInterrupt):  # it answers what it began, then raises
-        uvicorn.Server(config).run(sockets=[listening])
+    shown_host, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
+    return uvicorn.Server(config), f"http://{shown_host}:{port}/{secret + '/' if secret else ''}"
 
 
 def first_model(out: Path, base: tuple[str, str], device) -> tuple[torch.nn.Module, dict, int]:
@@ -546,6 +550,7 @@ def main() -> None:
     if missing and not QUERIES:
         raise UserError(f"the page needs {' and '.join(missing)}: pip install -r requirements-search.txt")
     out = Path((INDEX if QUERIES else OUT) or f"out/search/{os.path.basename(os.path.abspath(GALLERY))}")
+    pairs = read_triplets(LABEL) if LABEL else []
     lock_folder(out)
     listening = None if QUERIES else listen(HOST, PORT)  # first: a port in use shows before the folder is indexed
 
@@ -566,12 +571,15 @@ def main() -> None:
         return answer_file(engine, QUERIES, OUT, TOP, BATCH)
 
     # ---- page
-    notes = read_notes(out, HELD_OUT, LABEL, gallery.of_name)
+    notes = read_notes(out, HELD_OUT, pairs, gallery.of_name)
     flags = {"TOP": TOP, "TEACH_STEPS": TEACH_STEPS, "TEACH_BATCH": TEACH_BATCH, "TEACH_LR": TEACH_LR}
     flags |= {"TEACH_TAU": TEACH_TAU, "SEED": SEED}
     pools = ThreadPoolExecutor(1, "model"), ThreadPoolExecutor(WORKERS, "pictures")
     site = Site(out, engine, notes, base, flags, *pools, contents=list(gallery.ids), using=using)
-    serve(site, listening, HOST)
+    server, address = server_of(site, listening, HOST)
+    say(f"{address}   (Ctrl-C ends it)")
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn answers what it began, then raises it
+        server.run(sockets=[listening])
 
 
 if __name__ == "__main__":

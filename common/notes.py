@@ -4,7 +4,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.annotations import Triplet, read_triplets
+from common.annotations import Triplet
 from common.console import UserError, say
 from common.files import read_jsonl, write_jsonl
 
@@ -21,22 +21,19 @@ class Notes:
     history: list[tuple] = field(default_factory=list)  # (marks or labels, key, what stood there)
 
 
-def read_notes(out: Path, held_out: int, label: str, names: Container[str]) -> Notes:
-    """What was said before; the pairs of the pseudo.jsonl `label` whose two pictures are in the gallery (`names`)."""
-    notes = Notes(out, held_out, {}, [], {})
+def read_notes(out: Path, held_out: int, pairs: list[Triplet], names: Container[str]) -> Notes:
+    """What was said before, and those of the mined pairs whose two pictures are in the gallery (`names`)."""
+    notes = Notes(out, held_out, {}, [t for t in pairs if t.reference in names and t.target in names], {})
     for file in ("marks.jsonl", "wrong.jsonl"):
         for line in read_jsonl(out / file) if (out / file).exists() else ():
             mark = {"right": not line.get("wrong"), "held_out": bool(line.get("held_out"))}
             notes.marks[line["reference"], line["target"], line["delta"]] = mark
-    if label:
-        triplets = read_triplets(label)
-        notes.pairs = [t for t in triplets if t.reference in names and t.target in names]
-        if not notes.pairs:
-            raise UserError(f"--label {label}: both pictures of none of its {len(triplets):,} pairs are in the gallery")
-        if left := len(triplets) - len(notes.pairs):
-            say(f"{label}: {left:,} of {len(triplets):,} pairs name a picture outside the gallery: left out")
+    if pairs and not notes.pairs:
+        raise UserError(f"--label: both pictures of none of its {len(pairs):,} pairs are in the gallery")
+    if left := len(pairs) - len(notes.pairs):
+        say(f"--label: {left:,} of {len(pairs):,} pairs name a picture outside the gallery: left out")
     at = {(t.reference, t.target, t.delta): i for i, t in enumerate(notes.pairs)}
-    for line in read_jsonl(out / "labels.jsonl") if label and (out / "labels.jsonl").exists() else ():
+    for line in read_jsonl(out / "labels.jsonl") if pairs and (out / "labels.jsonl").exists() else ():
         if (line["reference"], line["target"], line["was"]) in at:
             place = at[line["reference"], line["target"], line["was"]]
             notes.labels[place] = {"verdict": line["verdict"], "delta": line["delta"]}
