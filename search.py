@@ -332,7 +332,7 @@ async def api_upload(request) -> dict:
             sync(aside)
             os.replace(aside, folder / (token + extension))
         except UserError as error:
-            raise UserError(str(error).replace(f"{aside}: ", "this file ")) from None
+            raise UserError(str(error).replace(f"{aside}: ", "this file ").replace(str(aside), "it")) from None
         finally:
             aside.unlink(missing_ok=True)
         return token
@@ -348,7 +348,7 @@ async def api_mark(request) -> dict:
         raise UserError("a mark wants a reference and a text: it becomes a triplet to learn from")
     _, target, _ = picture(site, number_of(data, "target", None, 0, 10**9))
     right = data.get("right")
-    if right not in (True, False, None):
+    if not (right is None or isinstance(right, bool)):
         raise UserError(f"right is {shown(right)}, wanted true, false or null")
     mark = None if right is None else {"right": right, "held_out": is_held_out(site.notes, reference)}
     note(site.notes, "marks", (reference, target, query.text), mark)
@@ -439,7 +439,7 @@ async def serve_picture(what: str, request):
     from starlette.responses import FileResponse
 
     site, value = request.app.state.site, request.path_params["id"]
-    path, _, id = picture(site, int(value) if value.isdecimal() and len(value) < 10 else value)
+    path, _, id = picture(site, int(value) if re.fullmatch("[0-9]{1,9}", value) else value)
     if what == "image":
         with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
             kind = f"image/{image.format.lower()}"

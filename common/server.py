@@ -82,8 +82,9 @@ async def body_of(request, most: int) -> bytes:
 async def json_of(request) -> dict:
     if request.headers.get("content-type", "").split(";")[0] != "application/json":
         raise UserError("wanted a body of Content-Type application/json")
+    body = await body_of(request, _BODY)
     try:
-        data = json.loads(await body_of(request, _BODY))
+        data = json.loads(body)
     except (ValueError, RecursionError):
         raise UserError("the body is not JSON") from None
     if not isinstance(data, dict):
@@ -94,7 +95,7 @@ async def json_of(request) -> dict:
 def number_of(table, name: str, default: int | None, least: int, most: int) -> int:
     """A whole number of a request's JSON or of its address."""
     value = table.get(name, default)
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
         value = int(value)
     if type(value) is not int or not least <= value <= most:
         raise UserError(f"{name} is {shown(value)}, wanted a whole number from {least} to {most}")
