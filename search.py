@@ -113,7 +113,7 @@ def answer_file(engine: Engine, file: str, out: str, top: int, batch: int) -> No
             raise UserError(f'{file} line {number}: wanted "reference" (a name), "delta" (a text), or both')
         path = store.path(name) if name else ""
         own = engine.gallery.ids.get(file_sha256(path), -1) if path else -1
-        queries.append(Query(path, text.strip(), own))
+        queries.append(Query(path, (text.strip(),) if text.strip() else (), own))
     for part in chunks(progress(list(zip(records, queries, strict=True)), "answering"), batch):
         for (record, _), found in zip(part, find(engine, [query for _, query in part], top), strict=True):
             named = [{"name": engine.gallery.names[id], "score": round(score, 6)} for id, score in found]
@@ -158,7 +158,7 @@ def teaching_data(notes: Notes) -> tuple[list[dict], list[dict], list[dict]]:
     for (reference, target, delta), mark in notes.marks.items():
         if mark["right"]:
             line = {"reference": reference, "target": target, "delta": delta}
-            (held if mark["held_out"] else train).append(line)
+            held.append(line | {"texts": mark["texts"]}) if mark["held_out"] else train.append(line)
     apart = {(line["reference"], line["target"]) for line in held}
     for place, pair in enumerate(notes.pairs):
         label = notes.labels.get(place, {"verdict": "skip", "delta": pair.delta})
@@ -202,7 +202,7 @@ def teach(site: Site, number: int) -> None:
     of_name = site.engine.gallery.of_name
     held = [line for line in held if line["target"] in of_name and store.find(line["reference"])]
     names = [line["reference"] for line in held]
-    queries = [Query(store.path(n), line["delta"], of_name.get(n, -1)) for n, line in zip(names, held, strict=True)]
+    queries = [Query(store.path(n), line["texts"], of_name.get(n, -1)) for n, line in zip(names, held, strict=True)]
     targets = [of_name[line["target"]] for line in held]
 
     def measured() -> dict | None:
@@ -270,8 +270,8 @@ def picture(site: Site, value) -> tuple[str, str, int]:
     raise UserError(f"reference is {shown(value)}, wanted an id or the token of an upload")
 
 
-def asked(site: Site, data: dict) -> tuple[Query, str]:
-    """The query of a request, and the name of its reference ("" for none)."""
+def asked(site: Site, data: dict) -> tuple[Query, str, str]:
+    """The query of a request, the name of its reference ("" for none), and its texts in one, as marks keep them."""
     texts = data.get("texts", [])
     if not isinstance(texts, list) or len(texts) > _TEXTS or not all(isinstance(t, str) for t in texts):
         raise UserError(f"texts: wanted a list of at most {_TEXTS} texts")
@@ -281,7 +281,7 @@ def asked(site: Site, data: dict) -> tuple[Query, str]:
     path, name, own = picture(site, data["reference"]) if data.get("reference") is not None else ("", "", -1)
     if not path and not texts:
         raise UserError("wanted a reference, a text, or both")
-    return Query(path, " and ".join(texts), own), name
+    return Query(path, tuple(texts), own), name, " and ".join(texts)
 
 
 def in_worker(site: Site, function, *given):
@@ -301,7 +301,7 @@ async def api_gallery(request) -> dict:
 
 async def api_search(request) -> dict:
     site, data = request.app.state.site, await json_of(request)
-    query, name = asked(site, data)
+    query, name, text = asked(site, data)
     top = number_of(data, "top", site.flags["TOP"], 1, _MOST)
     started = time.perf_counter()
     (found,) = await in_worker(site, find, site.engine, [query], top)
@@ -309,11 +309,11 @@ async def api_search(request) -> dict:
     results = []
     for id, score in found:
         named = site.engine.gallery.names[id]
-        mark = site.notes.marks.get((name, named, query.text)) if name else None
+        mark = site.notes.marks.get((name, named, text)) if name else None
         results.append({"id": id, "name": named, "score": round(score, 4), "right": mark and mark["right"]})
-    cut = bool(query.text and inner(site.engine.model).too_long([query.text]))
+    cut = bool(query.texts and inner(site.engine.model).too_long(list(query.texts)))
     reference = {"name": name, "id": query.exclude} if name else None
-    return {"results": results, "text": query.text, "reference": reference, "cut": cut, "ms": took}
+    return {"results": results, "text": text, "reference": reference, "cut": cut, "ms": took}
 
 
 async def api_upload(request) -> dict:
@@ -343,15 +343,15 @@ async def api_upload(request) -> dict:
 async def api_mark(request) -> dict:
     """Right true, false, or null, which takes the mark away."""
     site, data = request.app.state.site, await json_of(request)
-    query, reference = asked(site, data)
-    if not (reference and query.text):
+    query, reference, text = asked(site, data)
+    if not (reference and text):
         raise UserError("a mark wants a reference and a text: it becomes a triplet to learn from")
     _, target, _ = picture(site, number_of(data, "target", None, 0, 10**9))
     right = data.get("right")
     if not (right is None or isinstance(right, bool)):
         raise UserError(f"right is {shown(right)}, wanted true, false or null")
-    mark = None if right is None else {"right": right, "held_out": is_held_out(site.notes, reference)}
-    note(site.notes, "marks", (reference, target, query.text), mark)
+    mark = {"right": right, "held_out": is_held_out(site.notes, reference), "texts": query.texts}
+    note(site.notes, "marks", (reference, target, text), None if right is None else mark)
     return {"right": right, "marks": len(site.notes.marks)}
 
 

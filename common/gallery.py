@@ -179,7 +179,7 @@ class Query(NamedTuple):
     """What is looked for: at least one of a picture's path and a text."""
 
     path: str  # of the reference; "" for none
-    text: str  # what to change, or what to find where there is no reference
+    texts: tuple[str, ...]  # what to change, or what to find where there is no reference
     exclude: int  # id of the reference in the gallery, which is not found again; -1 for none
 
 
@@ -207,27 +207,32 @@ def tokens_of(engine: Engine, paths: list[str]) -> list[torch.Tensor]:
     return [known[path] for path in paths]
 
 
+def texts_of(engine: Engine, query: Query) -> tuple[str, ...]:
+    """Several changes of a picture: each is composed, and the mean of the compositions is searched. Where no model was
+    trained to compose, or there is no picture, they are one text (docs/search.md has the measurement) [ours]."""
+    apart = query.path and inner(engine.model) is engine.model
+    return query.texts if apart and query.texts else (" and ".join(query.texts),)
+
+
 @torch.no_grad()
 def vectors(engine: Engine, queries: list[Query]) -> torch.Tensor:
     """-> (N, d) fp32 on the CPU, normalised: composed, or of the picture or the text alone."""
-    answer, model = [None] * len(queries), engine.model
-    kinds = {(path, text): [] for path in (True, False) for text in (True, False)}
-    for i, query in enumerate(queries):
-        kinds[bool(query.path), bool(query.text)].append(i)
-    for (path, text), rows in kinds.items():
-        texts = [queries[i].text for i in rows]
+    total, model = [0.0] * len(queries), engine.model
+    parts = [(i, query.path, text) for i, query in enumerate(queries) for text in texts_of(engine, query)]
+    for with_path, with_text in ((True, True), (True, False), (False, True)):
+        rows = [part for part in parts if (bool(part[1]), bool(part[2])) == (with_path, with_text)]
         if not rows:
             continue
-        lower = engine.dtype != torch.float32
+        texts, lower = [text for _, _, text in rows], engine.dtype != torch.float32
         with torch.autocast(torch.device(engine.device).type, dtype=engine.dtype, enabled=lower):
-            if path:
-                tokens = torch.stack(tokens_of(engine, [queries[i].path for i in rows]))
-                found = model.compose(tokens, texts) if text else inner(model).target(tokens)
+            if with_path:
+                tokens = torch.stack(tokens_of(engine, [path for _, path, _ in rows]))
+                found = model.compose(tokens, texts) if with_text else inner(model).target(tokens)
             else:
                 found = inner(model).text(texts, engine.device)
-        for i, row in zip(rows, F.normalize(found.float(), dim=1).cpu(), strict=True):
-            answer[i] = row
-    return torch.stack(answer)
+        for (i, _, _), row in zip(rows, F.normalize(found.float(), dim=1).cpu(), strict=True):
+            total[i] = total[i] + row
+    return F.normalize(torch.stack(total), dim=1)
 
 
 def ranked(engine: Engine, queries: list[Query]) -> Iterator[torch.Tensor]:
@@ -244,7 +249,9 @@ def find(engine: Engine, queries: list[Query], top: int) -> list[list[tuple[int,
     """(id, cosine) of the `top` best pictures of each query, best first; equal scores in the order of names."""
     answers = []
     for scores in ranked(engine, queries):
-        columns = best(scores[None], top)[0]
+        least = scores.topk(min(top, len(scores))).values[-1]
+        columns = (scores >= least).nonzero()[:, 0]  # few to sort, all ties at the end among them
+        columns = columns[best(scores[columns][None], top)[0]]
         found = zip(engine.gallery.live[columns].tolist(), scores[columns].tolist(), strict=True)
         answers.append([(id, score) for id, score in found if score > -torch.inf])
     return answers

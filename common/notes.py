@@ -15,7 +15,7 @@ class Notes:
 
     out: Path
     held_out: int  # of so many references the marks of one are kept apart
-    marks: dict[tuple, dict]  # (reference, target, delta) -> {"right", "held_out"}, in the order they were made
+    marks: dict[tuple, dict]  # (reference, target, delta) -> {"right", "held_out", "texts"}, in the order of making
     pairs: list[Triplet]  # what gen_deltas.py wrote
     labels: dict[int, dict]  # place in pairs -> {"verdict", "delta"}
     history: list[tuple] = field(default_factory=list)  # (marks or labels, key, what stood there)
@@ -27,6 +27,7 @@ def read_notes(out: Path, held_out: int, pairs: list[Triplet], names: Container[
     for file in ("marks.jsonl", "wrong.jsonl"):
         for line in read_jsonl(out / file) if (out / file).exists() else ():
             mark = {"right": not line.get("wrong"), "held_out": bool(line.get("held_out"))}
+            mark["texts"] = tuple(line.get("texts", [line["delta"]]))
             notes.marks[line["reference"], line["target"], line["delta"]] = mark
     if pairs and not notes.pairs:
         raise UserError(f"--label: both pictures of none of its {len(pairs):,} pairs are in the gallery")
@@ -53,6 +54,7 @@ def note(notes: Notes, kind: str, key: tuple | int, value: dict | None, keep: bo
         for (reference, target, delta), mark in notes.marks.items():
             line = {"reference": reference, "target": target, "delta": delta}
             line |= {"held_out": True} if mark["held_out"] else {}
+            line |= {"texts": mark["texts"]} if len(mark["texts"]) > 1 else {}
             lines[mark["right"]].append(line | ({} if mark["right"] else {"wrong": True}))
         write_jsonl(notes.out / "marks.jsonl", lines[True])
         write_jsonl(notes.out / "wrong.jsonl", lines[False])
