@@ -26,6 +26,7 @@ if [ -z "${VDG:-}" ]; then
 fi
 PAIRS=${PAIRS:-2000}
 LABEL=()
+trap "exit 130" INT  # else Ctrl-C would end one step only
 mkdir -p "$OUT"
 
 # A step that fails (too few pictures, a file that cannot be read) says so in a line; the page comes all the same.
