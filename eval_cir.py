@@ -81,7 +81,7 @@ from train_cir import build_cir, load_cir
 # ---- what is evaluated ----
 CHECKPOINT = ""  # folder written by train_cir.py
 BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or the "sum" of both features
-BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
+BACKBONE = ""  # of BASELINE: folder or hub id of CLIP or BLIP ITM; of CHECKPOINT: where its model lies now, if it moved
 DATASET = "cirr"  # "cirr", "fashioniq" or "circo"
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
@@ -148,7 +148,7 @@ class Baseline(torch.nn.Module):
 def load_system(device: torch.device) -> System:
     """The model of --checkpoint or --baseline; --rerank wants one with a trained tdm head."""
     if CHECKPOINT:
-        model = load_cir(CHECKPOINT, device)
+        model = load_cir(CHECKPOINT, device, BACKBONE)
         if RERANK and not hasattr(model, "match"):
             raise UserError("--rerank wants a checkpoint of --model blip_tdm: only it has a tdm head")
         return System(model, CHECKPOINT, file_sha256(os.path.join(CHECKPOINT, "model.safetensors")))
@@ -452,7 +452,7 @@ def check_flags(world: World) -> None:
         raise UserError("--filter takes --filter_top, --images and a --checkpoint: it judges no benchmark and no query")
     if FILTER and os.path.realpath(FILTER) == os.path.realpath(OUT):
         raise UserError(f"--out {OUT} is --filter's folder: what is kept goes into another")
-    if (CHECKPOINT and BASELINE) or (BACKBONE and not BASELINE):
+    if CHECKPOINT and BASELINE:
         raise UserError("--baseline with its --backbone, or --checkpoint, which knows its own backbone")
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
         raise UserError("--checkpoint is empty; name a folder written by train_cir.py, or take a --baseline")

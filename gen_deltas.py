@@ -76,6 +76,8 @@ from vdg_align import VisionProjector, vision_weights
 
 # ---- what is described ----
 VDG = "out/vdg"  # checkpoint of vdg_tune.py
+LLM = ""  # where the LLM of VDG lies now, if its folder moved
+VISION = ""  # where the vision side of VDG lies now, if its folder moved
 PAIRS = "out/mine/pairs.jsonl"  # pairs of mine_pairs.py
 IMAGES = ""  # folder of the images; with TRIPLETS empty means the usual places in and beside ROOT
 TRIPLETS = ""  # instead of PAIRS those of human triplets: "cirr/train", "fashioniq/train" (or ".../dress"), "jsonl"
@@ -373,7 +375,7 @@ class Vdg(NamedTuple):
 
 
 def start_vdg(todo: list[dict], images: ImageStore, dtype: torch.dtype, world: World) -> Vdg:
-    vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype)
+    vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype, LLM, VISION)
     plain = not config["quantize"]
     if MERGE and plain:
         vdg_tune.merge_lora(llm)
@@ -502,7 +504,7 @@ def plan(dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Bytes of the run by purpose, as it stands and with smaller batches; without a VDG those of the paper's."""
     tuned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": "", "prompt": vdg_tune.PROMPT}
     if not (PLAN or CHECK) or os.path.exists(f"{VDG}/config.json"):
-        tuned = vdg_tune.read_stage(VDG, "tune")
+        tuned = vdg_tune.read_stage(VDG, "tune", LLM, VISION)
     size = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
     return memory.generation(llm_shape(tuned["llm"]), tuned, vision_weights(tuned["vision"]), size, BATCH, MAX_NEW)
 

@@ -29,7 +29,7 @@ from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages
 from common.files import is_finished, load_state, load_tensors, lock_folder, read_json, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
-from common.hub import locate
+from common.hub import locate, near
 from common.images import augment
 from common.pretrained import copy_weights
 from common.ranks import all_sum, any_rank, stop_requested
@@ -496,6 +496,7 @@ def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, co
     weights = dict(kept["weights"])
     tau = weights.pop("tau", model.tau).item()
     config = {"stage": "cir", "build": model_settings(), "step": kept["step"], "tau": tau, "constants": constants}
+    config["near"] = {"backbone": near(model.source, OUT), "start": near(START, OUT)}  # if all of it moves
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": protocol, "score": best["score"], "step": best["step"]}
     save_folder(OUT, {"model.safetensors": weights}, {"config.json": config})
@@ -542,7 +543,8 @@ def main() -> None:
     draws = (draw_batch(sources, step, BATCH, SEED, world) for step in range(start, steps))
     loaded = batches.ahead(lambda batch: images.load(batch, SEED), draws)
     began = time.perf_counter()
-    for batch, pixels in progress(loaded, "training", steps - start):
+    bar = progress(loaded, "training", steps, start)
+    for batch, pixels in bar:
         # an image that one rank cannot read stops all; dropout and the rate are functions of the step
         batches.stop_together(pixels)
         ranks.seed_step(SEED, batch.step, world.rank)
@@ -583,6 +585,7 @@ def main() -> None:
             record |= {"images": int(all_sum(images.encoded))}
             record |= ranks.pace(began, done - start, steps - done, len(batch.draws))
             log.write(step=done, **record)
+            bar.set_postfix(loss=record["loss"])
 
         # validate, and keep the best step
         if VAL_SPLIT and (last or done % VAL_EVERY == 0):

@@ -26,7 +26,7 @@ from common import batches, files, memory, ranks
 from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
 from common.flags import at_least, below, constants_of, override, within
-from common.hub import located
+from common.hub import located, near
 from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
 from common.pretrained import read_config, read_exactly
@@ -353,6 +353,7 @@ def learning_rate(step: int, total: int) -> float:
 def save_result(vision: VisionProjector, steps: int, captions: int) -> None:
     """OUT's checkpoint, which stage 2 starts from."""
     config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
+    config["near"] = {"vision": near(VISION, OUT), "llm": near(LLM, OUT)}  # if all of it moves
     config |= {"dim": vision.projection.out_features, "steps": steps, "captions": captions, "seed": SEED}
     files.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
     say(f"wrote {OUT}/projection.safetensors")
@@ -394,7 +395,8 @@ def main() -> None:
     steps = batches.training_steps([[i] for i in range(len(captions))], EPOCHS, per_step, SEED, world, start)
     loaded = load_steps(captions, images, vision, steps, world)
     log, began, seen = Log(OUT, start), time.time(), 0
-    for (step, epoch, items), inputs in progress(loaded, "align", total - start):
+    bar = progress(loaded, "align", total, start)
+    for (step, epoch, items), inputs in bar:
         # a rank that could not read its images stops all
         batches.stop_together(inputs)
 
@@ -437,6 +439,7 @@ def main() -> None:
         done = step + 1
         speed = pace(began, done - start, total - done, per_step, seen, world)
         log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
+        bar.set_postfix(loss=loss)
 
         # a state to resume from: now and then, at the end, when a signal came
         stop = ranks.any_rank(ranks.stop_requested())

@@ -32,6 +32,7 @@ from common.annotations import Triplet, training_triplets
 from common.console import UserError, progress, run, say
 from common.decode import Sampling, describe, prompt_parts, start_engine
 from common.flags import at_least, below, constants_of, one_of, override, within
+from common.hub import locate, near
 from common.images import ImageStore, load_pixels, random_resized_crop
 from common.llama import answer_ids, llm_shape, load_llm, tokenize
 from common.pretrained import copy_weights, read_config
@@ -53,6 +54,8 @@ PROMPT = (
     "Request: Analyze given reference and target images and provide a description that transforms the reference to "
     "match the target.\nReference: <reference>\nTarget: <target>\nResponse:"
 )  # [Fig. 3]; <reference> and <target> stand for 32 image tokens each
+LLM = ""  # where the LLM of ALIGNED lies now, if its folder moved
+VISION = ""  # where the vision side of ALIGNED lies now, if its folder moved
 LORA_RANK = 64  # r [S4.1]; 32 and 128 in [Table 7]
 LORA_ALPHA = 16.0  # the update is scaled by alpha / r [S4.1]
 LORA_DROPOUT = 0.05  # on the input of A [S4.1]
@@ -91,14 +94,8 @@ MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write that as a pl
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
-_FREE = {
-    "BATCH",
-    "ACCUMULATE",
-    "IMAGES",
-    "CHECKPOINT",
-    "SHOW",
-    "MAX_NEW",
-}  # may change at a resume: a step stays as it is
+# may change at a resume: a step stays as it is
+_FREE = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW", "LLM", "VISION"}
 
 
 # ---- LoRA ----
@@ -227,9 +224,11 @@ def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> li
 
 
 # ---- the trained model ----
-def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype):
-    """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict)."""
-    config = read_stage(folder, "tune")
+def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: str = "", vision: str = ""):
+    """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict).
+
+    llm, vision: of read_stage."""
+    config = read_stage(folder, "tune", llm, vision)
     llm, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
     load_adapter(llm, folder, config["lora"])
     vision = VisionProjector(config["vision"], llm.config.hidden_size, device, dtype)
@@ -237,34 +236,39 @@ def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype):
     return vision, llm.requires_grad_(False).eval(), tokenizer, config
 
 
-def write_merged(folder: str, out: str, dtype: str) -> None:
+def write_merged(folder: str, out: str, dtype: str, llm: str = "") -> None:
     """A checkpoint of this script -> a plain Hugging Face LLaMA with LoRA in its weights; dtype "auto": the LLM's own.
 
     The projection is not in it: a LLaMA has no place for pictures. A quantised base is read in full precision."""
     if os.path.exists(out):
         raise UserError(f"--merge {out} exists; name a new folder")
-    config = read_stage(folder, "tune")
+    config = read_stage(folder, "tune", llm)
     of_llm = read_config(config["llm"], ("llama",)).dtype
     precision = of_llm if dtype == "auto" and of_llm else ranks.pick_dtype(dtype, "cpu")
-    llm, tokenizer = load_llm(config["llm"], precision, "cpu")
-    load_adapter(llm, folder, config["lora"])
-    merge_lora(llm)
+    merged, tokenizer = load_llm(config["llm"], precision, "cpu")
+    load_adapter(merged, folder, config["lora"])
+    merge_lora(merged)
     aside = f"{out.rstrip('/')}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    llm.save_pretrained(aside, max_shard_size="5GB")
+    merged.save_pretrained(aside, max_shard_size="5GB")
     tokenizer.save_pretrained(aside)
     os.rename(aside, out)
     say(f"wrote {out}, a LLaMA with the LoRA of {folder} in its weights")
 
 
-def read_stage(folder: str, stage: str) -> dict:
-    """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune")."""
+def read_stage(folder: str, stage: str, llm: str = "", vision: str = "") -> dict:
+    """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune").
+
+    llm, vision: where the models that it stands on lie now; empty: where they were, or moved along with it."""
     path = f"{folder}/config.json"
     if not os.path.exists(path):
         raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
     config = files.read_json(path)
     if not isinstance(config, dict) or config.get("stage") != stage:
         raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
+    beside = config.get("near", {})
+    for model, now in (("llm", llm), ("vision", vision)):
+        config[model] = locate(config[model], folder, f"--{model}", now, beside.get(model, ""))
     return config
 
 
@@ -322,9 +326,9 @@ def check_flags() -> None:
 
 def read_aligned() -> dict:
     """config.json of ALIGNED, with this run's `quantize`; a plan or a check may be asked for before there is one."""
-    aligned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": ""}
+    aligned = {"llm": LLM or vdg_align.LLM, "vision": VISION or vdg_align.VISION, "quantize": ""}
     if not (PLAN or CHECK) or os.path.exists(f"{ALIGNED}/config.json"):
-        aligned = read_stage(ALIGNED, "align")
+        aligned = read_stage(ALIGNED, "align", LLM, VISION)
     if QUANTIZE:
         aligned["quantize"] = "" if QUANTIZE == "none" else QUANTIZE
     return aligned
@@ -477,6 +481,7 @@ def save_result(model: Model, aligned: dict, trained: dict, world: World) -> Non
     """OUT's checkpoint with its card, read back; trained: steps and triplets."""
     lora = {"rank": LORA_RANK, "alpha": LORA_ALPHA, "dropout": LORA_DROPOUT, "targets": list(LORA_TARGETS)}
     config = {"stage": "tune"} | {key: aligned[key] for key in ("vision", "llm", "dim", "quantize")}
+    config["near"] = {key: near(aligned[key], OUT) for key in ("vision", "llm")}  # if all of it moves
     config |= {"lora": lora, "prompt": PROMPT} | trained | {"dataset": DATASET, "seed": SEED}
     tensors = {"adapter_model.safetensors": adapter_tensors(model.llm)}
     tensors |= {"projection.safetensors": model.vision.projection.state_dict()}
@@ -495,7 +500,7 @@ def main() -> None:
     dtype = ranks.pick_dtype(DTYPE, world.device)
     check_flags()
     if MERGE:
-        return write_merged(OUT, MERGE, DTYPE)
+        return write_merged(OUT, MERGE, DTYPE, LLM)
     aligned = read_aligned()
     options = memory_options(aligned, dtype)
     if PLAN:
@@ -529,7 +534,8 @@ def main() -> None:
     steps = batches.training_steps(groups_of(triplets), EPOCHS, per_step, SEED, world, start)
     loaded = load_steps(triplets, images, vision, steps, world)
     log, began, seen = Log(OUT, start), time.time(), 0
-    for (step, epoch, items), inputs in progress(loaded, "tune", total - start):
+    bar = progress(loaded, "tune", total, start)
+    for (step, epoch, items), inputs in bar:
         # a rank that could not read its images stops all
         batches.stop_together(inputs)
 
@@ -572,6 +578,7 @@ def main() -> None:
         done = step + 1
         speed = pace(began, done - start, total - done, per_step, seen, world)
         log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
+        bar.set_postfix(loss=loss)
 
         # after an epoch the held-out triplets: their loss, and deltas to look at
         if held and done % per_epoch == 0:
