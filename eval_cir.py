@@ -40,11 +40,10 @@ from common.annotations import (
     read_triplets,
     require_official,
     training_triplets,
-    write_cirr_captions,
 )
-from common.cir_model import model_type
 from common.console import UserError, run, say
 from common.encoding import Compute, encode
+from common.exports import write_cirr_captions
 from common.files import (
     file_sha256,
     lock_folder,
@@ -58,6 +57,7 @@ from common.files import (
 )
 from common.flags import at_least, one_of, override
 from common.images import ImageStore, check_report, list_images
+from common.pretrained import model_kind
 from common.ranks import World, barrier, init_world
 from common.retrieval import (
     NEVER,
@@ -82,6 +82,7 @@ from train_cir import build_cir, load_cir
 CHECKPOINT = ""  # folder written by train_cir.py
 BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or the "sum" of both features
 BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
+# With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
 DATASET = "cirr"  # "cirr", "fashioniq" or "circo"
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
@@ -148,13 +149,13 @@ class Baseline(torch.nn.Module):
 def load_system(device: torch.device) -> System:
     """The model of --checkpoint or --baseline; --rerank wants one with a trained tdm head."""
     if CHECKPOINT:
-        model = load_cir(CHECKPOINT, device)
+        model = load_cir(CHECKPOINT, device, BACKBONE)
         if RERANK and not hasattr(model, "match"):
             raise UserError("--rerank wants a checkpoint of --model blip_tdm: only it has a tdm head")
         return System(model, CHECKPOINT, file_sha256(os.path.join(CHECKPOINT, "model.safetensors")))
     if RERANK:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
-    kind = "blip_tdm" if BACKBONE and model_type(BACKBONE) == "blip" else "sum"
+    kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
     model = build_cir(kind, BACKBONE).eval().to(device)
     digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
     return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)
@@ -452,7 +453,7 @@ def check_flags(world: World) -> None:
         raise UserError("--filter takes --filter_top, --images and a --checkpoint: it judges no benchmark and no query")
     if FILTER and os.path.realpath(FILTER) == os.path.realpath(OUT):
         raise UserError(f"--out {OUT} is --filter's folder: what is kept goes into another")
-    if (CHECKPOINT and BASELINE) or (BACKBONE and not BASELINE):
+    if CHECKPOINT and BASELINE:
         raise UserError("--baseline with its --backbone, or --checkpoint, which knows its own backbone")
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
         raise UserError("--checkpoint is empty; name a folder written by train_cir.py, or take a --baseline")

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets, with_text
-from common.console import UserError, say
-from common.images import ImageStore, check_report
+from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets
+from common.console import UserError, rank_size, say
+from common.images import ImageStore, check_report, leave_out, unreadable
 from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
+from common.triplets import with_text
 
 
 class Item(NamedTuple):
@@ -35,12 +36,13 @@ class Draw(NamedTuple):
 
 
 def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
-    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
+    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone that is not
+    blank."""
     if dataset != "fashioniq":
         return (triplet.delta,)
     one, two = triplet.alternatives
-    alone = (text.strip(".?, ").capitalize() for text in (one, two))
-    return join_captions(one, two), join_captions(two, one), *alone
+    texts = join_captions(one, two), join_captions(two, one), join_captions(one), join_captions(two)
+    return tuple(text for text in texts if text)
 
 
 def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
@@ -49,17 +51,22 @@ def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
     return tuple(text for text in texts if isinstance(text, str) and text.strip())
 
 
-def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet], deltas: bool = True) -> list[Item]:
+def human_items(
+    triplets: list[Triplet], dataset: str, generated: list[Triplet], deltas: bool = True, alike: bool = False
+) -> list[Item]:
     """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn).
 
-    deltas: False takes only the reversed texts of what was generated."""
+    deltas: False takes only the reversed texts of what was generated. alike: several texts of a triplet count alike, as
+    in files of others; otherwise those after the first are generated ones."""
     also: dict[tuple[str, str], list[Triplet]] = {}
     for t in generated:
         also.setdefault((t.reference, t.target), []).append(t)
     items = []
     for t in triplets:
         groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
-        if dataset == "jsonl" and t.alternatives:
+        if dataset == "jsonl" and t.alternatives and alike:
+            groups = [(t.delta, *t.alternatives)]
+        elif dataset == "jsonl" and t.alternatives:
             groups.append(t.alternatives)  # the VDG release's [human, generated]: those after the human one
         if same and deltas:
             groups.append(tuple(other.delta for other in same))
@@ -209,16 +216,33 @@ class Everyone(NamedTuple):
     tokens: Any  # Tensor (G, ...) of the targets
 
 
-def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
+def faults_of(names: Sequence[str], images: ImageStore, workers: int = 0) -> dict[str, str]:
+    """images.unreadable, each rank looking at its share of the pictures; the same answer on all of them."""
+    rank, size = rank_size()
+    parts = gather_objects(unreadable(names[rank::size], images, workers))
+    found = {name: text for part in parts for name, text in part.items()}
+    return {name: found[name] for name in names if name in found}
+
+
+def drop_missing(
+    items: list, names_of: Callable, images: ImageStore, what: str, listing: str = "", workers: int = 0
+) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
-    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs."""
-    missing = set(images.missing(sorted({name for item in items for name in names_of(item)})))
-    kept = [item for item in items if not missing.intersection(names_of(item))]
-    if missing:
-        lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(missing)}"
+    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs. Pictures of
+    one's own (images.own) are decoded too, on all ranks together; as many may be missing or broken as are, and all are
+    in the file `listing`."""
+    names = sorted({name for item in items for name in names_of(item)})
+    if images.own and listing:
+        faults = faults_of(names, images, workers)
+        leave_out(names, faults, listing, f"pictures of the {what}")
+    else:
+        faults = dict.fromkeys(images.missing(names))
+    kept = [item for item in items if faults.keys().isdisjoint(names_of(item))]
+    if faults:
+        lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(faults)}"
         lost += f" (looked in {', '.join(images.roots)})"
-        if len(items) - len(kept) > len(items) / 1000:
+        if len(items) - len(kept) > len(items) / 1000 and not (images.own and listing):
             raise UserError(f"{lost}, more than 0.1 %; complete the folder or correct the flag that names it")
         say(f"{lost}: left out")
     return kept
@@ -259,21 +283,33 @@ def rank_batches(order: Sequence[int], batch: int, rank: int = 0, size: int = 1)
     return parts
 
 
-def steps_of(groups: list[list[int]], epochs: int, items: int, seed: int, world: World, done: int):
-    """Yield (step, epoch, this rank's items) from step `done` on; a step has `items` on all ranks.
+class Step(NamedTuple):
+    """One optimiser step, as one rank sees it."""
+
+    step: int  # of the whole run, from 0
+    epoch: int
+    items: list[int]  # this rank's, by their index; none where the last batch of an epoch has fewer items than ranks
+
+
+def training_steps(
+    groups: list[list[int]], epochs: int, per_step: int, seed: int, world: World, done: int
+) -> Iterator[Step]:
+    """The steps of a run from number `done` on, each of `per_step` items on all ranks; the same after every resume.
 
     groups: items that keep together while the groups are shuffled; of one item each as a rule."""
-    per_epoch = math.ceil(sum(map(len, groups)) / items)
+    per_epoch = math.ceil(sum(map(len, groups)) / per_step)
     for epoch in range(done // per_epoch, epochs):
         order = [item for g in epoch_order(len(groups), seed, epoch) for item in groups[g]]
-        batches = rank_batches(order, items, world.rank, world.size)
-        for i, mine in enumerate(batches):
-            if epoch * per_epoch + i >= done:
-                yield epoch * per_epoch + i, epoch, mine
+        for i, items in enumerate(rank_batches(order, per_step, world.rank, world.size)):
+            step = epoch * per_epoch + i
+            if step >= done:
+                yield Step(step, epoch, items)
 
 
-def ahead(load, jobs):
-    """Yield (job, load(job)) while a thread loads the next; a user's mistake in load is yielded as its result."""
+def ahead(load: Callable[[Any], Any], jobs: Iterable) -> Iterator[tuple[Any, Any]]:
+    """Yields (job, load(job)) while a thread loads the next one; one job ahead, so that two are held at most.
+
+    A user's mistake in load is yielded as its result: stop_together tells the other ranks."""
 
     def attempt(job):
         try:
@@ -292,11 +328,11 @@ def ahead(load, jobs):
             yield waiting[0], waiting[1].result()
 
 
-def stop_together(result) -> None:
-    """All ranks stop when one loaded a fault: one that stops alone leaves the others waiting in a collective."""
-    found = isinstance(result, Exception)
-    if any_rank(found):
-        raise UserError(next(text for text in gather_objects(str(result) if found else "") if text))
+def stop_together(loaded: Any) -> None:
+    """All ranks stop, in one line, when one of them loaded a fault: one that stops alone leaves the others waiting."""
+    fault = (str(loaded) or type(loaded).__name__) if isinstance(loaded, Exception) else ""
+    if any_rank(bool(fault)):
+        raise UserError(next(text for text in gather_objects(fault) if text))
 
 
 def stop_if_not_finite(value: float, batch: Batch, log: Log) -> None:
@@ -311,7 +347,20 @@ def stop_if_not_finite(value: float, batch: Batch, log: Log) -> None:
         )
 
 
-def check_texts(texts, where: str, most: int) -> None:
+def say_check(names: Iterable[str], images: ImageStore, what: str) -> None:
+    """The answer to --check, `what` in front; UserError where an image is missing or unreadable."""
+    report, well = check_report(names, images)
+    if not well:
+        raise UserError(f"{what}; {report}")
+    say(f"{what}; {report}")
+
+
+def slices(count: int, length: int) -> list[slice]:
+    """Slices that cut `count` items into parts of `length`, the last one shorter."""
+    return [slice(start, start + length) for start in range(0, count, length)]
+
+
+def check_texts(texts: Iterable[tuple[str, str]], where: str, most: int) -> None:
     """Stop at start-up over (id, text) that is blank (nothing to learn) or longer than `most` characters (memory)."""
     for name, text in texts:
         if not 0 < len(text.strip()) <= most:
@@ -331,3 +380,10 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
+
+
+def gather_dealt(mine: list) -> list:
+    """Every rank's results of items that were dealt out as items[rank :: ranks], in the items' order, on all ranks."""
+    shares = gather_objects(mine)
+    longest = len(shares[0])
+    return [share[i] for i in range(longest) for share in shares if i < len(share)]

@@ -1,20 +1,14 @@
 """What all CIR models share: a frozen CLIP or BLIP of Hugging Face, texts as ids, tau, and what of it trains."""
 
-import os
-
 import torch
-import transformers
 from torch import Tensor, nn
 
 from common.console import UserError, say
-from common.files import tensors_sha256
+from common.files import read_json, tensors_sha256
+from common.hub import locate, near
 from common.images import Preprocess
-from common.pretrained import copy_weights
-
-
-def model_type(source: str) -> str:
-    """ "clip", "blip" or what else a folder or hub id holds."""
-    return transformers.AutoConfig.from_pretrained(source, local_files_only=os.path.isdir(source)).model_type
+from common.pretrained import copy_weights, load_model, model_kind, read_config
+from common.tokenizer import read_tokenizer, tokenizer_sha256
 
 
 class Directed(nn.Embedding):
@@ -57,18 +51,12 @@ class CirModel(nn.Module):
         """self.backbone, frozen, in fp32, with tokenizer and preprocess, from a folder or hub id.
 
         kind: the class of transformers; text_length: tokens of a text, 0 = all that it has positions for."""
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        here = {"local_files_only": os.path.isdir(source)}
-        if (found := model_type(source)) != (wanted := kind.config_class.model_type):
+        if (found := model_kind(source, "--backbone")) != (wanted := kind.config_class.model_type):
             raise UserError(f"--backbone {source} is a {found} model, wanted {wanted}: fix it or --model")
-        how |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True} | here
+        config = read_config(source, (wanted,), "--backbone")
         self.source = source
-        self.backbone, info = kind.from_pretrained(source, **how)
-        if missing := sorted(info["missing_keys"]):  # they would be random, with a warning
-            raise UserError(f"{source}: {len(missing)} weights of {kind.__name__} missing, first {missing[0]}")
-        self.backbone.requires_grad_(False)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **here)
+        self.backbone = load_model(kind, source, config, torch.float32, "--backbone", **how).requires_grad_(False)
+        self.tokenizer = read_tokenizer(source, config, config.text_config.vocab_size, "--backbone")
         self.preprocess = Preprocess.from_folder(source, kind.__name__)
         positions = self.backbone.config.text_config.max_position_embeddings
         if text_length > positions:
@@ -114,6 +102,34 @@ class CirModel(nn.Module):
         return tokens, self.target(tokens)
 
 
+# ---- a checkpoint's config.json ----
+
+
+def read_settings(checkpoint: str) -> dict:
+    """config.json of a folder written by train_cir.py: "build" (arguments of build_cir), "tau", and more."""
+    file = f"{checkpoint}/config.json"
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("build"), dict):
+        raise UserError(f"{file} is not one of train_cir.py")
+    if not isinstance(config.get("tau"), float):
+        raise UserError(f'{file} has no "tau", the temperature that the model was trained with; train it again')
+    return config
+
+
+def places_near(build: dict, checkpoint: str) -> dict[str, str]:
+    """For config.json: its folders as seen from the checkpoint; they are found again when all moves together."""
+    return {key: near(build[key], checkpoint) for key in ("backbone", "start") if build.get(key)}
+
+
+def find_again(config: dict, checkpoint: str, backbone: str) -> dict:
+    """config["build"] with the places of today; backbone: the value of --backbone, if it was given."""
+    build, beside = config["build"], config.get("near", {})
+    found = {"backbone": locate(build["backbone"], checkpoint, "--backbone", backbone, beside.get("backbone", ""))}
+    if build.get("start"):
+        found["start"] = locate(build["start"], checkpoint, "--start", beside=beside.get("start", ""))
+    return build | found
+
+
 # ---- what of it trains ----
 
 
@@ -131,7 +147,7 @@ def put_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) -> Non
     copy_weights(trained_of(model), tensors, where)
 
 
-def frozen_sha256(model: CirModel) -> str:
-    """sha256 of what a checkpoint stands on but does not hold: frozen weights and the pictures' preprocessing."""
+def frozen_sha256(model: CirModel, words: bool = True) -> str:
+    """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer."""
     frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-    return tensors_sha256(frozen, repr(model.preprocess))
+    return tensors_sha256(frozen, repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else ""))

@@ -1,4 +1,6 @@
-"""A script's constants as flags: --help, and one line for a wrong one. Nothing here imports torch: it is instant."""
+"""A script's constants as flags: --help, and one line for a wrong one. Nothing here imports torch: it is instant.
+
+A tuple of numbers wants as many values as its default has (--betas 0.9,0.99); any other tuple takes any number."""
 
 from __future__ import annotations
 
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from common.console import UserError, fail, rank_size
+
+# ---- a script's flags ----
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ def read_flags(file: str | Path) -> list[Flag]:
         group = max((n for n in groups if n < node.lineno), default=None)
         flags.append(Flag(target.id, default, " ".join(text).strip(), groups.get(group, "")))
     return flags
+
+
+# ---- the command line ----
 
 
 def parse_flags(flags: list[Flag], argv: list[str]) -> dict[str, Any]:
@@ -125,9 +132,12 @@ def _convert(text: str, default: Any) -> Any:
         parts = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
         parts = [part.strip().strip("'\"") for part in parts]
         try:
-            return type(default)(_convert(part, element) for part in parts if part)
+            values = type(default)(_convert(part, element) for part in parts if part)
         except ValueError as error:
             raise ValueError(f"a list such as {_show(default) or 'a,b'} ({error} each)") from None
+        if isinstance(element, int | float) and len(values) != len(default):
+            raise ValueError(f"{len(default)} numbers such as {_show(default)}")
+        return values
     if default is None:
         if text.lower() == "none":
             return None

@@ -613,7 +613,7 @@ def test_views_are_the_same_images_encoded_once(world, zoo, tmp_path, monkeypatc
         assert a["tcc"] == pytest.approx(b["tcc"], rel=1e-4) and a["tdm"] == pytest.approx(b["tdm"], rel=1e-4)
     opened = []
     there = ImageStore.open
-    monkeypatch.setattr(ImageStore, "open", lambda self, name: opened.append(name) or there(self, name))
+    monkeypatch.setattr(ImageStore, "open", lambda self, name, *then: opened.append(name) or there(self, name, *then))
     train(arguments(world, zoo, tmp_path / "views", views=3))
     assert len(opened) == 3 * len(set(opened)) and len(set(opened)) <= 22
 
