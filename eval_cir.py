@@ -81,7 +81,8 @@ from train_cir import build_cir, load_cir
 # ---- what is evaluated ----
 CHECKPOINT = ""  # folder written by train_cir.py
 BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or the "sum" of both features
-BACKBONE = ""  # of BASELINE: folder or hub id of CLIP or BLIP ITM; of CHECKPOINT: where its model lies now, if it moved
+BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
+# With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
 DATASET = "cirr"  # "cirr", "fashioniq" or "circo"
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT

@@ -13,7 +13,6 @@ early_help(__name__, __file__)  # answers --help before torch is imported
 
 import functools
 import math
-import os
 import time
 
 import torch
@@ -22,14 +21,14 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from common import batches, ranks
+from common import batches, cir_model, ranks
 from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages
-from common.files import is_finished, load_state, load_tensors, lock_folder, read_json, save_folder, save_state
+from common.files import is_finished, load_state, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
-from common.hub import locate, near
+from common.hub import located
 from common.images import augment
 from common.pretrained import copy_weights
 from common.ranks import all_sum, any_rank, stop_requested
@@ -302,17 +301,8 @@ def load_cir(folder: str, device: str | torch.device = "cpu", backbone: str = ""
     """The model that main() saved in folder, in eval mode; UserError if weights and config do not belong together.
 
     backbone: where its CLIP or BLIP lies now, if not where it was; the hash of what is frozen must be the same."""
-    file = os.path.join(folder, "config.json")
-    config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("build"), dict):
-        raise UserError(f"{file} is not one of train_cir.py")
-    if not isinstance(config.get("tau"), float):
-        raise UserError(f'{file} has no "tau", the temperature that the model was trained with; train it again')
-    build, beside = config["build"], config.get("near", {})
-    build["backbone"] = locate(build["backbone"], folder, "--backbone", backbone, beside.get("backbone", ""))
-    if build.get("start"):
-        build["start"] = locate(build["start"], folder, "--start", beside=beside.get("start", ""))
-    model = build_cir(**build, tau=config["tau"])
+    config = cir_model.read_settings(folder)
+    model = build_cir(**cir_model.find_again(config, folder, backbone), tau=config["tau"])
     put_trained(model, load_tensors(folder, "model.safetensors"), folder)
     trained_on = config.get("constants", {}).get("FROZEN_SHA256")
     if trained_on and trained_on not in (frozen_sha256(model), frozen_sha256(model, words=False)):  # older: without
@@ -424,10 +414,9 @@ def complete_data(sources: list[Source], validation: Validation, world: ranks.Wo
 
 def model_settings() -> dict:
     """The arguments of build_cir that stand in config.json."""
-    backbone = os.path.abspath(BACKBONE) if os.path.isdir(BACKBONE) else BACKBONE or _HUB.get(MODEL, "")
-    build = {"model": MODEL, "backbone": backbone, "text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
+    build = {"model": MODEL, "backbone": located(BACKBONE) or _HUB.get(MODEL, ""), "start": located(START)}
+    build |= {"text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
     build["directions"] = bool(BIDIRECTIONAL) and REVERSED_TEXT == "token"
-    build["start"] = os.path.abspath(START) if START else ""
     if MODEL == "combiner":
         build |= {"p": COMBINER_P, "h": COMBINER_H, "dropout": COMBINER_DROPOUT}
     elif MODEL == "blip_tdm":
@@ -495,8 +484,8 @@ def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, co
     kept = best if best and KEEP_BEST else {"step": steps, "weights": get_trained(model)}
     weights = dict(kept["weights"])
     tau = weights.pop("tau", model.tau).item()
-    config = {"stage": "cir", "build": model_settings(), "step": kept["step"], "tau": tau, "constants": constants}
-    config["near"] = {"backbone": near(model.source, OUT), "start": near(START, OUT)}  # if all of it moves
+    config = {"stage": "cir", "build": model_settings(), "near": cir_model.places_near(model_settings(), OUT)}
+    config |= {"step": kept["step"], "tau": tau, "constants": constants}
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": protocol, "score": best["score"], "step": best["step"]}
     save_folder(OUT, {"model.safetensors": weights}, {"config.json": config})

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from common.console import UserError, say
-from common.files import tensors_sha256
+from common.files import read_json, tensors_sha256
+from common.hub import locate, near
 from common.images import Preprocess
 from common.pretrained import copy_weights, load_model, model_kind, read_config
 from common.tokenizer import read_tokenizer, tokenizer_sha256
@@ -99,6 +100,34 @@ class CirModel(nn.Module):
         """pixels (B, 3, S, S) -> tokens (B, ...), target (B, d) normalised."""
         tokens = self.tokens(pixels)
         return tokens, self.target(tokens)
+
+
+# ---- a checkpoint's config.json ----
+
+
+def read_settings(checkpoint: str) -> dict:
+    """config.json of a folder written by train_cir.py: "build" (arguments of build_cir), "tau", and more."""
+    file = f"{checkpoint}/config.json"
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("build"), dict):
+        raise UserError(f"{file} is not one of train_cir.py")
+    if not isinstance(config.get("tau"), float):
+        raise UserError(f'{file} has no "tau", the temperature that the model was trained with; train it again')
+    return config
+
+
+def places_near(build: dict, checkpoint: str) -> dict[str, str]:
+    """For config.json: its folders as seen from the checkpoint; they are found again when all moves together."""
+    return {key: near(build[key], checkpoint) for key in ("backbone", "start") if build.get(key)}
+
+
+def find_again(config: dict, checkpoint: str, backbone: str) -> dict:
+    """config["build"] with the places of today; backbone: the value of --backbone, if it was given."""
+    build, beside = config["build"], config.get("near", {})
+    found = {"backbone": locate(build["backbone"], checkpoint, "--backbone", backbone, beside.get("backbone", ""))}
+    if build.get("start"):
+        found["start"] = locate(build["start"], checkpoint, "--start", beside=beside.get("start", ""))
+    return build | found
 
 
 # ---- what of it trains ----

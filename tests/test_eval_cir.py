@@ -282,7 +282,7 @@ def run_stage(monkeypatch, tmp_path, **constants) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(eval_cir, "load_cir", lambda folder, device: Colours())
+    monkeypatch.setattr(eval_cir, "load_cir", lambda folder, device, backbone: Colours())
     for name, value in ({"CHECKPOINT": str(checkpoint), "OUT": str(tmp_path / "out")} | constants).items():
         assert hasattr(eval_cir, name)
         monkeypatch.setattr(eval_cir, name, value)
@@ -723,9 +723,8 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
     (gallery / "torn.png").write_bytes((gallery / "p2.png").read_bytes()[:60])
     with pytest.raises(UserError, match="1 unreadable, 0 missing; first unreadable.*torn.png"):
         ask()
-    for more in ({"BASELINE": "sum"}, {"BACKBONE": "clip"}):
-        with pytest.raises(UserError, match="--baseline with its --backbone, or --checkpoint"):
-            ask(**more)
+    with pytest.raises(UserError, match="--baseline with its --backbone, or --checkpoint"):
+        ask(BASELINE="sum")
     with pytest.raises(UserError, match="--reversed: --score knows"):
         run_stage(monkeypatch, tmp_path, REVERSED=True, RERANK=5, DEVICE="cpu", REFERENCE="", TEXT="", GALLERY="")
 
@@ -835,6 +834,13 @@ def test_filter_keeps_what_a_cir_model_finds(monkeypatch, tmp_path, zoo, deltas,
     wanted = [groups[record["subgroup"]] for record in kept]
     assert [c["img_set"]["members"] for c in captions] == wanted
 
+    (tmp_path / "cir" / "config.json").write_text(
+        (tmp_path / "cir" / "config.json").read_text().replace(str(zoo), "/moved")
+    )
+    with pytest.raises(UserError, match="stands on the model in /moved/.* name its new place by --backbone"):
+        run_flags(monkeypatch, *flags, "--filter_top", 5, "--out", tmp_path / "all")
+    (tmp_path / "cir" / "manifest.json").unlink()  # it vouches for the file that was
+    flags += ["--backbone", zoo / ("clip" if kind == "combiner" else "blip")]
     run_flags(monkeypatch, *flags, "--filter_top", 5, "--out", tmp_path / "all")
     assert read_jsonl(tmp_path / "all" / "pseudo.jsonl") == records  # five are left without the reference
     two = [*flags, "--filter_top", 2, "--out", tmp_path / "two", "--batch", 5]
