@@ -34,7 +34,7 @@ from common.decode import Sampling, describe, prompt_parts, start_engine
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import locate, near
 from common.images import ImageStore, load_pixels, random_resized_crop
-from common.llama import answer_ids, llm_shape, load_llm, tokenize
+from common.llama import answer_ids, bitsandbytes, llm_shape, load_llm, tokenize
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
 from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
@@ -279,13 +279,8 @@ def load_projection(vision: VisionProjector, folder: str) -> None:
 
 
 def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
-    if kind == "adamw8bit":
-        import bitsandbytes as bnb  # lazily: optional
-
-        return bnb.optim.AdamW8bit(weights, **how)
-    if kind != "adamw":
-        raise UserError(f'--optimizer is {kind!r}; "adamw" or "adamw8bit" is wanted')
-    return torch.optim.AdamW(weights, **how)
+    optimizer = torch.optim.AdamW if kind == "adamw" else bitsandbytes(f"--optimizer {kind}").optim.AdamW8bit
+    return optimizer(weights, **how)
 
 
 # ---- loss ----
@@ -357,11 +352,9 @@ def split_triplets(triplets: list[Triplet], images: ImageStore) -> tuple[list[Tr
     """-> triplets to train on, triplets held out; the draw is a function of SEED."""
     triplets = batches.drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets")
     batches.check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
-    count = int(HELD_OUT * len(triplets))
-    if not triplets:
-        raise UserError(f"{ROOT} holds no triplet of {SPLIT} to train on; look at --root, --split, --category")
-    if HELD_OUT and not count:
-        raise UserError(f"--held_out {HELD_OUT} of {len(triplets)} triplets is none; a larger share, or 0 for none")
+    count = max(1, int(HELD_OUT * len(triplets))) if HELD_OUT else 0
+    if len(triplets) <= count:
+        raise UserError(f"{ROOT} holds no triplet of {SPLIT} to train on; look at --root, --split, --held_out")
     shuffled = seeded_rng("held out", SEED).permutation(len(triplets)).tolist()
     held, rest = sorted(shuffled[:count]), sorted(shuffled[count:])
     return [triplets[i] for i in rest], [triplets[i] for i in held]
@@ -569,8 +562,7 @@ def main() -> None:
         ranks.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
         loss = ranks.all_sum(share)
-        names = [f"{t.reference} -> {t.target}" for t in mine]
-        vdg_align.stop_if_not_finite(step, loss, norm, share, names)
+        vdg_align.stop_if_not_finite(step, loss, norm, share, [f"{t.reference} -> {t.target}" for t in mine])
         optimizer.step()
         optimizer.zero_grad()
 

@@ -7,6 +7,7 @@ from common import pages
 from common.annotations import Triplet
 from common.console import rank_size
 from common.files import read_jsonl, write_text
+from common.hub import card_name
 from common.images import ImageStore
 
 
@@ -57,9 +58,10 @@ def model_card(config: dict, history: list[dict]) -> str:
         )
     what = f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']}, on {', '.join(lora['targets'])}"
     trained = f"{config['steps']:,} steps on {config['triplets']:,} triplets of {config['dataset']}"
+    base = card_name(config["llm"])  # the hub refuses a card that names a folder
+    based_on = f"base_model: {base}\n" if base else ""
     return f"""---
-base_model: {config["llm"]}
-library_name: peft
+{based_on}library_name: peft
 tags: [composed-image-retrieval, visual-delta, lora]
 ---
 # Visual delta generator
