@@ -279,8 +279,11 @@ def load_projection(vision: VisionProjector, folder: str) -> None:
 
 
 def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW if kind == "adamw" else bitsandbytes(f"--optimizer {kind}").optim.AdamW8bit
-    return optimizer(weights, **how)
+    if kind == "adamw8bit":
+        return bitsandbytes("--optimizer adamw8bit").optim.AdamW8bit(weights, **how)
+    if kind != "adamw":
+        raise UserError(f"--optimizer {kind}: wanted adamw or adamw8bit")
+    return torch.optim.AdamW(weights, **how)
 
 
 # ---- loss ----

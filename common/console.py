@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -25,7 +26,9 @@ class UserError(ValueError):
 def run(main: Callable[[], None]) -> None:
     """Calls main(): a user's mistake or a file error is one line and exit status 1, a bug keeps its traceback."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        main = _reporting(main)
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)  # a bug's traceback for torchrun's summary; fail() puts one line in its place
     try:
         main()
     except (UserError, OSError) as error:
@@ -35,18 +38,6 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     if rank_size()[1] > 1:
         sys.modules["torch"].distributed.destroy_process_group()
-
-
-def _reporting(main: Callable[[], None]) -> Callable[[], None]:
-    """Under torchrun: the traceback of a bug goes into the file whose text torchrun's summary shows."""
-    from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
-
-    class BugsOnly(ErrorHandler):
-        def record_exception(self, error):
-            if not isinstance(error, UserError | OSError):  # fail() writes the file itself, with one line
-                super().record_exception(error)
-
-    return record(main, BugsOnly())
 
 
 def fail(error: Exception) -> None:
@@ -89,15 +80,15 @@ def _said_by_another(line: str) -> bool:
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not own:
         return False
-    mine = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-    Path(own + ".tmp").write_text(json.dumps({"message": mine}), encoding="utf-8")
-    os.replace(own + ".tmp", own)
+    start = f'{{"message": {{"message": {json.dumps(line)}'  # then the time, which differs by a moment
+    with contextlib.suppress(OSError):  # the full disk may be this one
+        Path(own).write_text(f'{start}, "extraInfo": {{"timestamp": "{time.time():.0f}"}}}}}}', encoding="utf-8")
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     first = Path(own).parent.parent / "0" / Path(own).name
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        if first.exists() and json.loads(first.read_text(encoding="utf-8"))["message"]["message"] == line:
+        if first.exists() and first.read_text(encoding="utf-8").startswith(start):
             return True
         time.sleep(0.05)
     return False
