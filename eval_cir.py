@@ -33,6 +33,7 @@ from common import pages
 from common.annotations import (
     FASHIONIQ_CATEGORIES,
     Benchmark,
+    all_without_missing,
     check_benchmarks,
     read_benchmarks,
     read_submission,
@@ -42,7 +43,7 @@ from common.annotations import (
 from common.console import UserError, run, say
 from common.files import file_sha256, lock_folder, read_json, tensors_sha256, write_json, write_jsonl, write_text
 from common.flags import at_least, override
-from common.images import ImageStore, check_report, list_images
+from common.images import ImageStore, leave_out, list_images, unreadable
 from common.ranks import barrier, init_world, pick_dtype
 from common.retrieval import (
     CIRR_KS,
@@ -72,6 +73,8 @@ ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
 SPLIT = "val"  # val; CIRR's test1 (or test) and CIRCO's test: the server's files
 CATEGORY = "all"  # FashionIQ: dress, shirt, toptee, or all three and their mean
+MISSING = 0.0  # largest share of pictures that may be missing; counted, in OUT/missing.txt, every number marked
+JOIN = "forward"  # FashionIQ's captions: "forward" c1 and c2, as CLIP4Cir at test; "reverse" c2 and c1
 OFFICIAL = True  # false: other data in the same layout, whose counts are not the published ones
 
 # ---- protocol ----
@@ -99,6 +102,7 @@ SEED = 0  # nothing here is random; kept so that every stage takes it
 # ---- output ----
 OUT = "out/eval"  # folder for metrics.json, index.html and the server's files
 SHOW = 48  # queries on the result page: half the hardest misses, half spread evenly over the rest; 0 = no page
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count queries, gallery and images, then stop; status 1 if an image is missing
 SCORE = ()  # one or both files in the format of CIRR's server, scored against a labelled split
 
@@ -209,7 +213,7 @@ def folder_features(
     """-> features (M, D) of the pictures and the sha256 of each; kept in FOLDER.KEY.safetensors, by content.
 
     A picture that was added or changed is encoded, the others are read; key: of the checkpoint and the dtype."""
-    store = ImageStore(folder)
+    store = ImageStore(folder, own=True)
     hashes = [file_sha256(store.path(name)) for name in names]
     file, kept = f"{os.path.abspath(folder)}.{key}.safetensors", {}
     if os.path.exists(file):
@@ -222,9 +226,6 @@ def folder_features(
     say(f"{folder}: {len(names):,} pictures, {len(todo):,} to encode")
     if todo:
         digests = list(todo)
-        said, readable = check_report(todo.values(), store)
-        if not readable:
-            raise UserError(f"{folder}: {said}; take what cannot be read out of the folder")
         try:
             for rows, _, targets in encode(model, store, list(todo.values()), *how, "encoding the gallery"):
                 kept |= zip((digests[i] for i in rows), targets.float().cpu(), strict=True)
@@ -240,8 +241,11 @@ def folder_features(
 def search(model, reference: str, text: str, folder: str, key: str, top: int, k: int, tau, weight, how, out: str):
     """Ranks the pictures of a folder for one query: prints names, writes OUT/query.png and OUT/query.html."""
     names, (_, device, dtype, _) = list_images(folder), how
+    names = leave_out(names, unreadable(names, ImageStore(folder, own=True), how[3]), f"{out}/unreadable.txt")
+    if not names:
+        raise UserError(f"--gallery {folder}: no picture in it can be read, see {out}/unreadable.txt")
     place, name = os.path.split(os.path.abspath(reference))  # first: a wrong name shows before the gallery is encoded
-    ((_, tokens, _),) = encode(model, ImageStore(place), [name], 1, device, dtype, 0, "reference")
+    ((_, tokens, _),) = encode(model, ImageStore(place, own=True), [name], 1, device, dtype, 0, "reference")
     features, hashes = folder_features(model, folder, names, f"{key[:16]}-{str(dtype).removeprefix('torch.')}", how)
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
         c = F.normalize(model.eval().compose(tokens, [text]).float(), dim=1)
@@ -251,7 +255,7 @@ def search(model, reference: str, text: str, folder: str, key: str, top: int, k:
     order = best(scores, min(max(top, k), int((scores > -torch.inf).sum())))
     if k:
         cosines = scores.gather(1, order[:, :k])
-        first = rerank(model, ImageStore(folder), names, [text], cosines, order[:, :k], tau, weight, how)
+        first = rerank(model, ImageStore(folder, own=True), names, [text], cosines, order[:, :k], tau, weight, how)
         order = torch.cat([first, order[:, k:]], dim=1)
     found = [(os.path.join(folder, names[j]), f"{n} · {names[j]}") for n, j in enumerate(order[0, :top].tolist(), 1)]
     for n, j in enumerate(order[0, :top].tolist(), 1):
@@ -361,7 +365,7 @@ def main() -> None:
     ):
         if value not in allowed:
             raise UserError(f"--{flag} is {value!r}; wanted one of {', '.join(filter(None, allowed))}")
-    at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0)
+    at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0, MISSING=0)
     dtype = pick_dtype(DTYPE, world.device)
     how = (BATCH, world.device, dtype, WORKERS)
     asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY)]
@@ -383,10 +387,12 @@ def main() -> None:
     # ---- the protocol, and every image that it needs, before a model loads
     protocol = {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017"}[DATASET]
     ways = [("not the official data", not OFFICIAL), ("reversed queries", REVERSED)]
+    ways += [("the second caption first", DATASET == "fashioniq" and JOIN == "reverse")]
     ways += [(f"texts of {REVERSE_TEXT}", REVERSE_TEXT), (f"first {RERANK} re-ranked by the tdm head", RERANK)]
     says = protocol_of(DATASET, protocol, KEEP_REFERENCE, tuple(text for text, on in ways if on))
-    benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, protocol)
-    complaint = check_benchmarks(benchmarks) if CHECK else ""
+    benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, protocol, JOIN)
+    listing = f"{OUT}/missing.txt"
+    complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, listing) if CHECK else ""
     if OFFICIAL:
         for benchmark in benchmarks:
             require_official(benchmark, protocol)
@@ -396,6 +402,8 @@ def main() -> None:
         return
     if SCORE:
         return score(benchmarks[0], SCORE, says)
+    benchmarks, note = all_without_missing(benchmarks, MISSING, listing)
+    says = "; ".join(filter(None, (says, note)))
     if REVERSED:
         benchmarks = [turned(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]

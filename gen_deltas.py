@@ -41,7 +41,7 @@ from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
 from common.batches import ahead, chunks, stop_together
 from common.console import UserError, progress, run, say
 from common.decode import describe, fill, prompt_parts, row_key, start_engine
-from common.exports import write_cirr_captions, write_fashioniq_captions
+from common.exports import write_exports
 from common.files import (
     JsonlAppender,
     file_sha256,
@@ -81,6 +81,10 @@ SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CI
 MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
 REVERSE = False  # also say what turns the target into the reference: the same model, images swapped [ours]
 
+# "cirr": OUT/cirr/, in the dataset's own layout, for CLIP4Cir, SPRC, Bi-Blip4CIR, which join the folder of the pictures
+# and a path; "stems": OUT/stems/, pictures named without folder and suffix (CoVR); "release": OUT/release.json (VDG's).
+EXPORT = ("cirr",)  # in which layouts of others the triplets are written as well
+
 # ---- sampling ----
 TEMPERATURE = 0.2  # 0 = always the likeliest token [S4.1]
 TOP_K = 50  # tokens to draw from, 0 = all [S4.1]
@@ -98,6 +102,7 @@ SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at pairs and images: counts of expected, present and unreadable images, then stop
 
 
@@ -108,7 +113,7 @@ def read_pairs(path: str, root: str) -> tuple[list[dict], dict, ImageStore]:
         raise UserError(f"--images {root!r} is no folder; name the folder that the pairs' names are relative to")
     beside = Path(path).with_name("subgroups.jsonl")
     members = {group["id"]: group["members"] for group in read_jsonl(beside)} if beside.exists() else {}
-    return read_jsonl(path), members, ImageStore(root)
+    return read_jsonl(path), members, ImageStore(root, own=True)
 
 
 def triplet_pairs(name: str, root: str, images: str) -> tuple[list[dict], dict, ImageStore]:
@@ -278,13 +283,10 @@ def subgroup_ranks(model, images: ImageStore, records: list[dict], members: dict
 
 
 def write_results(out: Path, records: list[dict], members: dict, images: ImageStore, show: int, seed: int, layout):
-    """Writes the four files -> what report.json holds. layout: ("cirr" or "fashioniq", split)."""
+    """Writes the four files -> what report.json holds. layout: ("cirr" or "fashioniq", split, EXPORT)."""
     write_jsonl(out / "pseudo.jsonl", records)
     known = ((record, members.get(record.get("subgroup", record["id"]))) for record in records)
-    if layout[0] == "fashioniq":
-        write_fashioniq_captions(out / "fashioniq", layout[1], records)
-    else:
-        write_cirr_captions(out / "cirr", layout[1], [r | {"members": m} if m else r for r, m in known])
+    write_exports(out, layout[2], *layout[:2], [r | {"members": m} if m else r for r, m in known], images)
     flags = Counter(flag for record in records for flag in record.get("flags", ()))
     report = {
         "pairs": len(records),
@@ -341,7 +343,7 @@ def main() -> None:
     pairs = choose_subgroups(pairs, SUBGROUPS, MAX_PAIRS, SEED)
     names = sorted({name for pair in pairs for name in (pair["reference"], pair["target"])})
     if CHECK:
-        report, ok = check_report(names, images)
+        report, ok = check_report(names, images, CHECK_DECODE, WORKERS)
         say(f"{len(pairs):,} pairs; {report}")
         if not ok:
             raise UserError("images are missing or unreadable; complete the folder or correct --images")
@@ -414,7 +416,7 @@ def main() -> None:
         kept = [record for record, rank in zip(records, ranks, strict=True) if rank <= FILTER_TOP]
     if world.rank == 0:
         dataset, split = (TRIPLETS.split("/") + ["train"])[:2] if TRIPLETS else ("cirr", "train")
-        report = write_results(out, kept, members, images, SHOW, SEED, (dataset, split))
+        report = write_results(out, kept, members, images, SHOW, SEED, (dataset, split, EXPORT))
         if FILTER:
             report |= {"share_kept": round(len(kept) / max(1, len(records)), 4), "filter_top": FILTER_TOP}
         write_json(out / "report.json", report, indent=2)

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection, ResNetModel
 
 from common import pages
+from common.batches import faults_of
 from common.console import UserError, progress, run, say
 from common.files import file_sha256, lock_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
 from common.flags import at_least, override
-from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, list_images, load_pixels
+from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_pixels
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
 
@@ -61,6 +62,7 @@ SEED = 0  # which subgroups the contact sheet shows, and random groups; mining i
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 WORKERS = 8  # threads that read and decode pictures
 BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the pictures: counts of expected, present and unreadable ones, then stop
 
 
@@ -106,7 +108,7 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
         kind = os.path.splitext(source)[1]
         if os.path.isdir(source):
             names = list_images(source)
-            pictures += [os.path.join(source, name) for name in names]
+            pictures += [ImageStore(source).path(name) for name in names]
         elif not os.path.isfile(source):
             raise UserError(f"--exclude {source}: not found; wanted a folder, .json, .jsonl or .txt")
         elif kind == ".txt":
@@ -365,9 +367,9 @@ def main() -> None:
         raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
     at_least(globals(), BATCH=1, BLOCK=1)
     world = init_world(DEVICE)
-    names, images = list_images(IMAGES), ImageStore(IMAGES)
+    names, images = list_images(IMAGES), ImageStore(IMAGES, own=True)
     if CHECK:
-        report, ok = check_report(names, images)
+        report, ok = check_report(names, images, CHECK_DECODE, WORKERS)
         if not ok:
             raise UserError(report)
         say(report)
@@ -377,11 +379,16 @@ def main() -> None:
     lock_folder(OUT)
     log = Log(OUT)
 
-    # the gallery G', without the pictures of the benchmark
+    # the gallery G', without what cannot be read and without the pictures of the benchmark
+    faults, total = faults_of(names, images, WORKERS), len(names)
+    names = leave_out(names, faults, f"{OUT}/unreadable.txt")
+    if not names:
+        raise UserError(f"none of the {total:,} pictures of {IMAGES} can be read: see {OUT}/unreadable.txt")
     stems, others = excluded(EXCLUDE)
     hashes = hash_files([images.path(name) for name in names], WORKERS, world)
     kept, by_name, by_content = drop_excluded(names, hashes, stems, set(hash_files(others, WORKERS, world)))
-    counts = {"images": len(names), "excluded by name": len(by_name), "excluded by content": len(by_content)}
+    counts = {"images": total, "unreadable": len(faults)}
+    counts |= {"excluded by name": len(by_name), "excluded by content": len(by_content)}
     for reason, left_out in (("name", by_name), ("content", by_content)):
         if left_out:
             say(f"excluded by {reason}: {len(left_out):,} pictures, first {', '.join(left_out[:3])}")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from common.annotations import read_benchmarks
+from common.annotations import all_without_missing, read_benchmarks
 from common.batches import Draw, check_items, draw, drop_missing, training_items
 from common.console import UserError, progress, run, say
 from common.files import load_state, load_tensors, lock_folder, read_json, save_folder, save_state, tensors_sha256
@@ -68,10 +68,14 @@ ROOT = ""  # folder with captions/ and image_splits/, or the file of triplets
 SPLIT = "train"  # split of the human triplets
 IMAGES = ""  # folder of the images of ROOT; empty: the usual places in and beside ROOT
 TRIPLETS = True  # train on the human triplets; false: on PSEUDO alone
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS and PSEUDO_KEYS are ids (M-BEIR)
+HOLD_OUT = 0.0  # jsonl: so many triplets, or below 1 a share of them, are kept for evaluation
 SAME_PAIRS = ""  # pseudo.jsonl of the same human pairs: human or generated delta, one drawn per step [Table 2, dagger]
 SAME_DELTAS = True  # false: take only the reverse_delta of SAME_PAIRS, for REVERSED_TEXT "delta" [ours]
 PSEUDO = ""  # auxiliary pseudo triplets B': pseudo.jsonl of gen_deltas.py, as large a part of each step as B
 PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
+PSEUDO_KEYS = ""  # as KEYS, for PSEUDO
 WORKERS = 4  # threads that decode and augment images
 
 # ---- optimisation ----
@@ -107,6 +111,8 @@ VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views per image, enc
 
 # ---- validation ----
 VAL_SPLIT = ""  # split of DATASET under ROOT whose recall is measured while training; empty: none
+MISSING = 0.0  # largest share of its pictures that may be missing; counted, in OUT/missing.txt, the protocol marked
+JOIN = "forward"  # FashionIQ's captions there: "forward" c1 and c2, as CLIP4Cir at test; "reverse" c2 and c1
 VAL_EVERY = 500  # steps between two measurements; the last step is always measured
 KEEP_BEST = True  # save the best measured step, not the last: by mean R@1, 5, 10 (CIRR), R@10, 50 (FashionIQ) [ours]
 
@@ -117,6 +123,7 @@ SAVE_EVERY = 500  # steps between two training states in OUT/last
 SEED = 0  # order, augmentation, dropout, Combiner's start
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # compute: auto = bf16 on cuda, fp32 on CPU; weights, similarities and losses stay fp32
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count triplets and images, name what is missing, stop
 
 HUB = {"combiner": "openai/clip-vit-large-patch14", "blip_tdm": "Salesforce/blip-itm-large-coco"}
@@ -495,27 +502,31 @@ def main() -> None:
     at_least(globals(), COMBINER_H=0, COMBINER_DROPOUT=0, WEIGHT_DECAY=0)
     # ---- what there is to train on, checked before a model loads
     given = (SAME_PAIRS, SAME_DELTAS, PSEUDO, PSEUDO_IMAGES, TRIPLETS)
+    given += (KEYS, PSEUDO_KEYS, POOL, HOLD_OUT)
     stores, streams = training_items(DATASET, ROOT, SPLIT, IMAGES, *given)
     benchmarks, says = [], ""
     if VAL_SPLIT:
         if DATASET == "jsonl":
             raise UserError(f"--val_split {VAL_SPLIT}: triplets of --dataset jsonl have no gallery to search")
         protocol = "original" if DATASET == "fashioniq" else "split"
-        benchmarks = read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol)
+        benchmarks = read_benchmarks(DATASET, ROOT, VAL_SPLIT, "all", IMAGES, protocol, JOIN)
         if any(query.target is None for benchmark in benchmarks for query in benchmark.queries):
             raise UserError(f"--val_split {VAL_SPLIT}: its targets are hidden; take a split with labels")
         counts = [f"{len(b.queries):,} queries, {len(b.gallery):,} gallery images" for b in benchmarks]
         says = f"{protocol_of(DATASET, protocol, True, ())}: {'; '.join(counts)}"
     if CHECK:
-        return check_items(stores, streams, benchmarks)
+        return check_items(stores, streams, benchmarks, CHECK_DECODE)
+    benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
+    says = "; ".join(filter(None, (says, note)))
     for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
             raise UserError(f"--val_split {VAL_SPLIT}: {len(missing):,} images missing, first {missing[0]!r}")
     lock_folder(OUT)
     if VAL_SPLIT:
         say(f"validation on {VAL_SPLIT}, {says}")
+    own = lambda item: (item.reference[1], item.target[1])  # noqa: E731
     streams = [
-        drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, f"{what} triplets")
+        drop_missing(items, own, store, f"{what} triplets", f"{OUT}/unreadable-{what}.txt", WORKERS)
         for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True)
     ]
     sources = [(s, items) for s, items in enumerate(streams) if items]

@@ -75,6 +75,8 @@ ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of tr
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
 HELD_OUT = 0.02  # share of the triplets kept out, for a loss after each epoch [ours: the paper uses all; 0 does]
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
@@ -119,6 +121,7 @@ SAVE_EVERY = 100  # steps between training states in OUT/last
 WORKERS = 8  # threads that decode images
 MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write that as a plain LLaMA into this folder, and stop
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 
@@ -418,15 +421,16 @@ def main() -> None:
     if PLAN:
         memory.say(options, [80, 40, 24])
         return
-    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES)
+    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, KEYS, POOL)
     if CHECK:
-        report, ok = check_report(names_of(triplets), images)
+        report, ok = check_report(names_of(triplets), images, CHECK_DECODE, WORKERS)
         report = f"{len(triplets):,} triplets; {report}"
         if not ok:
             raise UserError(report)
         say(report)
         return
-    triplets = drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets")
+    both = lambda t: (t.reference, t.target)  # noqa: E731
+    triplets = drop_missing(triplets, both, images, "triplets", f"{OUT}/unreadable.txt", WORKERS)
     check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
     shuffled = seeded_rng("held out", SEED).permutation(len(triplets)).tolist()
     held = [triplets[i] for i in sorted(shuffled[: int(HELD_OUT * len(triplets))])]

@@ -88,19 +88,23 @@ def training_items(
     pseudo: str,
     pseudo_images: str,
     human: bool,
+    keys: str = "",
+    pseudo_keys: str = "",
+    pool: str = "",
+    hold_out: float = 0,
 ) -> tuple[list[ImageStore], list[list[Item]]]:
     """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
     stores, streams = [ImageStore([]), ImageStore([])], [[], []]
     if human:
         if not root:
             raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
-        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
+        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None, keys, pool, hold_out)
         same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
-        streams[0] = human_items(triplets, dataset, same, same_deltas)
+        streams[0] = human_items(triplets, dataset, same, same_deltas, alike=bool(keys))
     if pseudo:
-        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
+        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None, pseudo_keys, pool)
         kept = with_text(triplets, pseudo)
-        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept]
+        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta, *t.alternatives),), backs([t])) for t in kept]
     for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
         if wanted and not items:
             raise UserError(f"{file} holds no triplet to train on")
@@ -136,31 +140,35 @@ def drop_missing(
 ) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
-    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs. Pictures of
-    one's own (images.own) are decoded too, on all ranks together; as many may be missing or broken as are, and all are
-    in the file `listing`."""
+    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs. With a file
+    `listing` pictures of one's own (images.own) are decoded too, on all ranks together: one item in ten may lack one,
+    since some are always broken, and all are in that file."""
     names = sorted({name for item in items for name in names_of(item)})
     if images.own and listing:
-        faults = faults_of(names, images, workers)
+        most, faults = 0.1, faults_of(names, images, workers)
         leave_out(names, faults, listing, f"pictures of the {what}")
     else:
-        faults = dict.fromkeys(images.missing(names))
+        most, faults = 0.001, dict.fromkeys(images.missing(names))
     kept = [item for item in items if faults.keys().isdisjoint(names_of(item))]
     if faults:
         lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(faults)}"
         lost += f" (looked in {', '.join(images.roots)})"
-        if len(items) - len(kept) > len(items) / 1000 and not (images.own and listing):
-            raise UserError(f"{lost}, more than 0.1 %; complete the folder or correct the flag that names it")
+        if len(items) - len(kept) > most * len(items):
+            remedy = "complete the folder or correct the flag that names it"
+            raise UserError(f"{lost}, more than {100 * most:g} %; {remedy}")
         say(f"{lost}: left out")
     return kept
 
 
-def check_items(stores: list[ImageStore], streams: list[list[Item]], benchmarks: list[Benchmark]) -> None:
+def check_items(
+    stores: list[ImageStore], streams: list[list[Item]], benchmarks: list[Benchmark], decode: bool = False
+) -> None:
     """Prints what there is to train on and to measure; UserError if an image is missing or unreadable."""
-    reports = [check_report(names_of(benchmark), benchmark.images) for benchmark in benchmarks]
+    reports = [check_report(names_of(benchmark), benchmark.images, decode) for benchmark in benchmarks]
     for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True):
         if items:
-            text, ok = check_report([name for item in items for _, name in (item.reference, item.target)], store)
+            names = [name for item in items for _, name in (item.reference, item.target)]
+            text, ok = check_report(names, store, decode)
             reports.append((f"{what}: {len(items):,} triplets; {text}", ok))
     say("\n".join(text for text, _ in reports))
     if not all(ok for _, ok in reports):

@@ -100,7 +100,7 @@ def _open(image: str | os.PathLike | Image.Image) -> Image.Image:
         return image.convert("RGB")
     from common.images import open_image  # here: a page of tables needs no pictures
 
-    return open_image(image)
+    return open_image(image, "reduce")  # only a thumbnail is made of it
 
 
 def _encode(image: Image.Image, size: int) -> str:
