@@ -35,8 +35,10 @@ from common import pages
 from common.annotations import (
     FASHIONIQ_CATEGORIES,
     Benchmark,
+    all_without_missing,
     check_benchmarks,
     read_benchmarks,
+    read_own,
     read_triplets,
     require_official,
     training_triplets,
@@ -56,7 +58,7 @@ from common.files import (
     write_text,
 )
 from common.flags import at_least, one_of, override
-from common.images import ImageStore, check_report, list_images
+from common.images import ImageStore, leave_out, list_images, unreadable
 from common.pretrained import model_kind
 from common.ranks import World, barrier, init_world
 from common.retrieval import (
@@ -83,11 +85,16 @@ CHECKPOINT = ""  # folder written by train_cir.py
 BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or the "sum" of both features
 BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
 # With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
-DATASET = "cirr"  # "cirr", "fashioniq" or "circo"
+DATASET = "cirr"  # "cirr", "fashioniq", "circo", or "jsonl" (ROOT is then a file of one's own triplets)
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
 SPLIT = "val"  # val; CIRR's test1 (or test) and CIRCO's test: the server's files
 CATEGORY = "all"  # FashionIQ: dress, shirt, toptee, or all three and their mean
+MISSING = 0.0  # largest share of pictures that may be missing; counted, in OUT/missing.txt, every number marked
+JOIN = "forward"  # FashionIQ's captions: "forward" c1 and c2, as CLIP4Cir at test; "reverse" c2 and c1
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
+HOLD_OUT = 0.0  # jsonl: only those triplets that train_cir.py kept for evaluation with the same number; 0 = all
 OFFICIAL = True  # false: other data in the same layout, whose counts are not the published ones
 
 # ---- protocol ----
@@ -102,7 +109,7 @@ RERANK_WEIGHT = 1.0  # score of the re-ranking: cosine / tau + this * log p(matc
 # ---- one query over a folder of pictures ----
 REFERENCE = ""  # picture to start from
 TEXT = ""  # what to change
-GALLERY = ""  # folder searched; its features are kept beside it, by content and checkpoint
+GALLERY = ""  # folder searched, its features are kept beside it; jsonl: .txt or .json of the names searched, "" = all
 TOP = 10  # pictures named and shown
 
 # ---- pseudo triplets worth keeping ----
@@ -119,6 +126,7 @@ SEED = 0  # nothing here is random; kept so that every stage takes it
 # ---- output ----
 OUT = "out/eval"  # folder for metrics.json, index.html and the server's files
 SHOW = 48  # queries on the result page: half the hardest misses, half spread evenly over the rest; 0 = no page
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count queries, gallery and images, then stop; status 1 if an image is missing
 SCORE = ()  # one or both files in the format of CIRR's server, scored against a labelled split
 
@@ -216,10 +224,16 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
     """The pictures of a folder; their features are kept in FOLDER.KEY.safetensors, by content, model and dtype.
 
     A picture that was added or changed is encoded, the others are read."""
-    names, store = list_images(folder), ImageStore(folder)
+    names, store = list_images(folder), ImageStore(folder, own=True)
+    names = leave_out(names, unreadable(names, store, WORKERS), f"{OUT}/unreadable.txt")
+    if not names:
+        raise UserError(f"--gallery {folder}: no picture in it can be read, see {OUT}/unreadable.txt")
     hashes = [file_sha256(store.path(name)) for name in names]
     key = f"{system.sha256[:16]}-{str(compute.dtype).removeprefix('torch.')}"
-    file, kept = f"{os.path.abspath(folder)}.{key}.safetensors", {}
+    place = os.path.abspath(folder)
+    if not os.access(os.path.dirname(place), os.W_OK):  # a disk of photographs that is only read
+        place = os.path.join(OUT, os.path.basename(place))
+    file, kept = f"{place}.{key}.safetensors", {}
     if os.path.exists(file):
         try:
             cache = load_file(file)
@@ -230,9 +244,6 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
     say(f"{folder}: {len(names):,} pictures, {len(todo):,} to encode")
     if todo:
         digests = list(todo)
-        report, readable = check_report(todo.values(), store)
-        if not readable:
-            raise UserError(f"{folder}: {report}; take what cannot be read out of the folder")
         try:
             for rows, _, targets in encode(system.model, store, list(todo.values()), compute, "encoding the gallery"):
                 kept |= zip((digests[i] for i in rows), targets.float().cpu(), strict=True)
@@ -249,7 +260,7 @@ def answer_query(system: System, compute: Compute) -> None:
     # the reference first: a wrong name shows before the gallery is encoded
     folder, name = os.path.split(os.path.abspath(REFERENCE))
     alone = compute._replace(batch=1, workers=0)
-    ((_, tokens, _),) = encode(system.model, ImageStore(folder), [name], alone, "reference")
+    ((_, tokens, _),) = encode(system.model, ImageStore(folder, own=True), [name], alone, "reference")
     pictures = embed_folder(system, GALLERY, compute)
 
     with compute.autocast():
@@ -339,7 +350,7 @@ def keep_found(pseudo: Pseudo, system: System, compute: Compute, world: World) -
     if world.rank == 0:
         write_jsonl(os.path.join(OUT, "pseudo.jsonl"), [records[i] for i in kept])
         grouped = [records[i] | {"members": queries[i].members} for i in kept]
-        write_cirr_captions(os.path.join(OUT, "cirr"), pseudo.benchmark.split, grouped)
+        write_cirr_captions(os.path.join(OUT, "cirr"), pseudo.benchmark.split, grouped, pseudo.benchmark.images)
         write_json(os.path.join(OUT, "report.json"), report, indent=2)
     say(f"wrote {OUT}/pseudo.jsonl: {len(kept):,} of {len(records):,} triplets kept ({report['share_kept']:.1%})")
     barrier()
@@ -410,7 +421,7 @@ def report(results: list[Result], system: System, protocol: str) -> None:
     parts = []
     for result in results:
         counts = {"queries": len(result.top), "gallery": result.at.gallery}
-        parts.append({"category": result.benchmark.category, **counts, "metrics": recalls(result.ranks)})
+        parts.append({"category": result.benchmark.category, **counts, "metrics": recalls(result.ranks, DATASET)})
     metrics = {key: sum(part["metrics"][key] for part in parts) / len(parts) for key in parts[0]["metrics"]}
     if DATASET == "fashioniq":
         metrics["Avg"] = (metrics["R@10"] + metrics["R@50"]) / 2
@@ -438,11 +449,12 @@ def report(results: list[Result], system: System, protocol: str) -> None:
 
 
 def check_flags(world: World) -> None:
-    one_of(globals(), DATASET=("cirr", "fashioniq", "circo"), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
+    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", "jsonl"), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
+    one_of(globals(), JOIN=("forward", "reverse"))
     one_of(globals(), CIRR_PROTOCOL=("split", "references"), FASHIONIQ_PROTOCOL=("original", "val"))
     one_of(globals(), BASELINE=("", "image", "text", "sum"))
-    at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0, FILTER_TOP=1)
-    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY)]
+    at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0, FILTER_TOP=1, MISSING=0)
+    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY) and DATASET != "jsonl"]
     if any(asks) and (not all(asks) or world.size > 1):
         raise UserError("one query wants --reference, --text and --gallery together, and one process")
     if REVERSE_TEXT and not REVERSED:
@@ -460,7 +472,8 @@ def check_flags(world: World) -> None:
 
 
 def gallery_protocol() -> str:
-    return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017"}[DATASET]
+    own = GALLERY or "all pictures"
+    return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017", "jsonl": own}[DATASET]
 
 
 def protocol_text() -> str:
@@ -468,17 +481,21 @@ def protocol_text() -> str:
     unusual = {
         "not the official data": not OFFICIAL,
         "reversed queries": REVERSED,
+        "the second caption first": DATASET == "fashioniq" and JOIN == "reverse",
         f"texts of {REVERSE_TEXT}": REVERSE_TEXT,
         f"first {RERANK} re-ranked by the tdm head": RERANK,
     }
     return protocol_of(DATASET, gallery_protocol(), KEEP_REFERENCE, tuple(text for text, on in unusual.items() if on))
 
 
-def read_official() -> list[Benchmark]:
-    """The benchmarks with the counts that were published; with --check every image is looked at."""
-    benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol())
-    complaint = check_benchmarks(benchmarks) if CHECK else ""
-    if OFFICIAL:
+def read_asked() -> list[Benchmark]:
+    """The benchmarks, with the counts that were published, or one's own; with --check every image is looked at."""
+    if DATASET == "jsonl":
+        benchmarks = [read_own(ROOT, IMAGES or None, GALLERY, HOLD_OUT, "held", KEYS, POOL)]
+    else:
+        benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol(), JOIN)
+    complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt") if CHECK else ""
+    if OFFICIAL and DATASET != "jsonl":
         for benchmark in benchmarks:
             require_official(benchmark, gallery_protocol())
     if complaint:
@@ -501,11 +518,13 @@ def main() -> None:
         return keep_found(pseudo, load_system(world.device), compute, world)
 
     # a benchmark: its protocol, and every image that it needs, before a model loads
-    benchmarks = read_official()
+    benchmarks = read_asked()
     if CHECK:
         return
     if SCORE:
         return score(benchmarks[0], SCORE, protocol_text())
+    benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
+    protocol = "; ".join(filter(None, (protocol_text(), note)))
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]
@@ -537,7 +556,7 @@ def main() -> None:
             shown = shortlist(queries, images, at, 10, first).columns
             results.append(Result(benchmark, at, ranks, shown))
     if results:  # on rank 0
-        report(results, system, protocol_text())
+        report(results, system, protocol)
     barrier()
 
 

@@ -45,7 +45,7 @@ from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
 from common.batches import ahead, chunks, gather_dealt, rank_batches, stop_together
 from common.console import UserError, progress, run, say, warn
 from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, row_key, start_engine
-from common.exports import write_cirr_captions, write_fashioniq_captions
+from common.exports import write_exports
 from common.files import (
     JsonlAppender,
     file_sha256,
@@ -86,6 +86,10 @@ SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CI
 MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
 REVERSE = False  # also say what turns the target into the reference: the same model, images swapped [ours]
 
+# "cirr": OUT/cirr/, in the dataset's own layout, for CLIP4Cir, SPRC, Bi-Blip4CIR, which join the folder of the pictures
+# and a path; "stems": OUT/stems/, pictures named without folder and suffix (CoVR); "release": OUT/release.json (VDG's).
+EXPORT = ("cirr",)  # in which layouts of others the triplets are written as well
+
 # ---- sampling ----
 TEMPERATURE = 0.2  # 0 = always the likeliest token [S4.1]
 TOP_K = 50  # tokens to draw from, 0 = all [S4.1]
@@ -103,6 +107,7 @@ SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at pairs and images: counts of expected, present and unreadable images, then stop
 
 
@@ -133,7 +138,7 @@ def read_pairs(path: str, root: str) -> Data:
                 raise UserError(f"{path}: {what}; both files must come from one run of mine_pairs.py")
             members[pair["id"]] = groups[pair["subgroup"]]
         check_members(pairs, members, str(beside))
-    return Data(pairs, members, ImageStore(root))
+    return Data(pairs, members, ImageStore(root, own=True))
 
 
 def triplet_pairs(name: str, root: str, images: str) -> Data:
@@ -452,11 +457,8 @@ def write_results(records: list[dict], members: dict, images: ImageStore) -> dic
     out = Path(OUT)
     write_jsonl(out / "pseudo.jsonl", records)
     dataset, split = (TRIPLETS.split("/") + ["train"])[:2] if TRIPLETS else ("cirr", "train")
-    if dataset == "fashioniq":
-        write_fashioniq_captions(out / "fashioniq", split, records)
-    else:
-        known = [record | {"members": members.get(record["id"])} for record in records]
-        write_cirr_captions(out / "cirr", split, known)
+    known = [record | {"members": members.get(record["id"])} for record in records]
+    write_exports(out, EXPORT, dataset, split, known, images)
 
     flags = Counter(flag for record in records for flag in record.get("flags", ()))
     words = sum(len(record["delta"].split()) for record in records)
@@ -532,7 +534,7 @@ def main() -> None:
     pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED)
     names = names_of(pairs)
     if CHECK:
-        report, ok = check_report(names, data.images)
+        report, ok = check_report(names, data.images, CHECK_DECODE, WORKERS)
         say(f"{len(pairs):,} pairs; {report}")
         if not ok:
             raise UserError("images are missing or unreadable; complete the folder or correct --images")

@@ -31,7 +31,7 @@ from transformers import CLIPVisionModelWithProjection, ResNetModel
 
 from common import pages
 from common.annotations import cirr_template
-from common.batches import chunks, gather_dealt
+from common.batches import chunks, faults_of, gather_dealt
 from common.console import UserError, progress, run, say
 from common.files import (
     file_sha256,
@@ -45,7 +45,7 @@ from common.files import (
     write_text,
 )
 from common.flags import at_least, override
-from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, list_images, load_pixels
+from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_pixels
 from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
@@ -75,6 +75,7 @@ SEED = 0  # which subgroups the contact sheet shows, and random groups; mining i
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 WORKERS = 8  # threads that read and decode pictures
 BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU; pairs whose score is computed at once
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the pictures: counts of expected, present and unreadable ones, then stop
 
 
@@ -120,7 +121,7 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
         kind = os.path.splitext(source)[1]
         if os.path.isdir(source):
             names = list_images(source)
-            pictures += [os.path.join(source, name) for name in names]
+            pictures += [ImageStore(source).path(name) for name in names]
         elif not os.path.isfile(source):
             raise UserError(f"--exclude {source}: not found; wanted a folder, .json, .jsonl or .txt")
         elif kind == ".txt":
@@ -151,7 +152,11 @@ class Gallery(NamedTuple):
 
 
 def without_benchmarks(names: list[str], images: ImageStore, world: World) -> tuple[Gallery, dict[str, int]]:
-    """The pictures that EXCLUDE leaves, and how many it takes."""
+    """The pictures that can be read and that EXCLUDE leaves, and how many these are."""
+    total, faults = len(names), faults_of(names, images, WORKERS)
+    names = leave_out(names, faults, f"{OUT}/unreadable.txt")
+    if not names:
+        raise UserError(f"none of the {total:,} pictures of {IMAGES} can be read: see {OUT}/unreadable.txt")
     stems, pictures = excluded(EXCLUDE)
     hashes = hash_files([images.path(name) for name in names], WORKERS, world)
     others = set(hash_files(pictures, WORKERS, world))
@@ -166,7 +171,8 @@ def without_benchmarks(names: list[str], images: ImageStore, world: World) -> tu
     kept = [i for i, name in enumerate(names) if name not in gone]
     if not kept:
         raise UserError(f"all {len(names):,} pictures of {IMAGES} are excluded; check --exclude")
-    counts = {"images": len(names), "excluded by name": len(by_name), "excluded by content": len(by_content)}
+    counts = {"images": total, "unreadable": len(faults)}
+    counts |= {"excluded by name": len(by_name), "excluded by content": len(by_content)}
     return Gallery([names[i] for i in kept], [hashes[i] for i in kept]), counts
 
 
@@ -438,9 +444,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     check_flags()
     world = init_world(DEVICE)
-    names, images = list_images(IMAGES), ImageStore(IMAGES)
+    names, images = list_images(IMAGES), ImageStore(IMAGES, own=True)
     if CHECK:
-        report, ok = check_report(names, images)
+        report, ok = check_report(names, images, CHECK_DECODE, WORKERS)
         if not ok:
             raise UserError(report)
         say(report)

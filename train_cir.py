@@ -30,7 +30,6 @@ from common.files import is_finished, load_state, load_tensors, lock_folder, sav
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import located
 from common.images import augment
-from common.pretrained import copy_weights
 from common.ranks import all_sum, any_rank, stop_requested
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from kernels.contrastive import l_tcc_ranks
@@ -55,10 +54,14 @@ ROOT = ""  # folder with captions/ and image_splits/, or the file of triplets
 SPLIT = "train"  # split of the human triplets
 IMAGES = ""  # folder of the images of ROOT; empty: the usual places in and beside ROOT
 TRIPLETS = True  # train on the human triplets; false: on PSEUDO alone
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS and PSEUDO_KEYS are ids (M-BEIR)
+HOLD_OUT = 0.0  # jsonl: so many triplets, or below 1 a share of them, are kept for evaluation
 SAME_PAIRS = ""  # pseudo.jsonl of the same human pairs: human or generated delta, one drawn per step [Table 2, dagger]
 SAME_DELTAS = True  # false: take only the reverse_delta of SAME_PAIRS, for REVERSED_TEXT "delta" [ours]
 PSEUDO = ""  # auxiliary pseudo triplets B': pseudo.jsonl of gen_deltas.py, as large a part of each step as B
 PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
+PSEUDO_KEYS = ""  # as KEYS, for PSEUDO
 WORKERS = 4  # threads that decode and augment images
 
 # ---- optimisation ----
@@ -94,6 +97,7 @@ VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views per image, enc
 
 # ---- validation ----
 VAL_SPLIT = ""  # split of DATASET under ROOT whose recall is measured while training; empty: none
+MISSING = 0.0  # largest share of its pictures that may be missing; counted, in OUT/missing.txt, the protocol marked
 VAL_EVERY = 500  # steps between two measurements; the last step is always measured
 KEEP_BEST = True  # save the best measured step, not the last: by mean R@1, 5, 10 (CIRR), R@10, 50 (FashionIQ) [ours]
 
@@ -104,6 +108,7 @@ SAVE_EVERY = 500  # steps between two training states in OUT/last
 SEED = 0  # order, augmentation, dropout, Combiner's start
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # compute: auto = bf16 on cuda, fp32 on CPU; weights, similarities and losses stay fp32
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count triplets and images, name what is missing, stop
 
 _HUB = {"combiner": "openai/clip-vit-large-patch14", "blip_tdm": "Salesforce/blip-itm-large-coco"}
@@ -291,9 +296,7 @@ def build_cir(
         built.add_combiner(p, h, dropout)
     built.set_tau(tau, learn_tau)
     if start:
-        tensors = load_tensors(start, "model.safetensors")
-        own = {name: p for name, p in built.named_parameters() if name in tensors}
-        copy_weights(own, tensors, f"--start {start} (both with --bidirectional, or both without)")
+        cir_model.start_from(built, start)
     return built
 
 
@@ -304,10 +307,7 @@ def load_cir(folder: str, device: str | torch.device = "cpu", backbone: str = ""
     config = cir_model.read_settings(folder)
     model = build_cir(**cir_model.find_again(config, folder, backbone), tau=config["tau"])
     put_trained(model, load_tensors(folder, "model.safetensors"), folder)
-    trained_on = config.get("constants", {}).get("FROZEN_SHA256")
-    if trained_on and trained_on not in (frozen_sha256(model), frozen_sha256(model, words=False)):  # older: without
-        on = " or ".join(filter(None, (model.source, config["build"].get("start"))))
-        raise UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")
+    cir_model.check_frozen(model, config, folder)
     return model.eval().to(device)
 
 
@@ -397,16 +397,16 @@ def read_sources() -> list[Source]:
     """D (stream 0, human) and D' (stream 1, auxiliary); one of them may be empty."""
     human = auxiliary = Source()
     if TRIPLETS:
-        human = batches.human_source(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, SAME_DELTAS)
+        elsewhere = {"keys": KEYS, "pool": POOL, "hold_out": HOLD_OUT}
+        human = batches.human_source(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, SAME_DELTAS, **elsewhere)
     if PSEUDO:
-        auxiliary = batches.pseudo_source(PSEUDO, PSEUDO_IMAGES)
+        auxiliary = batches.pseudo_source(PSEUDO, PSEUDO_IMAGES, PSEUDO_KEYS, POOL)
     return [human, auxiliary]
 
 
-def complete_data(sources: list[Source], validation: Validation, world: ranks.World) -> list[Source]:
+def complete_data(sources: list[Source], world: ranks.World) -> list[Source]:
     """The triplets with both images, UserError if they are too few or lack what a flag asks for."""
-    begin_validation(validation, VAL_SPLIT)
-    sources = batches.complete_sources(sources, BATCH, world.size)
+    sources = batches.complete_sources(sources, BATCH, world.size, OUT, WORKERS)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)
     return sources
@@ -499,11 +499,12 @@ def main() -> None:
 
     # data: what to train on and to measure, checked before a model loads
     sources = read_sources()
-    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES)
+    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, HOLD_OUT)
     if CHECK:
-        return batches.check_items(sources, validation.benchmarks)
+        return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
     lock_folder(OUT)
-    sources = complete_data(sources, validation, world)
+    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
+    sources = complete_data(sources, world)
     epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
     steps = STEPS or epochs * batches.steps_an_epoch(sources, BATCH, world.size)
 

@@ -46,6 +46,8 @@ ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of tr
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
 HELD_OUT = 0.02  # share kept out, at least one triplet, for a loss after each epoch [ours: the paper uses all; 0 does]
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
@@ -92,6 +94,7 @@ SAVE_EVERY = 100  # steps between training states in OUT/last
 WORKERS = 8  # threads that decode images
 MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write that as a plain LLaMA into this folder, and stop
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 # may change at a resume: a step stays as it is
@@ -353,7 +356,8 @@ def memory_options(aligned: dict, dtype: torch.dtype) -> dict[str, dict[str, flo
 
 def split_triplets(triplets: list[Triplet], images: ImageStore) -> tuple[list[Triplet], list[Triplet]]:
     """-> triplets to train on, triplets held out; the draw is a function of SEED."""
-    triplets = batches.drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets")
+    of = lambda t: (t.reference, t.target)  # noqa: E731
+    triplets = batches.drop_missing(triplets, of, images, "triplets", f"{OUT}/unreadable.txt", WORKERS)
     batches.check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
     count = max(1, int(HELD_OUT * len(triplets))) if HELD_OUT else 0
     if len(triplets) <= count:
@@ -501,9 +505,9 @@ def main() -> None:
     options = memory_options(aligned, dtype)
     if PLAN:
         return memory.say(options)
-    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES)
+    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, KEYS, POOL)
     if CHECK:
-        return batches.say_check(names_of(triplets), images, f"{len(triplets):,} triplets")
+        return batches.say_check(names_of(triplets), images, f"{len(triplets):,} triplets", CHECK_DECODE, WORKERS)
     triplets, held = split_triplets(triplets, images)
     per_step = BATCH * ACCUMULATE * world.size  # triplets
     per_epoch = math.ceil(len(triplets) / per_step)  # steps

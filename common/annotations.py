@@ -298,7 +298,8 @@ def read_benchmarks(
         benchmarks = [replace(benchmarks[0], gallery=gallery)]
     for benchmark in benchmarks:
         if silent := [query.id for query in benchmark.queries if not query.delta.strip()]:
-            say(f"{benchmark.title}: {len(silent):,} queries have no text, first {shown(silent[0])}: asked as they are")
+            first = f"{len(silent):,} queries have no text, first {shown(silent[0])}"
+            say(f"{benchmark.title}: {first}; they are asked by their image alone")
     return benchmarks
 
 

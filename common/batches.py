@@ -90,37 +90,49 @@ _STREAMS = ("human", "auxiliary")
 
 
 def human_source(
-    dataset: str, root: str, split: str, images: str, same_pairs: str = "", same_deltas: bool = True
+    dataset: str,
+    root: str,
+    split: str,
+    images: str,
+    same_pairs: str = "",
+    same_deltas: bool = True,
+    keys: str = "",
+    pool: str = "",
+    hold_out: float = 0,
 ) -> Source:
     """Stream 0, human triplets. same_pairs: a pseudo.jsonl of the same pairs, if not empty; same_deltas: False takes
-    only its reversed texts."""
+    only its reversed texts; keys, pool, hold_out: of training_triplets."""
     if not root:
         raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
-    triplets, store = training_triplets(dataset, root, split, "all", images or None)
+    triplets, store = training_triplets(dataset, root, split, "all", images or None, keys, pool, hold_out)
     same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
     if not triplets:
         raise UserError(f"{root} holds no triplet to train on")
-    return Source(store, human_items(triplets, dataset, same, same_deltas))
+    return Source(store, human_items(triplets, dataset, same, same_deltas, alike=bool(keys)))
 
 
-def pseudo_source(file: str, images: str) -> Source:
-    """Stream 1, auxiliary pseudo triplets: those that say something."""
-    triplets, store = training_triplets("jsonl", file, "", "all", images or None)
+def pseudo_source(file: str, images: str, keys: str = "", pool: str = "") -> Source:
+    """Stream 1, auxiliary pseudo triplets: those that say something. keys, pool: of training_triplets."""
+    triplets, store = training_triplets("jsonl", file, "", "all", images or None, keys, pool)
     kept = with_text(triplets, file)
     if not kept:
         raise UserError(f"{file} holds no triplet to train on")
-    return Source(store, [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept])
+    items = [Item((1, t.reference), (1, t.target), ((t.delta, *t.alternatives),), backs([t])) for t in kept]
+    return Source(store, items)
 
 
 def _names(item: Item) -> tuple[str, str]:
     return item.reference[1], item.target[1]
 
 
-def complete_sources(sources: list[Source], batch: int, ranks: int) -> list[Source]:
-    """The same with only those triplets whose images are there; UserError if they do not make one batch a rank."""
+def complete_sources(sources: list[Source], batch: int, ranks: int, out: str, workers: int) -> list[Source]:
+    """The same with only those triplets whose images are there; UserError if they do not make one batch a rank.
+
+    What cannot be read of one's own pictures is in out/unreadable-human.txt and unreadable-auxiliary.txt."""
     complete = []
     for source, what in zip(sources, _STREAMS, strict=True):
-        items = drop_missing(source.items, _names, source.images, f"{what} triplets")
+        listing = f"{out}/unreadable-{what}.txt"
+        items = drop_missing(source.items, _names, source.images, f"{what} triplets", listing, workers)
         complete.append(source._replace(items=items))
     fewest = min(len(source.items) for source in complete if source.items)
     if fewest < batch * ranks:
@@ -229,32 +241,33 @@ def drop_missing(
 ) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
-    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs. Pictures of
-    one's own (images.own) are decoded too, on all ranks together; as many may be missing or broken as are, and all are
-    in the file `listing`."""
+    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs. With a file
+    `listing` pictures of one's own (images.own) are decoded too, on all ranks together: one item in ten may lack one,
+    since some are always broken, and all are in that file."""
     names = sorted({name for item in items for name in names_of(item)})
     if images.own and listing:
-        faults = faults_of(names, images, workers)
+        most, faults = 0.1, faults_of(names, images, workers)
         leave_out(names, faults, listing, f"pictures of the {what}")
     else:
-        faults = dict.fromkeys(images.missing(names))
+        most, faults = 0.001, dict.fromkeys(images.missing(names))
     kept = [item for item in items if faults.keys().isdisjoint(names_of(item))]
     if faults:
         lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(faults)}"
         lost += f" (looked in {', '.join(images.roots)})"
-        if len(items) - len(kept) > len(items) / 1000 and not (images.own and listing):
-            raise UserError(f"{lost}, more than 0.1 %; complete the folder or correct the flag that names it")
+        if len(items) - len(kept) > most * len(items):
+            remedy = "complete the folder or correct the flag that names it"
+            raise UserError(f"{lost}, more than {100 * most:g} %; {remedy}")
         say(f"{lost}: left out")
     return kept
 
 
-def check_items(sources: list[Source], benchmarks: list[Benchmark]) -> None:
+def check_items(sources: list[Source], benchmarks: list[Benchmark], decode: bool = False) -> None:
     """Prints what there is to train on and to measure; UserError if an image is missing or unreadable."""
-    reports = [check_report(names_of(benchmark), benchmark.images) for benchmark in benchmarks]
+    reports = [check_report(names_of(benchmark), benchmark.images, decode) for benchmark in benchmarks]
     for source, what in zip(sources, _STREAMS, strict=True):
         if source.items:
             names = [name for item in source.items for name in _names(item)]
-            text, ok = check_report(names, source.images)
+            text, ok = check_report(names, source.images, decode)
             reports.append((f"{what}: {len(source.items):,} triplets; {text}", ok))
     say("\n".join(text for text, _ in reports))
     if not all(ok for _, ok in reports):
@@ -347,9 +360,9 @@ def stop_if_not_finite(value: float, batch: Batch, log: Log) -> None:
         )
 
 
-def say_check(names: Iterable[str], images: ImageStore, what: str) -> None:
-    """The answer to --check, `what` in front; UserError where an image is missing or unreadable."""
-    report, well = check_report(names, images)
+def say_check(names: Iterable[str], images: ImageStore, what: str, decode: bool = False, workers: int = 0) -> None:
+    """The answer to --check, `what` in front; UserError where an image is missing or unreadable. decode: every one."""
+    report, well = check_report(names, images, decode, workers)
     if not well:
         raise UserError(f"{what}; {report}")
     say(f"{what}; {report}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from common.console import UserError, say
-from common.files import read_json, tensors_sha256
+from common.files import load_tensors, read_json, tensors_sha256
 from common.hub import locate, near
 from common.images import Preprocess
 from common.pretrained import copy_weights, load_model, model_kind, read_config
@@ -151,3 +151,19 @@ def frozen_sha256(model: CirModel, words: bool = True) -> str:
     """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer."""
     frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
     return tensors_sha256(frozen, repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else ""))
+
+
+def start_from(model: CirModel, checkpoint: str) -> None:
+    """Copies the weights of a checkpoint of train_cir.py over those of the same names, frozen or not."""
+    tensors = load_tensors(checkpoint, "model.safetensors")
+    own = {name: p for name, p in model.named_parameters() if name in tensors}
+    copy_weights(own, tensors, f"--start {checkpoint} (both with --bidirectional, or both without)")
+
+
+def check_frozen(model: CirModel, config: dict, folder: str) -> None:
+    """UserError if the model stands on other frozen weights than the checkpoint in `folder` was trained on."""
+    trained_on = config.get("constants", {}).get("FROZEN_SHA256")
+    known = (frozen_sha256(model), frozen_sha256(model, words=False))  # older checkpoints: without the tokenizer
+    if trained_on and trained_on not in known:
+        on = " or ".join(filter(None, (model.source, config["build"].get("start"))))
+        raise UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")

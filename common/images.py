@@ -76,7 +76,9 @@ class ImageStore:
     always too large (they are read small) or broken (batches.drop_missing leaves them out).
     """
 
-    def __init__(self, roots: str | os.PathLike | Sequence[str], table: dict[str, str] | None = None, own=False):
+    def __init__(
+        self, roots: str | os.PathLike | Sequence[str], table: dict[str, str] | None = None, own: bool = False
+    ):
         if isinstance(roots, (str, os.PathLike)):
             roots = os.fspath(roots)
             roots = [roots] if os.path.isdir(roots) else [part for part in roots.split(os.pathsep) if part]

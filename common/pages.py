@@ -93,7 +93,8 @@ def escape(text: object) -> Html:
 
 
 def _open(image: str | os.PathLike | Image.Image) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+    """Only a thumbnail is made of it: a very large photograph is read small."""
+    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(image, "reduce")
 
 
 def _encode(image: Image.Image, size: int) -> str:

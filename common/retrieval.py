@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common.annotations import Benchmark, read_benchmarks
+from common.annotations import Benchmark, all_without_missing, read_benchmarks, read_own
 from common.batches import chunks
 from common.console import UserError, say
 from common.encoding import Compute, encode
@@ -125,7 +125,8 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
                 )
             rows.append(sorted(place[name] for name in members))  # in gallery order: that is the tie rule of `rank`
         others = torch.tensor(rows)
-    excluded = None if benchmark.dataset != "cirr" and keep_reference else torch.tensor(inside)
+    kept = keep_reference and benchmark.dataset in ("fashioniq", "circo")
+    excluded = None if kept else torch.tensor(inside)
     reference = torch.tensor([place[q.reference] for q in benchmark.queries])
     truths = None
     if benchmark.dataset == "circo" and target is not None:
@@ -265,13 +266,14 @@ def measure(queries: torch.Tensor, images: torch.Tensor, at: Indices, first: tor
     return Ranks(torch.cat(ranks), torch.cat(subset) if subset else None, torch.cat(truths) if truths else None)
 
 
-def recalls(ranks: Ranks) -> dict[str, float]:
-    """Percent. CIRR: R@K, Rs@K and Avg = (R@5 + Rs@1) / 2; CIRCO: mAP@K, and R@K of the target; FashionIQ: R@10, 50."""
+def recalls(ranks: Ranks, dataset: str = "") -> dict[str, float]:
+    """Percent. CIRR: R@K, Rs@K and Avg = (R@5 + Rs@1) / 2; CIRCO: mAP@K, and R@K of the target; FashionIQ: R@10, 50;
+    one's own ("jsonl"): R@1, 5, 10, 50."""
     if ranks.truths is not None:
         result = {f"mAP@{k}": 100.0 * average_precision(ranks.truths, k).double().mean().item() for k in CIRCO_KS}
         return result | {f"R@{k}": recall(ranks.target, k) for k in CIRCO_KS}
     if ranks.subset is None:
-        return {f"R@{k}": recall(ranks.target, k) for k in FASHIONIQ_KS}
+        return {f"R@{k}": recall(ranks.target, k) for k in (CIRR_KS if dataset == "jsonl" else FASHIONIQ_KS)}
     result = {f"R@{k}": recall(ranks.target, k) for k in CIRR_KS}
     result |= {f"Rs@{k}": recall(ranks.subset, k) for k in SUBSET_KS}
     return result | {"Avg": (result["R@5"] + result["Rs@1"]) / 2}
@@ -286,7 +288,7 @@ def evaluate(
         raise UserError(f"{benchmark.title} has no labels: nothing to measure")
     require_images(benchmark, at.names)
     queries, images = embed(model, benchmark, at, compute)
-    return recalls(measure(queries, images, at))
+    return recalls(measure(queries, images, at), benchmark.dataset)
 
 
 class Validation(NamedTuple):
@@ -296,35 +298,48 @@ class Validation(NamedTuple):
     says: str = ""  # the protocol and the counts in one line
 
 
-def read_validation(dataset: str, root: str, split: str, images: str) -> Validation:
-    """The labelled benchmarks of --val_split, "" for none; UserError for a split that cannot be measured."""
+def read_validation(
+    dataset: str, root: str, split: str, images: str, keys: str = "", hold_out: float = 0
+) -> Validation:
+    """The labelled benchmarks of --val_split, "" for none; UserError for a split that cannot be measured.
+
+    keys, hold_out: of one's own triplets (read_own), whose split is "held"."""
     if not split:
         return Validation([])
     if dataset == "jsonl":
-        raise UserError(f"--val_split {split}: triplets of --dataset jsonl have no gallery to search")
-    protocol = "original" if dataset == "fashioniq" else "split"
-    benchmarks = read_benchmarks(dataset, root, split, "all", images, protocol)
+        if split != "held" or not hold_out:
+            raise UserError(f"--val_split {split}: of --dataset jsonl it is held, with --hold_out N triplets")
+        protocol = "all pictures"
+        benchmarks = [read_own(root, images, hold_out=hold_out, keys=keys)]
+    else:
+        protocol = "original" if dataset == "fashioniq" else "split"
+        benchmarks = read_benchmarks(dataset, root, split, "all", images, protocol)
     if any(query.target is None for benchmark in benchmarks for query in benchmark.queries):
         raise UserError(f"--val_split {split}: its targets are hidden; take a split with labels")
     counts = [f"{len(b.queries):,} queries, {len(b.gallery):,} gallery images" for b in benchmarks]
     return Validation(benchmarks, f"{protocol_of(dataset, protocol, True, ())}: {'; '.join(counts)}")
 
 
-def begin_validation(validation: Validation, split: str) -> None:
-    """Says what will be measured; UserError for a missing gallery image: a run must not find out after hours."""
-    for benchmark in validation.benchmarks:
+def begin_validation(validation: Validation, split: str, share: float, out: str) -> Validation:
+    """Says what will be measured; UserError for a missing gallery image: a run must not find out after hours.
+
+    share: of its images that may be missing; they are left out, in out/missing.txt, and the protocol says so."""
+    benchmarks, note = all_without_missing(validation.benchmarks, share, f"{out}/missing.txt")
+    validation = Validation(benchmarks, "; ".join(filter(None, (validation.says, note))))
+    for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
             raise UserError(f"--val_split {split}: {len(missing):,} images missing, first {missing[0]!r}")
     if validation.benchmarks:
         say(f"validation on {split}, {validation.says}")
+    return validation
 
 
 def validate(model: torch.nn.Module, validation: Validation, compute: Compute) -> dict[str, float]:
     """Recall in percent, of FashionIQ the mean of its categories; "score" is the mean by which steps are compared:
-    R@1, 5 and 10 of CIRR, R@10 and 50 of FashionIQ [ours]."""
+    R@1, 5 and 10 of CIRR and of one's own, R@10 and 50 of FashionIQ [ours]."""
     found = [evaluate(model, benchmark, compute) for benchmark in validation.benchmarks]
     mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-    chosen = ("R@1", "R@5", "R@10") if validation.benchmarks[0].dataset == "cirr" else ("R@10", "R@50")
+    chosen = ("R@10", "R@50") if validation.benchmarks[0].dataset == "fashioniq" else ("R@1", "R@5", "R@10")
     return {"score": sum(mean[name] for name in chosen) / len(chosen)} | mean
 
 
@@ -333,6 +348,8 @@ def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[s
     if dataset == "cirr":
         which = {"split": "every image of the split", "references": "only the images that are a query's reference"}
         says = f'protocol "{protocol}": gallery = {which[protocol]}, minus the query\'s own reference'
+    elif dataset == "jsonl":
+        says = f"one's own triplets: gallery = {protocol}, minus the query's own reference"
     else:
         which = {"original": "the category's split file", "val": "candidates and targets of the category's captions"}
         which["unlabeled2017"] = "COCO's unlabelled images"

@@ -386,8 +386,10 @@ def test_other_mistakes(zoo, gallery, tmp_path, capsys):
     (copy / "bad.png").write_bytes(b"")
     with pytest.raises(UserError, match="1 unreadable"):
         mine(zoo, copy, tmp_path / "out", check="true")
-    with pytest.raises(UserError, match="bad.png"):
-        mine(zoo, copy, tmp_path / "out")
+    mine(zoo, copy, tmp_path / "out")  # a folder of one's own: left out, counted and listed
+    assert "bad.png: is empty" in (tmp_path / "out" / "unreadable.txt").read_text()
+    counts = read_json(tmp_path / "out" / "stats.json")["counts"]
+    assert (counts["images"], counts["unreadable"], counts["anchors"]) == (73, 1, 72)
     with pytest.raises(UserError, match="is in --images"):
         mine(zoo, copy, copy / "out")
     with pytest.raises(UserError, match="group of 3 or more"):

@@ -26,6 +26,7 @@ from common.batches import draw as draw_items
 from common.batches import drop_missing, human_deltas, human_items
 from common.console import UserError
 from common.exports import write_cirr_captions, write_exports
+from common.flags import constants_of, override
 from common.images import ImageStore
 from common.retrieval import index
 from common.triplets import held_out, read_triplets
@@ -141,7 +142,7 @@ def test_blank_captions_of_the_real_files(shared, capsys):
         assert sum(counts) == blank
 
 
-def test_a_query_without_any_text_is_left_out_of_training_and_said_in_evaluation(tmp_path, capsys):
+def test_a_query_without_any_text_is_left_out_of_training_and_kept_in_evaluation(tmp_path, capsys):
     one = {"candidate": "a", "target": "b", "captions": ["is red", " "]}
     for kind in FASHIONIQ_CATEGORIES:
         put(tmp_path / f"captions/cap.{kind}.val.json", [one, {**one, "captions": ["", ". "]}])
@@ -151,7 +152,7 @@ def test_a_query_without_any_text_is_left_out_of_training_and_said_in_evaluation
     said = capsys.readouterr().out
     assert "3 of 4 captions are blank" in said and "3 queries without any text are left out" in said
     benchmarks = read_benchmarks("fashioniq", str(tmp_path), "val", "all", "", "original")
-    assert [len(benchmark.queries) for benchmark in benchmarks] == [2] * 3  # a protocol loses no query
+    assert [[q.delta for q in benchmark.queries] for benchmark in benchmarks] == [["Is red", ""]] * 3
     assert "fashioniq val dress: 1 queries have no text, first 'dress-1'" in capsys.readouterr().out
 
 
@@ -472,6 +473,11 @@ def test_training_leaves_broken_pictures_of_one_s_own_out(own, tmp_path, capsys)
     assert (tmp_path / "unreadable.txt").read_text().count("\n") == 1
     assert "1 of 40 pictures of the triplets cannot be read" in capsys.readouterr().out
     Path(folder, "0/21.png").unlink()
+    for name in ("22", "23"):  # nine of sixty triplets lack a picture: the wrong folder, rather than a broken file
+        Path(folder, f"{int(name) % 3}/{name}.png").unlink()
+    store = training_triplets("jsonl", path, "", images=folder)[1]
+    with pytest.raises(UserError, match="more than 10 %"):
+        drop_missing(triplets, names_of_triplet, store, "triplets", f"{tmp_path}/unreadable.txt")
     with pytest.raises(UserError, match="more than 0.1 %"):  # a benchmark's
         drop_missing(triplets, names_of_triplet, ImageStore(folder), "triplets", f"{tmp_path}/unreadable.txt")
 
@@ -485,3 +491,43 @@ def test_of_several_texts_one_is_drawn(tmp_path):
     (item,) = human_items(triplets, "jsonl", [])  # the release's [human, generated, generated]
     drawn = Counter(draws[0].delta for draws in (draw_items([item], 0, step, 1, 0) for step in range(600)))
     assert 250 < drawn["one"] < 350
+
+
+# ---- the stage ----
+def test_eval_cir_marks_every_number_when_pictures_are_missing(zoo, tmp_path):
+    import eval_cir
+
+    names = [f"B{i:03d}" for i in range(12)]
+    for kind in FASHIONIQ_CATEGORIES:
+        pairs = zip(names[:-1], names[1:], strict=True)
+        queries = [{"candidate": a, "target": b, "captions": ["is red", ""]} for a, b in pairs]
+        put(tmp_path / f"fashioniq/captions/cap.{kind}.val.json", queries)
+        put(tmp_path / f"fashioniq/image_splits/split.{kind}.val.json", names)
+    for i, name in enumerate(names[:-1]):
+        save(tmp_path / f"fashioniq/images/{name}.png", i)
+
+    def run(**given) -> None:
+        given = {"dataset": "fashioniq", "root": tmp_path, "official": "false", "baseline": "sum"} | given
+        given |= {"backbone": zoo / "clip", "out": tmp_path / "out", "workers": 0, "show": 2, "device": "cpu"}
+        constants = constants_of(vars(eval_cir))
+        try:
+            override(vars(eval_cir), [word for name, value in given.items() for word in (f"--{name}", str(value))])
+            eval_cir.main()
+        finally:
+            vars(eval_cir).update(constants)
+
+    with pytest.raises(UserError, match="1 of 12 images missing"):
+        run()
+    with pytest.raises(UserError, match="more than --missing 0.05 allows"):
+        run(missing=0.05)
+    run(missing=0.1, join="reverse")
+    report = json.loads((tmp_path / "out/metrics.json").read_text())
+    for kind in FASHIONIQ_CATEGORIES:
+        lost = "1 of 11 queries and 1 of 12 gallery images left out, not comparable with the full protocol"
+        assert f"fashioniq val {kind}: {lost}" in report["protocol"]
+    assert "the second caption first" in report["protocol"]
+    assert [(part["queries"], part["gallery"]) for part in report["parts"]] == [(10, 11)] * 3
+    assert (tmp_path / "out/missing.txt").read_text().count("'B011' not found") == 1
+    found = (tmp_path / "out/found.jsonl").read_text()
+    assert '"delta": "Is red"' in found and "B011" not in found
+    run(missing=0.1, check="true", check_decode="true")

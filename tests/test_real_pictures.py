@@ -1,6 +1,7 @@
 """Pictures as people have them: every format, links, damage, sizes; none stops a folder of one's own, all count."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from PIL import Image
 from common import images as images_file
 from common import pixels
 from common.console import UserError
+from common.flags import constants_of, override
 from common.images import (
     ImageStore,
     check_report,
@@ -82,6 +84,42 @@ def test_every_picture_of_a_mixed_folder_is_read_or_counted(folder, tmp_path, ca
     assert f"300 expected, {len(good) + 1} present, 7 unreadable, 1 missing" in text
     text, ok = check_report(good, store, decode=True, listing=f"{tmp_path}/all.txt")
     assert ok and not (tmp_path / "all.txt").exists()  # the list of an earlier look does not stay
+
+
+def run_stage(stage, **given) -> None:
+    """stage.main() with these flags, in this process."""
+    constants = constants_of(vars(stage))
+    try:
+        override(vars(stage), [word for name, value in given.items() for word in (f"--{name}", str(value))])
+        stage.main()
+    finally:
+        vars(stage).update(constants)
+
+
+def test_a_mixed_folder_is_mined_and_queried_without_a_stop(folder, zoo, tmp_path, capsys):
+    import eval_cir
+    import mine_pairs
+
+    root, good, bad = folder
+    how = {"device": "cpu", "workers": 2}
+    rule = {"max_score": 0.9999, "min_gap": 0, "show": 2}
+    run_stage(mine_pairs, images=root, encoder=zoo / "resnet", out=tmp_path / "mine", **rule, **how)
+    counts = json.loads((tmp_path / "mine/stats.json").read_text())["counts"]
+    assert (counts["images"], counts["unreadable"], counts["anchors"]) == (mixed.TOTAL, len(bad), len(good))
+    assert json.loads((tmp_path / "mine/names.json").read_text()) == good
+    assert len((tmp_path / "mine/unreadable.txt").read_text().splitlines()) == len(bad)
+    text = (tmp_path / "mine/pairs.jsonl").read_text()
+    assert text and not [name for name in bad if f'"{name}"' in text]
+
+    capsys.readouterr()
+    ask = {"reference": root / "108 megapixels.jpg", "text": "in red", "gallery": root, "top": mixed.TOTAL}
+    run_stage(eval_cir, baseline="sum", backbone=zoo / "clip", out=tmp_path / "query", **ask, **how)
+    said = capsys.readouterr().out
+    found = re.findall(r"(?m)^ *\d+  -?\d\.\d{4}  (.*)$", said)
+    assert sorted(found) == [name for name in good if name != "108 megapixels.jpg"]
+    assert f"9 of {mixed.TOTAL} pictures cannot be read" in said
+    for listing in root.parent.glob("mine.*.safetensors"):  # what the query keeps beside the folder
+        listing.unlink()
 
 
 def test_links_lead_anywhere_and_names_nowhere(folder, tmp_path):
