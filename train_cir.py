@@ -387,7 +387,7 @@ def check_flags() -> None:
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))
     one_of(globals(), REVERSED_TEXT=("token", "delta"), FIRST_TOKEN=("enc", "cls"))
-    if BETA != "auto" and not BETA.replace(".", "", 1).isdecimal():
+    if BETA != "auto" and not str(BETA).replace(".", "", 1).isdecimal():
         raise UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     if not TRIPLETS and not PSEUDO:
         raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
@@ -404,12 +404,13 @@ def read_sources() -> list[Source]:
     return [human, auxiliary]
 
 
-def complete_data(sources: list[Source], world: ranks.World) -> list[Source]:
-    """The triplets with both images, UserError if they are too few or lack what a flag asks for."""
+def complete_data(sources: list[Source], validation: Validation, world: ranks.World) -> tuple[list, Validation]:
+    """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
+    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
     sources = batches.complete_sources(sources, BATCH, world.size, OUT, WORKERS)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)
-    return sources
+    return sources, validation
 
 
 def model_settings() -> dict:
@@ -457,8 +458,8 @@ def augmented(image: Image, key: tuple, size: int) -> Image:
     """The image as one draw of the augmentation [S6.1] makes it; the draw is a function of the key."""
     if not AUGMENT:
         return image
-    strengths = (CROP_SCALE, CROP_RATIO, FLIP, JITTER, TRANSLATE, ROTATE)
-    return augment(image, ranks.seeded_rng(SEED, *key), *strengths, size)
+    rng = ranks.seeded_rng(SEED, *key)
+    return augment(image, rng, CROP_SCALE, CROP_RATIO, FLIP, JITTER, TRANSLATE, ROTATE, size)
 
 
 def summed(tcc: Tensor, tdm: Tensor, rev: Tensor) -> dict[str, float]:
@@ -503,8 +504,7 @@ def main() -> None:
     if CHECK:
         return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
     lock_folder(OUT)
-    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
-    sources = complete_data(sources, world)
+    sources, validation = complete_data(sources, validation, world)
     epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
     steps = STEPS or epochs * batches.steps_an_epoch(sources, BATCH, world.size)
 

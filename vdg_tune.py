@@ -228,9 +228,7 @@ def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> li
 
 # ---- the trained model ----
 def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: str = "", vision: str = ""):
-    """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict).
-
-    llm, vision: of read_stage."""
+    """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict)."""
     config = read_stage(folder, "tune", llm, vision)
     llm, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
     load_adapter(llm, folder, config["lora"])

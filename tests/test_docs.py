@@ -40,7 +40,7 @@ def bad_commands(root: Path, page: str) -> list[str]:
             faults.append(f"{page}: {script} is not there")
         elif flags_of(root / script):
             try:
-                parse_flags(read_flags(root / script), argv)
+                parse_flags(read_flags(root / script), [word for word in argv if word != "--help"])
             except UserError as error:
                 faults.append(f"{page}: {script} {' '.join(argv)}: {error}")
     return faults
