@@ -77,14 +77,14 @@ def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.d
     return convert
 
 
-def bitsandbytes():
-    """The library, imported when it is wanted: it is optional."""
+def bitsandbytes(flag: str = "--quantize"):
+    """The library, imported when a flag wants it: it is optional."""
     # it would advise a package that nobody needs, and say at every int8 product that it computes in fp16
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as fault:
-        raise UserError(f"--quantize wants bitsandbytes ({fault}): pip install bitsandbytes") from None
+        raise UserError(f"{flag} wants bitsandbytes ({fault}): pip install bitsandbytes") from None
     return bitsandbytes
 
 

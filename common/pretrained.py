@@ -103,6 +103,23 @@ def _read_safetensors(path: str, prefixes: tuple[str, ...]) -> Iterator[tuple[st
         raise UserError(f"{path}: damaged ({fault}); download or copy it again") from None
 
 
+@torch.no_grad()
+def copy_weights(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copies tensors into `own`, in place: the same names and shapes on both sides, or UserError naming the first."""
+    for name in own | tensors:  # in the model's order
+        wanted, found = (tuple(side[name].shape) if name in side else None for side in (own, tensors))
+        if wanted == found:
+            continue
+        what = f"{found}, want {wanted}"
+        if found is None:
+            what = "missing"
+        if wanted is None:
+            what = "one too many"
+        raise UserError(f"{where}: weights do not fit the model, first {name} is {what}")
+    for name, weight in own.items():
+        weight.copy_(tensors[name])
+
+
 def _read_bin(path: str, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     """A file of torch.save that holds tensors by name; weights_only: nothing in it is executed."""
     with open(path, "rb") as file:

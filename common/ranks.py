@@ -100,6 +100,13 @@ def gather_with_grad(x):
     return x if rank_size()[1] == 1 else _gather_function().apply(x)
 
 
+def gather_parts(rows, part: int):
+    """(n, ...) of each rank -> (ranks n, ...): each `part` rows of all ranks in turn, as draw_batch orders a batch."""
+    import torch
+
+    return torch.cat([gather_with_grad(some) for some in rows.split(part)])
+
+
 def all_reduce_gradients(parameters: Iterable) -> None:
     """Sums .grad over the ranks, in place; the loss was already divided by the global count. No .grad counts as 0."""
     if rank_size()[1] == 1:
@@ -116,6 +123,13 @@ def all_reduce_gradients(parameters: Iterable) -> None:
         torch.distributed.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
+
+
+def gradient_norm(parameters: Iterable) -> float:
+    """L2 norm of all gradients; no .grad counts as 0."""
+    import torch
+
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 def all_sum(x):
@@ -189,6 +203,12 @@ class Log:
                 if isinstance(value, float) and not math.isfinite(value):
                     record[key] = str(value)  # JSON has no NaN
             append_line(self.path, record)
+
+
+def pace(began: float, done: int, left: int, items: int) -> dict[str, float]:
+    """For the log: since `began` (time.perf_counter()) there were `done` steps of `items`; `left` are to come."""
+    seconds = time.perf_counter() - began
+    return {"items_per_s": round(done * items / seconds, 2), "eta_s": round(seconds / done * left)}
 
 
 def _seed(*keys: Any) -> int:

@@ -210,7 +210,7 @@ def test_a_moved_backbone_is_named_again_and_must_be_the_same(zoo, tmp_path):
     shutil.copytree(zoo / "clip", tmp_path / "clip")
     build = {"model": "combiner", "backbone": str(tmp_path / "clip")}
     model = train_cir.build_cir(**build)
-    config = {"build": build, "constants": {"FROZEN_SHA256": train_cir.frozen_digest(model)}}
+    config = {"build": build, "tau": 0.01, "constants": {"FROZEN_SHA256": train_cir.frozen_sha256(model)}}
     weights = {"model.safetensors": train_cir.get_trained(model)}
     train_cir.save_folder(tmp_path / "old", weights, {"config.json": config})
     config["near"] = {"backbone": hub.near(build["backbone"], tmp_path / "out" / "cir")}

@@ -1,0 +1,266 @@
+"""The features of a folder of pictures, kept by content and searched: what search.py serves.
+
+A model here is one of train_cir.py's, or a plain backbone around one (`.model`): image, target, text, compose."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.batches import ahead, chunks
+from common.console import UserError, progress, warn
+from common.files import JsonlAppender, file_sha256, sync, tensors_sha256, write_jsonl, write_text
+from common.images import ImageStore, list_images, open_image, reason_of
+from common.retrieval import best, rank, recall, score_blocks
+
+_HEADER = 128  # bytes of a .npy header of a matrix: numpy leaves room in it for the rows to come
+
+
+# ---- model ----
+def inner(model: torch.nn.Module) -> torch.nn.Module:
+    """The CIR model itself: eval_cir.py wraps a plain backbone, which then has no text or target of its own."""
+    return getattr(model, "model", model)
+
+
+def vision_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a gallery feature depends on: training leaves it as it is, so an index outlives every teaching."""
+    named = sorted(inner(model).named_parameters())
+    return {name: p for name, p in named if re.search(r"\b(vision_model|visual_projection|vision_proj)\b", name)}
+
+
+def vision_digest(model: torch.nn.Module) -> str:
+    return tensors_sha256(vision_weights(model).items(), repr(inner(model).preprocess))
+
+
+@torch.no_grad()
+def encode_pixels(model: torch.nn.Module, pixels: torch.Tensor, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """pixels (B, 3, S, S) -> tokens (B, ...) on the device, features (B, d) fp32, normalised, on the CPU."""
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+        tokens, features = inner(model).image(pixels.to(device))
+    return tokens, F.normalize(features.float(), dim=1).cpu()
+
+
+# ---- index: features of a folder, by content ----
+@dataclass
+class Gallery:
+    """A picture's id is its row of features: it stays while the folder changes. Equal files are one picture."""
+
+    folder: str
+    key: str  # which picture has which id, as a hash: part of addresses that a browser keeps
+    names: dict[int, str]  # id -> name, in the order of names; of equal files the first; pictures that are gone: none
+    of_name: dict[str, int]  # every readable name -> id
+    stamps: dict[int, tuple]  # id -> size and time of change of that file
+    ids: dict[str, int]  # sha256 -> id, of every picture ever indexed
+    features: torch.Tensor  # (ids, d) fp32, normalised, memory-mapped
+    live: torch.Tensor  # (M,) ids in the order of names: the gallery that is ranked
+    unreadable: int
+
+
+def whole_chunks(log: JsonlAppender, file: Path) -> list[dict]:
+    """The records of index.jsonl whose features are there, bit for bit; what follows the first bad one is dropped."""
+    kept, offset = [], _HEADER
+    with open(file, "rb") if file.exists() else open(os.devnull, "rb") as features:
+        features.seek(offset)
+        for record in log.done:
+            size = 4 * len(record["pictures"]) * record["width"]
+            if hashlib.sha256(features.read(size)).hexdigest() != record["sha256"]:
+                break
+            kept.append(record)
+            offset += size
+    if len(kept) < len(log.done):
+        warn(f"{file} is damaged from byte {offset:,} on: the pictures from there on are encoded again")
+        write_jsonl(log.path, kept)
+    if file.exists():
+        os.truncate(file, max(offset, _HEADER))  # features of a chunk that a kill left without its record
+    return kept
+
+
+def append_features(file: Path, rows: np.ndarray, before: int) -> None:
+    """Writes (n, d) features behind the `before` rows that file has, and a header that tells of all."""
+    with open(file, "r+b" if file.exists() else "w+b") as features:
+        shape = (before + len(rows), rows.shape[1])
+        np.lib.format.write_array_header_1_0(features, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        assert features.tell() == _HEADER
+        features.seek(_HEADER + before * rows.shape[1] * 4)
+        features.write(np.ascontiguousarray(rows, "<f4").tobytes())
+    sync(file)
+
+
+def index_folder(model: torch.nn.Module, folder: str, out: Path, batch: int, workers: int, device, dtype) -> Gallery:
+    """Encodes what is new or changed in the folder, a batch at a time, and maps the features of all.
+
+    Each batch is a run of rows in features.npy, then a line of index.jsonl with their sha256: a kill loses a batch at
+    most. A file of known size and time of change is not read again."""
+    names, store, digest = list_images(folder), ImageStore(folder), vision_digest(model)
+    kind = str(dtype).removeprefix("torch.")
+    place = out / f"index-{digest[:16]}-{kind}"
+    log, file = JsonlAppender(place / "index.jsonl", {"vision": digest, "dtype": kind}), place / "features.npy"
+    ids, seen, width = {}, {}, 0  # sha256 -> row; name -> (size, time, sha256 or "", reason)
+
+    def take(record: dict) -> None:
+        for content in record["pictures"]:
+            ids[content] = len(ids)
+        seen.update((name, tuple(rest)) for name, *rest in record["files"])
+
+    for record in whole_chunks(log, file):
+        take(record)
+        width = record["width"] or width  # 0: nothing of it could be read
+    stamps = {name: stamp_of(os.path.join(folder, name)) for name in names}
+    todo = [name for name in names if seen.get(name, ())[:2] != stamps[name]]
+
+    def look(part: list[str]) -> list[tuple]:
+        """(sha256, pixels or None if the content is known, reason why it cannot be read) of each."""
+
+        def one(name: str) -> tuple:
+            try:
+                if not os.path.isfile(path := store.path(name)):  # a FIFO would be read for ever
+                    raise UserError("is not a regular file")
+                content = file_sha256(path)
+                return content, None if content in ids else inner(model).preprocess(open_image(path)), ""
+            except (UserError, OSError) as error:
+                return "", None, reason_of(error).removeprefix(f"{os.path.join(folder, name)}: ")
+
+        return list(pool.map(one, part))
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        parts = chunks(progress(todo, f"indexing {folder}"), batch) if todo else ()
+        for part, looked in ahead(look, parts):
+            fresh = {content: pixels for content, pixels, _ in looked if pixels is not None and content not in ids}
+            rows = np.zeros((0, width), np.float32)
+            if fresh:
+                rows = encode_pixels(model, torch.stack(list(fresh.values())), device, dtype)[1].numpy()
+                width = rows.shape[1]
+                append_features(file, rows, len(ids))
+            files = [[name, *stamps[name], found[0], found[2]] for name, found in zip(part, looked, strict=True)]
+            record = {"sha256": hashlib.sha256(rows.tobytes()).hexdigest(), "width": width}
+            record |= {"pictures": list(fresh), "files": files}
+            log.append(record)
+            take(record)
+    return gallery_of(folder, out, file, names, seen, ids, width)
+
+
+def stamp_of(path: str) -> tuple[int, int]:
+    """Size and time of change of a file; (-1, -1) for one that cannot be reached."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return -1, -1
+    return info.st_size, info.st_mtime_ns
+
+
+def gallery_of(folder: str, out: Path, file: Path, names: list[str], seen: dict, ids: dict, width: int) -> Gallery:
+    """The pictures of the folder as it is now; writes OUT/unreadable.txt."""
+    unreadable = [f"{name}: {seen[name][3]}\n" for name in names if not seen[name][2]]
+    write_text(out / "unreadable.txt", "".join(unreadable))
+    firsts, of_name, stamps = {}, {}, {}
+    for name in names:
+        size, time, content, _ = seen[name]
+        if content:
+            of_name[name] = id = ids[content]
+            if id not in firsts:
+                firsts[id], stamps[id] = name, (size, time)
+    if not firsts:
+        raise UserError(f"{folder}: none of its {len(names):,} pictures can be read, see {out / 'unreadable.txt'}")
+    features = torch.from_numpy(np.memmap(file, "<f4", "c", _HEADER, (len(ids), width)))
+    key = hashlib.sha256("".join(ids).encode()).hexdigest()[:12]
+    return Gallery(folder, key, firsts, of_name, stamps, ids, features, torch.tensor(list(firsts)), len(unreadable))
+
+
+# ---- searching ----
+class Query(NamedTuple):
+    """What is looked for: at least one of a picture's path and a text."""
+
+    path: str  # of the reference; "" for none
+    texts: tuple[str, ...]  # what to change, or what to find where there is no reference
+    exclude: int  # id of the reference in the gallery, which is not found again; -1 for none
+
+
+@dataclass
+class Engine:
+    """A model over a gallery. Used by one thread at a time."""
+
+    model: torch.nn.Module
+    settings: dict  # of its config.json
+    name: str  # what it is called on the page
+    gallery: Gallery
+    device: Any
+    dtype: torch.dtype
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # path -> tokens of the last references
+
+
+def tokens_of(engine: Engine, paths: list[str]) -> list[torch.Tensor]:
+    """Tokens of reference pictures; the last 32 are kept, as a person asks several things of one picture."""
+    known = {path: engine.tokens[path] for path in paths if path in engine.tokens}
+    if fresh := [path for path in dict.fromkeys(paths) if path not in known]:
+        pixels = torch.stack([inner(engine.model).preprocess(open_image(path)) for path in fresh])
+        tokens, _ = encode_pixels(engine.model, pixels, engine.device, engine.dtype)
+        known |= zip(fresh, tokens, strict=True)
+    engine.tokens = dict(list((engine.tokens | known).items())[-32:])
+    return [known[path] for path in paths]
+
+
+def texts_of(engine: Engine, query: Query) -> tuple[str, ...]:
+    """Several changes of a picture: each is composed, and the mean of the compositions is searched. Where no model was
+    trained to compose, or there is no picture, they are one text (docs/search.md has the measurement) [ours]."""
+    apart = query.path and inner(engine.model) is engine.model
+    return query.texts if apart and query.texts else (" and ".join(query.texts),)
+
+
+@torch.no_grad()
+def vectors(engine: Engine, queries: list[Query]) -> torch.Tensor:
+    """-> (N, d) fp32 on the CPU, normalised: composed, or of the picture or the text alone."""
+    total, model = [0.0] * len(queries), engine.model
+    parts = [(i, query.path, text) for i, query in enumerate(queries) for text in texts_of(engine, query)]
+    for with_path, with_text in ((True, True), (True, False), (False, True)):
+        rows = [part for part in parts if (bool(part[1]), bool(part[2])) == (with_path, with_text)]
+        if not rows:
+            continue
+        texts, lower = [text for _, _, text in rows], engine.dtype != torch.float32
+        with torch.autocast(torch.device(engine.device).type, dtype=engine.dtype, enabled=lower):
+            if with_path:
+                tokens = torch.stack(tokens_of(engine, [path for _, path, _ in rows]))
+                found = model.compose(tokens, texts) if with_text else inner(model).target(tokens)
+            else:
+                found = inner(model).text(texts, engine.device)
+        for (i, _, _), row in zip(rows, F.normalize(found.float(), dim=1).cpu(), strict=True):
+            total[i] = total[i] + row
+    return F.normalize(torch.stack(total), dim=1)
+
+
+def ranked(engine: Engine, queries: list[Query]) -> Iterator[torch.Tensor]:
+    """Cosines (M,) of each query with the gallery in the order of names; -inf for its own reference."""
+    gallery = engine.gallery
+    for rows, scores in score_blocks(vectors(engine, queries), gallery.features):
+        for query, row in zip(queries[rows], scores, strict=True):
+            if query.exclude >= 0:
+                row[query.exclude] = -torch.inf
+            yield row[gallery.live]
+
+
+def find(engine: Engine, queries: list[Query], top: int) -> list[list[tuple[int, float]]]:
+    """(id, cosine) of the `top` best pictures of each query, best first; equal scores in the order of names."""
+    answers = []
+    for scores in ranked(engine, queries):
+        least = scores.topk(min(top, len(scores))).values[-1]
+        columns = (scores >= least).nonzero()[:, 0]  # few to sort, all ties at the end among them
+        columns = columns[best(scores[columns][None], top)[0]]
+        found = zip(engine.gallery.live[columns].tolist(), scores[columns].tolist(), strict=True)
+        answers.append([(id, score) for id, score in found if score > -torch.inf])
+    return answers
+
+
+def recall_of(engine: Engine, queries: list[Query], targets: list[int], ks: tuple[int, ...]) -> dict[str, float]:
+    """Percent of the queries whose target (an id) is among the K first."""
+    ranks = []
+    for scores, target in zip(ranked(engine, queries), targets, strict=True):
+        column = (engine.gallery.live == target).nonzero()[0]
+        ranks.append(rank(scores[None], column))
+    return {f"R@{k}": recall(torch.cat(ranks), k) for k in ks}

@@ -1,0 +1,588 @@
+"""search.py: the index against one-by-one encoding, answers against a brute-force oracle, the server against a foe."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo as writer
+from PIL import Image
+
+pytest.importorskip("starlette", reason="the page needs requirements-search.txt")
+pytest.importorskip("uvicorn", reason="the page needs requirements-search.txt")
+
+from search_server import index, serving, site_of
+
+import search
+from common.annotations import read_triplets, training_triplets
+from common.console import UserError
+from common.files import read_jsonl, write_jsonl
+from common.gallery import Engine, Query, find, recall_of, vectors, vision_digest
+from common.images import open_image
+from common.notes import is_held_out
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def plain(zoo):
+    return search.load_model("", str(zoo / "clip"), "cpu")[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    writer.draw(tmp_path / "pictures", 11)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def site(zoo, folder, tmp_path):
+    return site_of(zoo / "clip", folder, tmp_path / "out")
+
+
+@pytest.fixture
+def server(site):
+    with serving(site) as running:
+        yield running
+
+
+def one_by_one(model, folder: Path, names) -> torch.Tensor:
+    """The independent truth: each picture alone through the model."""
+    clip = model.model
+    rows = [clip.image(clip.preprocess(open_image(folder / name))[None])[1][0] for name in names]
+    return F.normalize(torch.stack(rows).float(), dim=1)
+
+
+def encoded(monkeypatch, model) -> list[int]:
+    """Counts the pictures that go through the vision encoder from now on."""
+    counts, before = [], model.model.image
+    monkeypatch.setattr(model.model, "image", lambda pixels: (counts.append(len(pixels)), before(pixels))[1])
+    return counts
+
+
+# ---- index ----
+def test_features_are_those_of_each_picture_alone(plain, folder, tmp_path):
+    gallery = index(plain, folder, tmp_path / "out")
+    names = sorted(path.name for path in folder.iterdir())
+    assert list(gallery.names.values()) == names and gallery.live.tolist() == list(gallery.names)
+    assert torch.allclose(gallery.features[gallery.live], one_by_one(plain, folder, names), atol=1e-5)
+    (file,) = (tmp_path / "out").glob("index-*/features.npy")
+    assert np.array_equal(np.load(file, mmap_mode="r"), gallery.features.numpy())
+
+
+def test_only_what_is_new_is_encoded_and_ids_stay(plain, folder, tmp_path, monkeypatch):
+    first = index(plain, folder, tmp_path / "out")
+    counts = encoded(monkeypatch, plain)
+    assert index(plain, folder, tmp_path / "out").names == first.names and counts == []
+
+    (folder / "0-003.png").rename(folder / "a new name.png")  # the same content
+    (folder / "0-004.png").unlink()
+    writer.draw(folder, 2, seed=1)  # two new ones
+    shutil.copy(folder / "0-000.png", folder / "copy.png")
+    Image.new("RGB", (30, 30), "red").save(folder / "0-005.png")  # another content
+    second = index(plain, folder, tmp_path / "out")
+    assert sum(counts) == 3
+    assert second.of_name["a new name.png"] == first.of_name["0-003.png"]
+    assert second.of_name["copy.png"] == second.of_name["0-000.png"] == first.of_name["0-000.png"]
+    assert first.of_name["0-004.png"] not in second.names and second.of_name["0-005.png"] >= 11
+    kept = [name for name in first.of_name if name not in ("0-003.png", "0-004.png", "0-005.png")]
+    assert [second.of_name[name] for name in kept] == [first.of_name[name] for name in kept]
+    names = list(second.names.values())
+    assert names == sorted(names) and "copy.png" not in names and len(names) == 12
+    assert torch.allclose(second.features[second.live], one_by_one(plain, folder, names), atol=1e-5)
+
+
+def test_a_file_of_known_size_and_time_is_not_read_again(plain, folder, tmp_path, monkeypatch):
+    import common.gallery as under_test
+
+    index(plain, folder, tmp_path / "out")
+    read, before = [], under_test.file_sha256
+    monkeypatch.setattr(under_test, "file_sha256", lambda path: (read.append(path), before(path))[1])
+    index(plain, folder, tmp_path / "out")
+    os.utime(folder / "0-001.png")
+    index(plain, folder, tmp_path / "out")
+    assert [os.path.basename(path) for path in read] == ["0-001.png"]
+
+
+def test_unreadable_pictures_are_left_out_counted_and_listed(plain, folder, tmp_path):
+    (folder / "empty.jpg").touch()
+    (folder / "cut.png").write_bytes((folder / "0-000.png").read_bytes()[:60])
+    (folder / "text.jpg").write_text("<svg onload=alert(1)>")
+    Image.new("RGB", (1, 500)).save(folder / "thin.png")
+    os.mkfifo(folder / "pipe.png")
+    for _ in range(2):  # the second time from what the first wrote down
+        gallery = index(plain, folder, tmp_path / "out")
+        assert gallery.unreadable == 5 and len(gallery.names) == 11
+        listed = (tmp_path / "out/unreadable.txt").read_text().splitlines()
+        assert [line.split(": ")[0] for line in listed] == ["cut.png", "empty.jpg", "pipe.png", "text.jpg", "thin.png"]
+    shutil.copy(folder / "0-000.png", folder / "empty.jpg")  # repaired
+    assert index(plain, folder, tmp_path / "out").unreadable == 4
+    for path in folder.glob("0-*"):
+        path.unlink()
+    (folder / "empty.jpg").unlink()
+    with pytest.raises(UserError, match="none of its 4 pictures can be read"):
+        index(plain, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "torn line", "rows without a line"])
+def test_damage_is_seen_and_encoded_again(plain, folder, tmp_path, monkeypatch, capsys, damage):
+    whole = index(plain, folder, tmp_path / "out")  # chunks of 4, 4 and 3
+    expected = whole.features.clone()
+    (file,) = (tmp_path / "out").glob("index-*/features.npy")
+    del whole
+    log = file.with_name("index.jsonl")
+    data = bytearray(file.read_bytes())
+    row = 24 * 4
+    if damage == "bit":
+        data[128 + 5 * row] ^= 1  # in the second chunk
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(data[:-1])
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "torn line":
+        log.write_bytes(log.read_bytes()[:-40])
+    else:
+        file.write_bytes(data + bytes(3 * row))
+    counts = encoded(monkeypatch, plain)
+    again = index(plain, folder, tmp_path / "out")
+    assert sum(counts) == {"bit": 7, "cut": 3, "gone": 11, "torn line": 3, "rows without a line": 0}[damage]
+    assert torch.equal(again.features, expected) and len(file.read_bytes()) == 128 + 11 * row
+    said = capsys.readouterr().err
+    assert ("damaged" in said) == (damage in ("bit", "cut", "gone"))
+
+
+def test_killed_while_indexing_goes_on(plain, tmp_path, zoo, monkeypatch):
+    folder = tmp_path / "pictures"
+    writer.draw(folder, 400)
+    program = "import sys; sys.path[:0] = ['tests', '.']; import search; from pathlib import Path\n"
+    program += "from search_server import index\n"
+    program += f"model = search.load_model('', {str(zoo / 'clip')!r}, 'cpu')[0]\n"
+    program += f"index(model, Path({str(folder)!r}), Path(sys.argv[1]))"
+    run = subprocess.Popen([sys.executable, "-c", program, tmp_path / "out"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not any(path.stat().st_size > 3000 for path in (tmp_path / "out").glob("index-*/index.jsonl")):
+        assert run.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    counts = encoded(monkeypatch, plain)
+    resumed = index(plain, folder, tmp_path / "out")
+    assert 0 < sum(counts) < 396, "the kill came too late, or nothing was kept"
+    whole = index(plain, folder, tmp_path / "whole")
+    assert resumed.names == whole.names and torch.allclose(resumed.features, whole.features, atol=1e-6)
+
+
+def test_training_leaves_the_index_as_it_is(zoo, plain):
+    before = vision_digest(plain)
+    trained = search.load_model("", str(zoo / "clip"), "cpu")[0]
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.add_(1)
+    assert vision_digest(trained) == before
+    with torch.no_grad():
+        next(p for name, p in trained.named_parameters() if "visual_projection" in name).add_(1)
+    assert vision_digest(trained) != before
+
+
+# ---- answers ----
+def engine_of(model, gallery) -> Engine:
+    return Engine(model, {}, "test", gallery, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["clip", "blip"])
+def test_answers_are_those_of_a_brute_force_oracle(zoo, folder, tmp_path, kind):
+    model = search.load_model("", str(zoo / kind), "cpu")[0].eval()
+    # two files of equal pixels and other bytes: equal scores, in the order of names
+    Image.open(folder / "0-002.png").save(folder / "z.png", compress_level=0)
+    gallery = index(model, folder, tmp_path / "out")
+    names = list(gallery.names.values())
+    features = one_by_one(model, folder, names).double().numpy()
+    engine, inner = engine_of(model, gallery), model.model
+    with torch.no_grad():
+        for name in names[:5]:
+            tokens, own = inner.image(inner.preprocess(open_image(folder / name))[None])
+            words = F.normalize(inner.text(["make it red"], "cpu"), dim=1)
+            both, two = (
+                F.normalize(own + F.normalize(inner.text([text], "cpu"), dim=1), dim=1)[0]
+                for text in ("make it red", "make it red and wide")  # plain features: several changes are one text
+            )
+            truths = {
+                ("", ("make it red",)): words[0],
+                (name, ()): own[0],
+                (name, ("make it red",)): both,
+                (name, ("make it red", "wide")): two,
+            }
+            for (path, texts), vector in truths.items():
+                exclude = gallery.of_name[path] if path else -1
+                ((*found,),) = find(engine, [Query(str(folder / path) if path else "", texts, exclude)], 5)
+                scores = (features @ F.normalize(vector, dim=0).double().numpy()).round(6)
+                order = [i for i in np.lexsort((np.arange(len(names)), -scores)) if names[i] != path][:5]
+                assert [gallery.names[id] for id, _ in found] == [names[i] for i in order]
+                assert np.allclose([score for _, score in found], scores[order], atol=1e-5)
+
+
+def test_several_changes_of_a_trained_model_are_the_mean_of_each(zoo, folder, tmp_path):
+    trained = search.build_cir("combiner", str(zoo / "clip")).eval()
+    engine = engine_of(trained, index(trained, folder, tmp_path / "out"))
+    with torch.no_grad():
+        tokens = trained.image(trained.preprocess(open_image(folder / "0-003.png"))[None])[0]
+        each = trained.compose(tokens.expand(2, -1), ["red", "wide"]).sum(0)
+        words = trained.text(["red and wide"], "cpu")[0]
+    found = vectors(engine, [Query(str(folder / "0-003.png"), ("red", "wide"), -1), Query("", ("red", "wide"), -1)])
+    assert torch.allclose(found, F.normalize(torch.stack([each, words]), dim=1), atol=1e-5)
+
+
+def test_many_queries_are_each_one_alone_and_recall_counts_them(plain, folder, tmp_path):
+    gallery = index(plain, folder, tmp_path / "out")
+    engine, names = engine_of(plain, gallery), list(gallery.names.values())
+    queries = [Query(str(folder / name), ("red",) * (i % 2), gallery.of_name[name]) for i, name in enumerate(names)]
+    queries += [Query("", ("a blue box",), -1)]
+    together = vectors(engine, queries)
+    alone = torch.cat([vectors(engine_of(plain, gallery), [query]) for query in queries])
+    assert torch.allclose(together, alone, atol=1e-5)
+    targets = [gallery.live[(i + 3) % 11].item() for i in range(12)]
+    places = [[id for id, _ in found].index(t) for found, t in zip(find(engine, queries, 99), targets, strict=True)]
+    wanted = {f"R@{k}": 100 * sum(place < k for place in places) / 12 for k in (1, 5, 10)}
+    assert recall_of(engine, queries, targets, (1, 5, 10)) == pytest.approx(wanted)
+
+
+def test_queries_of_a_file(plain, folder, tmp_path):
+    engine = engine_of(plain, index(plain, folder, tmp_path / "out"))
+    asked = [{"id": 7, "reference": "0-003.png", "delta": "red"}, {"delta": "a box"}, {"reference": "0-001.png"}]
+    write_jsonl(tmp_path / "queries.jsonl", asked)
+    search.answer_file(engine, tmp_path / "queries.jsonl", tmp_path / "results.jsonl", 4, 2)
+    lines = read_jsonl(tmp_path / "results.jsonl")
+    assert [{k: v for k, v in line.items() if k != "results"} for line in lines] == asked
+    ((*found,),) = find(engine, [Query(str(folder / "0-003.png"), ("red",), engine.gallery.of_name["0-003.png"])], 4)
+    assert [r["name"] for r in lines[0]["results"]] == [engine.gallery.names[id] for id, _ in found]
+    assert all(len(line["results"]) == 4 for line in lines)
+    for bad, says in (({"reference": "../x"}, '".."'), ({"reference": "gone.png"}, "not found"), ({"id": 1}, "line 1")):
+        write_jsonl(tmp_path / "queries.jsonl", [bad])
+        with pytest.raises((UserError, FileNotFoundError), match=says):
+            search.answer_file(engine, tmp_path / "queries.jsonl", tmp_path / "results.jsonl", 4, 2)
+
+
+# ---- the JSON interface ----
+def test_gallery_pages_and_pictures(server, site, folder):
+    page = server.ask("api/gallery?start=4&count=3").json
+    assert page["total"] == 11 and [item["name"] for item in page["items"]] == ["0-004.png", "0-005.png", "0-006.png"]
+    id = page["items"][0]["id"]
+    image = server.ask(f"image/{id}")
+    assert image.body == (folder / "0-004.png").read_bytes() and image.headers["Content-Type"] == "image/png"
+    thumb = server.ask(f"thumb/{id}?v=x")
+    assert thumb.headers["Content-Type"] == "image/jpeg" and "immutable" in thumb.headers["Cache-Control"]
+    assert server.ask("api/gallery?start=99").json["items"] == []
+    for path in ("api/gallery?start=-1", "api/gallery?count=501", "api/gallery?start=x"):
+        assert server.ask(path).status == 400
+    (folder / "0-004.png").write_bytes((folder / "0-005.png").read_bytes())
+    assert "has changed" in server.ask(f"image/{id}").json["error"]
+
+
+@pytest.mark.parametrize("path", ["thumb/99", "thumb/-1", "image/0-001.png", "image/..%2f..%2fetc%2fpasswd",
+                                  "search.py", "image/%2fetc%2fpasswd", "..%2fsearch.py", "web/app.js", "thumb/٣",
+                                  "image/1e0", "thumb/" + "a" * 64, "thumb/" + "9" * 30, "api/"])  # fmt: skip
+def test_only_ids_lead_to_files(server, path):
+    from urllib.parse import quote
+
+    answer = server.ask(quote(path, safe="/%"))
+    assert answer.status in (400, 404) and b"root:" not in answer.body and b"import" not in answer.body
+
+
+def test_search_by_both_by_picture_and_by_text(server, site):
+    both = server.ask("api/search", {"reference": 2, "texts": ["red", " ", "bigger"], "top": 3}).json
+    assert len(both["results"]) == 3 and both["text"] == "red and bigger" and both["reference"]["name"] == "0-002.png"
+    alone = server.ask("api/search", {"reference": 2}).json["results"]
+    assert len(alone) == 10 and 2 not in [r["id"] for r in alone]
+    assert len(server.ask("api/search", {"texts": ["red"]}).json["results"]) == 11
+    assert server.ask("api/search", {"texts": ["red " * 100]}).json["cut"]
+    for bad in ({}, {"texts": []}, {"reference": 99}, {"reference": True}, {"reference": "0-002.png"}, {"texts": "red"},
+                {"texts": [1]}, {"texts": ["x" * 501]}, {"texts": ["x"] * 9}, {"reference": 2, "top": 0},
+                {"reference": -1}, {"reference": 2.0}, {"texts": ["red"], "top": "3x"}, [], "x"):  # fmt: skip
+        answer = server.ask("api/search", bad)
+        assert answer.status == 400 and answer.json["error"].count("\n") == 0
+
+
+def test_requests_that_are_no_json(server):
+    assert server.ask("api/search", b"{", Content_Type="application/json").status == 400
+    assert server.ask("api/search", b"{}", Content_Type="text/plain").status == 400  # what a form may send anywhere
+    assert "more than" in server.ask("api/search", b" " * 70_000, Content_Type="application/json").json["error"]
+    assert server.ask("api/search", b"[" * 60_000, Content_Type="application/json").status == 400
+    assert server.ask("api/search").status == 405
+
+
+def test_upload(server, site, folder, tmp_path, monkeypatch):
+    data = (folder / "0-003.png").read_bytes()
+    token = server.ask("api/upload", data).json["token"]
+    found = server.ask("api/search", {"reference": token, "texts": ["red"]}).json
+    assert found["reference"] == {"name": f"{token}.png", "id": site.engine.gallery.of_name["0-003.png"]}
+    assert len(found["results"]) == 10, "the reference itself is not found again, by content"
+    assert server.ask(f"image/{token}").body == data and server.ask(f"thumb/{token}").status == 200
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4) * 2 + b"\x08\x02\0\0\0" + bytes(20)
+    for bad in (b"", b"GIF89a", b"<svg onload=alert(1)>", data[:50], bomb):
+        answer = server.ask("api/upload", bad, Content_Type="image/png")
+        assert answer.status == 400 and str(tmp_path) not in answer.json["error"]
+    monkeypatch.setattr(search, "_UPLOAD", 100)
+    assert "more than 100 bytes" in server.ask("api/upload", data).json["error"]
+    assert [path.name for path in (tmp_path / "out/uploads").iterdir()] == [f"{token}.png"]
+
+
+# ---- who may ask ----
+def test_every_answer_carries_the_policy_and_the_page_needs_no_other_host(server):
+    for path in ("", "app.js", "api/gallery", "thumb/0", "nothing", "api/label"):
+        headers = server.ask(path).headers
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+    page = server.ask("").body.decode()
+    assert not re.search(r"\son\w+=|\sstyle=|<style|<script>", page)
+    for name in ("index.html", "style.css", "app.js", "judge.js"):
+        text = (ROOT / "web" / name).read_text().replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://|@import|//cdn", text)
+        assert "innerHTML" not in text and "insertAdjacentHTML" not in text and "document.write" not in text
+
+
+def test_a_foreign_host_or_page_is_refused(server):
+    body = {"texts": ["red"]}
+    here = server.address.removeprefix("http://").rstrip("/")
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "10.0.0.1"):
+        assert server.ask("api/gallery", Host=host).status in (400, 421)
+        assert server.ask("", Host=host).status in (400, 421)
+    for host in (here, "localhost:9", "LOCALHOST", "[::1]:80"):
+        assert server.ask("api/gallery", Host=host).status == 200
+    foreign = "http://evil.example", "null", "http://127.0.0.1:1", f"https://{here}", f"http://{here}.evil.example"
+    for origin in foreign:
+        assert server.ask("api/search", body, Origin=origin).status == 403
+    assert server.ask("api/search", body, Origin=f"http://{here}", Sec_Fetch_Site="same-origin").status == 200
+    for site in ("cross-site", "same-site"):
+        assert server.ask("api/search", body, Sec_Fetch_Site=site).status == 403
+        assert server.ask("thumb/0", Sec_Fetch_Site=site, Sec_Fetch_Mode="no-cors").status == 403
+        assert server.ask("", Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate").status == 200  # a link to the page
+    mark = {"reference": 0, "texts": ["x"], "target": 1, "right": True}
+    assert server.ask("api/mark", mark, Origin="null").status == 403
+
+
+def test_beyond_this_machine_every_address_begins_with_a_secret(site):
+    with serving(site, "0.0.0.0") as open_to_all:
+        base, secret = open_to_all.address.rstrip("/").rsplit("/", 1)
+        assert len(secret) >= 20
+        assert open_to_all.ask("api/gallery").status == 200 and b"<!DOCTYPE" in open_to_all.ask("").body
+        assert open_to_all.ask("api/search", {"texts": ["red"]}).status == 200
+        assert open_to_all.ask("api/gallery", Host="192.168.1.7:8000").status == 200
+        assert open_to_all.ask("api/gallery", Host="evil.example").status == 421
+        for wrong in ("", "x", secret[:-1], secret + "x", "%00"):
+            for path in ("api/gallery", "", "thumb/0"):
+                path = f"../{wrong}/{path}" if wrong else f"../{path}"
+                assert open_to_all.ask(path).status == 404
+    with serving(site) as alone:
+        assert alone.address.count("/") == 3, "no secret where only this machine can ask"
+
+
+# ---- marks and labels ----
+HOSTILE = '<img src=x onerror=alert(1)>"\'\u2028\u202e</script>'
+
+
+def test_marks_become_triplets(server, site, zoo, folder, tmp_path):
+    def mark(reference, target, right, text="red"):
+        answer = server.ask("api/mark", {"reference": reference, "texts": [text], "target": target, "right": right})
+        assert answer.status == 200, answer.json
+
+    out = tmp_path / "out"
+    mark(0, 1, True)
+    mark(0, 2, False)
+    mark(3, 4, True, HOSTILE)
+    assert read_jsonl(out / "marks.jsonl") == [
+        {"reference": "0-000.png", "target": "0-001.png", "delta": "red"},
+        {"reference": "0-003.png", "target": "0-004.png", "delta": HOSTILE, "held_out": True},  # every second reference
+    ]
+    assert read_jsonl(out / "wrong.jsonl") == [
+        {"reference": "0-000.png", "target": "0-002.png", "delta": "red", "wrong": True}
+    ]
+    results = server.ask("api/search", {"reference": 0, "texts": ["red"]}).json["results"]
+    assert {r["id"]: r["right"] for r in results if r["right"] is not None} == {1: True, 2: False}
+    mark(0, 1, False)
+    assert len(read_jsonl(out / "marks.jsonl")) == 1 and len(read_jsonl(out / "wrong.jsonl")) == 2
+    undone = server.ask("api/undo", {"what": "marks"}).json
+    assert undone == {"reference": "0-000.png", "text": "red", "target": 1, "right": True}
+    assert len(read_jsonl(out / "marks.jsonl")) == 2
+    mark(0, 2, None)
+    assert read_jsonl(out / "wrong.jsonl") == []
+    again = site_of(zoo / "clip", folder, out)  # another start
+    assert again.notes.marks == site.notes.marks and len(again.notes.marks) == 2
+    good = {"reference": 0, "texts": ["x"], "target": 1, "right": True}
+    for bad in ({"texts": []}, {"reference": None}, {"target": None}, {"target": 99}, {"right": 1}, {"right": "yes"}):
+        assert server.ask("api/mark", good | bad).status == 400
+    for _ in range(4):
+        assert server.ask("api/undo", {"what": "marks"}).status == 200
+    assert server.ask("api/undo", {"what": "marks"}).json["error"] == "nothing to undo"
+    mark(5, 6, True)
+    triplets, images = training_triplets("jsonl", str(out / "marks.jsonl"), "", "all", str(folder))  # as train_cir.py
+    assert triplets[0].delta == "red" and images.path(triplets[0].reference) == str(folder / "0-005.png")
+
+
+def test_all_marks_of_a_reference_stand_on_one_side(site):
+    notes = site.notes
+    for i in range(9):
+        for name in ("a", "b", "c", "d"):
+            notes.marks[name, f"{i}", "x"] = {"right": True, "held_out": is_held_out(notes, name)}
+    sides = {name: {mark["held_out"] for (n, _, _), mark in notes.marks.items() if n == name} for name in "abcd"}
+    assert sides == {"a": {False}, "b": {True}, "c": {False}, "d": {True}}
+
+
+def pseudo_file(tmp_path, folder, n=6) -> str:
+    ends = [(f"0-00{i}.png", f"0-00{i + 1}.png") for i in range(n)]
+    lines = [{"id": f"p{i}", "reference": a, "target": b, "delta": f"text {i}"} for i, (a, b) in enumerate(ends)]
+    lines[1]["delta"] = HOSTILE
+    write_jsonl(tmp_path / "pseudo.jsonl", lines + [{"reference": "gone.png", "target": "0-001.png", "delta": "x"}])
+    return str(tmp_path / "pseudo.jsonl")
+
+
+def test_labels(zoo, folder, tmp_path, capsys):
+    label, out = pseudo_file(tmp_path, folder), tmp_path / "out"
+    site = site_of(zoo / "clip", folder, out, label)
+    assert "1 of 7 pairs name a picture outside the gallery" in capsys.readouterr().out
+    with serving(site) as server:
+
+        def judge(n, verdict, **more):
+            return server.ask("api/label", {"n": n, "verdict": verdict, **more})
+
+        first = server.ask("api/label").json
+        assert first["total"] == 6 and first["pair"]["delta"] == "text 0" and first["pair"]["reference"]["id"] == 0
+        assert judge(0, "accept").json["pair"]["delta"] == HOSTILE
+        judge(1, "edit", delta=" better ")
+        judge(2, "reject")
+        answer = judge(3, "skip").json
+        assert answer["counts"] == {"accept": 1, "edit": 1, "reject": 1, "skip": 1} and answer["pair"]["n"] == 4
+        assert [line["verdict"] for line in read_jsonl(out / "labels.jsonl")] == ["accept", "edit", "reject", "skip"]
+        edited = {"verdict": "edit", "delta": "better", "was": HOSTILE, "id": "p1"}
+        assert read_jsonl(out / "labels.jsonl")[1] == {"reference": "0-001.png", "target": "0-002.png"} | edited
+        assert [t.delta for t in read_triplets(out / "accepted.jsonl")] == ["text 0", "better"]
+        assert server.ask("api/undo", {"what": "labels"}).json == {"n": 3}
+        assert server.ask("api/label").json["pair"]["n"] == 3
+        judge(0, "reject")  # judged anew
+        assert [t.delta for t in read_triplets(out / "accepted.jsonl")] == ["better"]
+        assert server.ask("api/label?at=1").json["pair"]["label"] == {"verdict": "edit", "delta": "better"}
+        for bad in ((9, "accept"), (-1, "accept"), (0, "maybe"), ("0x", "accept")):
+            assert judge(*bad).status == 400
+        assert judge(0, "edit", delta="  ").status == 400 and judge(0, "edit", delta=3).status == 400
+    again = site_of(zoo / "clip", folder, out, label)
+    assert again.notes.labels == site.notes.labels and len(again.notes.labels) == 3
+    train, held, pseudo = search.teaching_data(again.notes)
+    assert [t["delta"] for t in train] == ["better"] and held == []
+    assert [t["delta"] for t in pseudo] == ["text 3", "text 4", "text 5"], "a rejected pair is not learned"
+
+
+# ---- teaching ----
+def wait_for_teaching(server) -> dict:
+    end = time.monotonic() + 300
+    while (status := server.ask("api/teach").json)["state"] == "training":
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return status
+
+
+def test_teach_switch_and_back(zoo, folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    site = site_of(zoo / "clip", folder, out, pseudo_file(tmp_path, folder))
+    token = None
+    with serving(site) as server:
+        assert "wanted" in server.ask("api/teach", {}).json["error"]  # nothing to learn from
+        token = server.ask("api/upload", writer_bytes(tmp_path)).json["token"]
+        for reference in (0, 1, token, 4, 2, 7):
+            for target in (3, 5):
+                mark = {"reference": reference, "texts": ["red", "big"], "target": target, "right": True}
+                assert server.ask("api/mark", mark).status == 200
+        server.ask("api/label", {"n": 0, "verdict": "accept"})
+        counts = encoded(monkeypatch, site.engine.model)
+        assert server.ask("api/teach", {}).json["state"] == "training"
+        assert "already" in server.ask("api/teach", {}).json["error"]
+        assert server.ask("api/search", {"texts": ["red"]}).status == 200, "it answers while it is taught"
+        status = wait_for_teaching(server)
+        assert status["state"] == "done", status
+        assert status["right"] == 12 and status["held_out"] == 6 and status["taught"][0]["train"] == 7
+        assert status["taught"][0]["pseudo"] == 4, "six, less the accepted one and the one of a held-out mark"
+        before, after = status["before"], status["after"]
+        assert set(before) == set(after) == {"R@1", "R@5", "R@10"}
+        assert status["using"] == (1 if sum(after.values()) > sum(before.values()) else 0)
+        assert len(counts) < 10, "the gallery is not encoded again"
+
+        # the checkpoint is an ordinary one, and the figures are its own
+        taught = search.load_model(str(out / "teach-1"), "", "cpu")[0]
+        held = [line for line in read_jsonl(out / "marks.jsonl") if line.get("held_out")]
+        names = site.engine.gallery.of_name
+        queries = [Query(str(folder / h["reference"]), ("red", "big"), names[h["reference"]]) for h in held]
+        targets = [names[h["target"]] for h in held]
+        assert recall_of(engine_of(taught, site.engine.gallery), queries, targets, (1, 5, 10)) == pytest.approx(after)
+
+        server.ask("api/use", {"teach": 0})
+        first = scores_of(server)
+        assert server.ask("api/use", {"teach": 1}).json["using"] == 1 and scores_of(server) != first
+        assert server.ask("api/use", {"teach": 7}).status == 400
+    again = site_of(zoo / "clip", folder, out)  # another start answers with the taught model
+    assert again.using == 1 and "taught (1)" in again.engine.name
+    with serving(again) as server:
+        assert server.ask("api/use", {"teach": 0}).json["using"] == 0 and scores_of(server) == first
+        again.flags["TEACH_LR"] = "abc"  # train_cir.py refuses it: its line reaches the page
+        assert server.ask("api/teach", {}).json["state"] == "training"
+        failed = wait_for_teaching(server)
+        assert failed["state"] == "failed" and "--lr" in failed["error"] and failed["using"] == 0
+
+
+def scores_of(server) -> list[float]:
+    return [r["score"] for r in server.ask("api/search", {"reference": 9, "texts": ["red"]}).json["results"]]
+
+
+def writer_bytes(tmp_path) -> bytes:
+    (name,) = writer.draw(tmp_path / "mine", 1, seed=9)
+    return (tmp_path / "mine" / name).read_bytes()
+
+
+# ---- command line and look ----
+def test_mistakes_are_one_line(folder, tmp_path):
+    for flags, says in (
+        ((), "--gallery is empty"),
+        (("--gallery", str(tmp_path / "none")), "not found"),
+        (("--gallery", str(folder), "--queries", "q.jsonl"), "--out results.jsonl"),
+        (("--gallery", str(folder), "--label", str(tmp_path / "none.jsonl")), "No such file"),
+    ):
+        argv = [sys.executable, "search.py", *flags, "--device", "cpu", "--port", "0"]
+        argv += [] if "--queries" in flags else ["--out", str(tmp_path / "out")]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def test_contrast():
+    """WCAG AA: 4.5 for text, 3 for the edge of a control."""
+    blocks = re.findall(r":root \{(.*?)\}", (ROOT / "web/style.css").read_text(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+        text = [(front, behind) for front in ("ink", "soft") for behind in ("paper", "card", "well")]
+        text += [("accent", "card"), ("accent", "paper"), ("accent", "tint"), ("on-accent", "accent")]
+        text += [("wrong", "card"), ("wrong", "paper"), ("wrong", "tint"), ("on-wrong", "wrong"), ("paper", "ink")]
+        for front, behind, least in [(*pair, 4.5) for pair in text] + [("edge", "card", 3), ("edge", "paper", 3)]:
+            high, low = sorted((luminance(colour[front]), luminance(colour[behind])), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= least, f"{front} on {behind}"
+
+
+def test_the_interface_is_documented():
+    text = (ROOT / "docs/search.md").read_text()
+    for name in ("gallery", "search", "upload", "mark", "undo", "label", "teach", "use"):
+        assert f"/api/{name}" in text
+    assert json.loads(re.search(r"```json\n(\{.*?\})\n```", text, re.S)[1])
