@@ -162,6 +162,25 @@ def test_damaged_files(zoo, tmp_path, kind):
         (folder / file).write_bytes(data)
 
 
+def test_transformers_sees_the_tokenizers_files_and_nothing_else(zoo, tmp_path, monkeypatch):
+    """Neither the folder, which may hold code, nor a hub id, for which it would ask the hub a dozen things."""
+    folder, seen = copy(zoo, "clip", tmp_path), []
+    (folder / "evil.py").write_text("")
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+
+    class Recorder:
+        @staticmethod
+        def from_pretrained(given, **how):
+            seen.append((sorted(os.listdir(given)), read_json(Path(given, "tokenizer_config.json")), how))
+            return transformers.AutoTokenizer.from_pretrained(given, **how)
+
+    monkeypatch.setattr(module, "AutoTokenizer", Recorder)
+    read(folder)
+    ((files, record, how),) = seen
+    assert files == ["merges.txt", "tokenizer_config.json", "vocab.json"] and "auto_map" not in record
+    assert how["trust_remote_code"] is False and how["local_files_only"] is True
+
+
 def test_entries_that_name_files_elsewhere_are_not_followed(zoo, tmp_path):
     """tokenizer_config.json of another's folder: its paths are of no one else's machine, or aim at one."""
     folder, other = copy(zoo, "blip", tmp_path), tmp_path / "outside.txt"
