@@ -14,7 +14,7 @@ STAGES = ("vdg_align", "vdg_tune", "mine_pairs", "gen_deltas", "train_cir", "eva
 
 
 def run(stage: str, *argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"{stage}.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, f"{stage}.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def time_of_children() -> float:
