@@ -214,7 +214,7 @@ class BlipTdm(CirModel):
         self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
         self.backbone.itm_head.requires_grad_(train_head)  # p_theta of Eq. 3
-        last = self.backbone.config.text_config.vocab_size - 1
+        last = self.backbone.config.text_config.vocab_size - 1  # [ENC], the last word of BLIP
         self.first_token = last if first_token == "enc" else self.tokenizer.cls_token_id
         if directions:
             self.direct(self.backbone.text_encoder.embeddings, "word_embeddings")
@@ -361,16 +361,16 @@ def tdm_loss(model: BlipTdm, tokens: Tensor, deltas: list[str], own: list[int], 
 def reversed_loss(
     model: CirModel, reference: Tensor, everyone: Everyone, batch: Batch, noise, compute: Compute
 ) -> Tensor:
-    """[Bi]: this rank's share of the mean over the triplets that have a text which leads back."""
+    """[Bi], which target, changed by the text that leads back, gives the reference? This rank's share of the mean."""
     back = [d.delta if REVERSED_TEXT == "token" else d.back or None for d in batch.draws]
     rows = [k for k, i in enumerate(batch.own) if back[i] is not None]  # of reference
     if not BIDIRECTIONAL or not rows:
         return model.tau.new_zeros(())
     own = [batch.own[k] for k in rows]
-    targets = torch.tensor(own)  # what each text is composed with: its own target, the others follow from it
+    targets = torch.tensor(own)  # CLIP composes each text with every target: here is its own, the positive
     if MODEL == "blip_tdm":
         drawn = draw_candidates(everyone.x, everyone.c, batch.targets, model.tau.item(), REVERSED_NEGATIVES, noise)
-        targets = drawn[own]  # nothing factorises: its own target, then the hard ones
+        targets = drawn[own]  # BLIP with a few, as nothing factorises: its own target, then hard ones
     with compute.autocast():
         texts = [back[i] for i in own]
         loss = model.reversed_loss(reference[rows], texts, everyone.tokens, targets.to(reference.device))
