@@ -20,6 +20,8 @@ from common.files import append_line, json_line, repair_jsonl, write_text
 
 _stop = {"time": None, "installed": False}
 
+# ---- the group ----
+
 
 @dataclass(frozen=True)
 class World:
@@ -61,6 +63,9 @@ def init_world(device: str = "auto") -> World:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))  # a dead peer must not hang the others for ever
     rank, size = rank_size()
     return World(rank, size, local_rank, here)
+
+
+# ---- collectives: every rank must call them ----
 
 
 @functools.cache
@@ -154,6 +159,9 @@ def barrier() -> None:
     any_rank(False)
 
 
+# ---- dtype and log ----
+
+
 def pick_dtype(dtype: str, device):
     """--dtype to torch's: "auto" is bf16 on CUDA and fp32 on CPU."""
     import torch
@@ -184,11 +192,15 @@ class Log:
                     write_text(self.path, "".join(json_line(record) for record in kept))
 
     def write(self, **record: Any) -> None:
+        """One record; NaN and infinity as words."""
         if rank_size()[0] == 0:
             for key, value in record.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     record[key] = str(value)  # JSON has no NaN
             append_line(self.path, record)
+
+
+# ---- seeds: functions of their keys, so that a resumed run draws what an unbroken one does ----
 
 
 def _seed(*keys: Any) -> int:
@@ -215,6 +227,9 @@ def seeded_generator(*keys: Any):
     import torch
 
     return torch.Generator().manual_seed(_seed(*keys))
+
+
+# ---- signals ----
 
 
 def stop_requested() -> bool:
