@@ -161,6 +161,7 @@ def read_jsonl(path: str | Path, limit: int = JSON_LIMIT, memory: int | None = N
 
 
 def json_line(record: dict) -> str:
+    """A record as one line of jsonl, with its end; ValueError for NaN."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -223,6 +224,7 @@ class JsonlAppender:
         self.done = repair_jsonl(self.path)
 
     def append(self, record: dict) -> None:
+        """One whole line or, on a full disk, none and an OSError."""
         append_line(self.path, record)
 
 

@@ -20,6 +20,8 @@ from common.files import append_line, json_line, repair_jsonl, write_text
 
 _stop = {"time": None, "installed": False}
 
+# ---- the group ----
+
 
 @dataclass(frozen=True)
 class World:
@@ -61,6 +63,9 @@ def init_world(device: str = "auto") -> World:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))  # a dead peer must not hang the others for ever
     rank, size = rank_size()
     return World(rank, size, local_rank, here)
+
+
+# ---- collectives: every rank must call them ----
 
 
 @functools.cache
@@ -168,6 +173,9 @@ def barrier() -> None:
     any_rank(False)
 
 
+# ---- dtype and log ----
+
+
 def pick_dtype(dtype: str, device):
     """--dtype to torch's: "auto" is bf16 on CUDA and fp32 on CPU."""
     import torch
@@ -198,6 +206,7 @@ class Log:
                     write_text(self.path, "".join(json_line(record) for record in kept))
 
     def write(self, **record: Any) -> None:
+        """One record; NaN and infinity as words."""
         if rank_size()[0] == 0:
             for key, value in record.items():
                 if isinstance(value, float) and not math.isfinite(value):
@@ -209,6 +218,9 @@ def pace(began: float, done: int, left: int, items: int) -> dict[str, float]:
     """For the log: since `began` (time.perf_counter()) there were `done` steps of `items`; `left` are to come."""
     seconds = time.perf_counter() - began
     return {"items_per_s": round(done * items / seconds, 2), "eta_s": round(seconds / done * left)}
+
+
+# ---- seeds: functions of their keys, so that a resumed run draws what an unbroken one does ----
 
 
 def _seed(*keys: Any) -> int:
@@ -235,6 +247,9 @@ def seeded_generator(*keys: Any):
     import torch
 
     return torch.Generator().manual_seed(_seed(*keys))
+
+
+# ---- signals ----
 
 
 def stop_requested() -> bool:
