@@ -531,18 +531,15 @@ def main() -> None:
 
     # Algorithm 3: each step draws B triplets of D and B' of D', over all ranks
     draws = (draw_batch(sources, step, BATCH, SEED, world) for step in range(start, steps))
-    loaded = batches.ahead(lambda batch: images.load(batch, SEED), draws)
     began = time.perf_counter()
-    bar = progress(loaded, "training", steps, start)
-    for batch, pixels in bar:
-        # an image that one rank cannot read stops all; dropout and the rate are functions of the step
-        batches.stop_together(pixels)
+    bar = progress(images.follow(draws, SEED), "training", steps, start)
+    for batch, tokens in bar:
+        # dropout and the rate are functions of the step
         ranks.seed_step(SEED, batch.step, world.rank)
         rate = set_rate(optimizer, batch.step, steps)
 
         # this rank's rows: x of the targets, c of the references with their deltas
-        tokens = images.tokens(pixels)  # from the frozen vision encoder
-        reference, target = tokens.chunk(2)  # (n, ...) each
+        reference, target = tokens.chunk(2)  # (n, ...) each, of the frozen vision encoder
         with compute.autocast():
             x = model.target(target)  # (n, d)
             c = model.compose(reference, batch.own_deltas)  # (n, d)
@@ -572,7 +569,7 @@ def main() -> None:
         if last or done % LOG_EVERY == 0:
             record = summed(tcc, tdm, rev)
             record |= {"lr": rate, "norm": norm, "tau": model.tau.item()}
-            record |= {"images": int(all_sum(images.encoded))}
+            record["images"] = images.encoded_by_all()
             record |= ranks.pace(began, done - start, steps - done, len(batch.draws))
             log.write(step=done, **record)
             bar.set_postfix(loss=record["loss"])

@@ -29,8 +29,9 @@ from common.flags import at_least, below, constants_of, override, within
 from common.hub import located, near
 from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
-from common.pretrained import read_config, read_exactly
+from common.pretrained import build_empty, read_config, read_exactly
 from common.ranks import Log, World
+from common.tokenizer import tokenizer_sha256
 
 # ---- models ----
 VISION = "Salesforce/instructblip-vicuna-13b"  # ViT + Q-Former: folder or hub id, InstructBLIP or BLIP-2 [S4.1]
@@ -78,15 +79,22 @@ def vision_classes(kind: str) -> tuple[type, type]:
     return transformers.Blip2VisionModel, transformers.Blip2QFormerModel
 
 
+def empty_vision(source: str) -> tuple:
+    """-> config.json, and ViT and Q-Former as shapes alone: a config.json that describes none stops here."""
+    config = read_config(source, ("instructblip", "blip-2"), "--vision")
+    vit, qformer = vision_classes(config.model_type)
+
+    def build() -> nn.ModuleList:
+        return nn.ModuleList([vit(config.vision_config), qformer(config.qformer_config)])
+
+    return config, build_empty(build, source, "--vision")
+
+
 def vision_weights(source: str) -> int:
     """How many weights ViT and Q-Former have; those of InstructBLIP are known without a download."""
     if not os.path.isdir(source):
         return 1_170_000_000  # ViT-g/14 0.99, Q-Former of InstructBLIP 0.18
-    config = read_config(source, ("instructblip", "blip-2"))
-    vit, qformer = vision_classes(config.model_type)
-    with torch.device("meta"):
-        models = vit(config.vision_config), qformer(config.qformer_config)
-    return sum(p.numel() for model in models for p in model.parameters())
+    return sum(p.numel() for p in empty_vision(source)[1].parameters())
 
 
 class VisionProjector(nn.Module):
@@ -94,7 +102,7 @@ class VisionProjector(nn.Module):
 
     def __init__(self, source: str, d_llm: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         super().__init__()
-        config = read_config(source, ("instructblip", "blip-2"))
+        config, _ = empty_vision(source)
         self.takes_text = config.model_type == "instructblip"  # its Q-Former insists on an input_ids argument
         vit, qformer = vision_classes(config.model_type)
         q_width = config.qformer_config.hidden_size
@@ -350,11 +358,12 @@ def learning_rate(step: int, total: int) -> float:
     return LR * min(warm, fall)
 
 
-def save_result(vision: VisionProjector, steps: int, captions: int) -> None:
+def save_result(vision: VisionProjector, tokenizer, steps: int, captions: int) -> None:
     """OUT's checkpoint, which stage 2 starts from."""
     config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
     config["near"] = {"vision": near(VISION, OUT), "llm": near(LLM, OUT)}  # if all of it moves
     config |= {"dim": vision.projection.out_features, "steps": steps, "captions": captions, "seed": SEED}
+    config["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
     files.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
     say(f"wrote {OUT}/projection.safetensors")
 
@@ -451,7 +460,7 @@ def main() -> None:
             say(f"stopped after step {done} of {total}; the same command resumes")
             raise SystemExit(143)
 
-    save_result(vision, total, len(captions))
+    save_result(vision, tokenizer, total, len(captions))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from common.images import ImageStore, load_pixels, random_resized_crop
 from common.llama import answer_ids, bitsandbytes, llm_shape, load_llm, tokenize
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
+from common.tokenizer import require_same, tokenizer_sha256
 from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
 
 # ---- data ----
@@ -231,6 +232,7 @@ def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: s
     """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict)."""
     config = read_stage(folder, "tune", llm, vision)
     llm, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
+    require_same(tokenizer, config, folder)
     load_adapter(llm, folder, config["lora"])
     vision = VisionProjector(config["vision"], llm.config.hidden_size, device, dtype)
     load_projection(vision, folder)
@@ -369,6 +371,7 @@ def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
     """Algorithm 2 starts from Algorithm 1's projection, and from a LoRA that changes nothing yet."""
     torch.manual_seed(SEED)
     llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, aligned["quantize"])
+    require_same(tokenizer, aligned, ALIGNED)
     vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)
     load_projection(vision, ALIGNED)
     add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
@@ -481,6 +484,7 @@ def save_result(model: Model, aligned: dict, trained: dict, world: World) -> Non
     config = {"stage": "tune"} | {key: aligned[key] for key in ("vision", "llm", "dim", "quantize")}
     config["near"] = {key: near(aligned[key], OUT) for key in ("vision", "llm")}  # if all of it moves
     config |= {"lora": lora, "prompt": PROMPT} | trained | {"dataset": DATASET, "seed": SEED}
+    config["tokenizer_sha256"] = tokenizer_sha256(model.tokenizer)
     tensors = {"adapter_model.safetensors": adapter_tensors(model.llm)}
     tensors |= {"projection.safetensors": model.vision.projection.state_dict()}
     texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}

@@ -1,6 +1,6 @@
 """Images through a frozen vision encoder: a gallery's, a bank's, and those of each training step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
 from common.console import progress, rank_size
 from common.images import ImageStore, load_pixels
-from common.ranks import gather_objects, pick_dtype, seeded_rng
+from common.ranks import all_sum, gather_objects, pick_dtype, seeded_rng
 
 
 class Compute(NamedTuple):
@@ -110,7 +110,7 @@ class TrainingImages:
     def __init__(self, model: torch.nn.Module, sources: list[Source], augmented: Callable, compute: Compute):
         self.model, self.sources, self.augmented, self.compute = model, sources, augmented, compute
         self.views: dict[Image, list[Tensor]] = {}  # tokens of each view, on the CPU; empty: augmented anew
-        self.encoded = 0  # images that went through the encoder for the last batch
+        self.encoded = 0  # images that went through this rank's encoder for the last batch
         self._pool = ThreadPoolExecutor(max(1, compute.workers))
 
     def _open(self, job: tuple[Image, tuple | None]) -> Tensor:
@@ -150,8 +150,21 @@ class TrainingImages:
         rows = [rows for _, rows in encode_in_turn(blocks, self._pixels, features, "encoding the bank")]
         return Bank(images, torch.cat(rows).to(self.compute.device))
 
-    def load(self, batch: Batch, seed: int) -> Tensor:
-        """Of this rank's references, then targets: pixels, or the tokens of a view each. May run in a thread."""
+    def follow(self, draws: Iterable[Batch], seed: int) -> Iterator[tuple[Batch, Tensor]]:
+        """(batch, tokens of this rank's references, then of its targets), the next batch decoded meanwhile.
+
+        An image that one rank cannot read stops all ranks."""
+        for batch, loaded in ahead(lambda batch: self._load(batch, seed), draws):
+            stop_together(loaded)
+            self.encoded = 0 if self.views else len(loaded)
+            yield batch, loaded.to(self.compute.device) if self.views else self._encode(loaded)
+
+    def encoded_by_all(self) -> int:
+        """Images that went through the encoders of all ranks for the last batch."""
+        return int(all_sum(self.encoded))
+
+    def _load(self, batch: Batch, seed: int) -> Tensor:
+        """Of this rank's references, then targets: pixels, or the tokens of a view each. Runs in a thread."""
         jobs = image_jobs(batch.own_draws)
         if not self.views:
             return self._pixels(jobs)
@@ -160,8 +173,3 @@ class TrainingImages:
             views = self.views[image]
             chosen.append(views[seeded_rng(seed, "view", *key).integers(len(views))])
         return torch.stack(chosen)
-
-    def tokens(self, loaded: Tensor) -> Tensor:
-        """What load() gave -> tokens (n, ...) on the device."""
-        self.encoded = 0 if self.views else len(loaded)
-        return loaded.to(self.compute.device) if self.views else self._encode(loaded)

@@ -135,3 +135,10 @@ def tokenizer_sha256(tokenizer) -> str:
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in names}
     return hashlib.sha256(json.dumps([record, special], sort_keys=True).encode()).hexdigest()
+
+
+def require_same(tokenizer, config: dict, checkpoint: str) -> None:
+    """A checkpoint's tokenizer is the one that it was trained with (config.json says which since its hash is kept)."""
+    if config.get("tokenizer_sha256") not in (None, tokenizer_sha256(tokenizer)):
+        where = tokenizer.name_or_path
+        raise UserError(f"{checkpoint} was trained with another tokenizer than {where} holds now; restore that one")

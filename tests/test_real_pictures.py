@@ -319,7 +319,8 @@ def test_a_png_with_two_megabytes_of_text_or_profile_is_read(tmp_path, chunk):
 def test_a_text_that_swells_is_refused(tmp_path):
     swells = mixed.chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000)))
     many = [mixed.chunk(b"zTXt", b"%d\0\0" % i + zlib.compress(bytes(10_000_000))) for i in range(9)]
-    for chunks in ([swells], many):
+    profile = mixed.chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000_000)))
+    for chunks in ([swells], many, [profile]):
         (tmp_path / "x.png").write_bytes(mixed.grey_png(*chunks))
         with pytest.raises(UserError, match="x.png"):
             open_image(tmp_path / "x.png")

@@ -11,6 +11,8 @@ import transformers
 import zoo as writer
 
 import train_cir
+import vdg_align
+import vdg_tune
 from common import tokenizer as module
 from common.console import UserError
 from common.files import read_json
@@ -293,6 +295,18 @@ def test_a_checkpoint_holds_to_the_tokenizer_that_it_was_trained_with(zoo, tmp_p
         train_cir.load_cir(str(checkpoint))
 
 
+def test_a_vdg_holds_to_its_tokenizer_too(zoo, tmp_path):
+    """It stops before anything else of the checkpoint is read; without a hash, an older one, it goes on to the LoRA."""
+    config = {"stage": "tune", "llm": str(zoo / "llama"), "vision": str(zoo / "instructblip"), "quantize": ""}
+    config |= {"lora": {"rank": 4, "alpha": 1.0, "dropout": 0.0, "targets": ["q_proj"]}}
+    right = tokenizer_sha256(load_tokenizer(str(zoo / "llama")))
+    trained = "was trained with another tokenizer than .*llama holds now"
+    for digest, words in (("0" * 64, trained), (right, "adapter_config"), (None, "adapter_config")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tokenizer_sha256": digest}))
+        with pytest.raises((UserError, OSError), match=words):
+            vdg_tune.load_vdg(str(tmp_path), "cpu", torch.float32)
+
+
 # ---- a real one ----
 @pytest.fixture(scope="module")
 def smollm2() -> str:
@@ -306,8 +320,6 @@ def smollm2() -> str:
 @torch.no_grad()
 def test_a_pretrained_llama_equals_hugging_face(smollm2):
     """9 heads and 3 of keys, embeddings tied, ByteLevel words, <|im_start|>: logits, and Eq. 1's loss of captions."""
-    import vdg_align
-
     llm, tokenizer = load_llm(smollm2, torch.float32, "cpu")
     theirs = transformers.LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
