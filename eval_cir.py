@@ -42,6 +42,7 @@ from common.annotations import (
     read_triplets,
     require_official,
     training_triplets,
+    without_unreadable,
 )
 from common.console import UserError, run, say
 from common.encoding import Compute, encode
@@ -225,10 +226,8 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
 
     A picture that was added or changed is encoded, the others are read."""
     names, store = list_images(folder), ImageStore(folder, own=True)
-    names = leave_out(names, unreadable(names, store, WORKERS), f"{OUT}/unreadable.txt")
-    if not names:
-        raise UserError(f"--gallery {folder}: no picture in it can be read, see {OUT}/unreadable.txt")
-    hashes = [file_sha256(store.path(name)) for name in names]
+    faults = unreadable(names, store, WORKERS, decode=False)
+    content = {name: file_sha256(store.path(name)) for name in names if name not in faults}
     key = f"{system.sha256[:16]}-{str(compute.dtype).removeprefix('torch.')}"
     place = os.path.abspath(folder)
     if not os.access(os.path.dirname(place), os.W_OK):  # a disk of photographs that is only read
@@ -240,6 +239,13 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
             kept = dict(zip((bytes(row).hex() for row in cache["sha256"].numpy()), cache["features"], strict=True))
         except (SafetensorError, KeyError):
             say(f"{file} is damaged: its features are computed again")
+
+    # what is kept was decoded once; of the others those that cannot be are left out
+    faults |= unreadable([name for name, digest in content.items() if digest not in kept], store, WORKERS)
+    names = leave_out(names, faults, f"{OUT}/unreadable.txt")
+    if not names:
+        raise UserError(f"--gallery {folder}: no picture in it can be read, see {OUT}/unreadable.txt")
+    hashes = [content[name] for name in names]
     todo = {digest: name for digest, name in zip(hashes, names, strict=True) if digest not in kept}
     say(f"{folder}: {len(names):,} pictures, {len(todo):,} to encode")
     if todo:
@@ -249,8 +255,8 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
                 kept |= zip((digests[i] for i in rows), targets.float().cpu(), strict=True)
         finally:  # an interrupted run keeps what it has
             if kept:
-                content = torch.tensor([list(bytes.fromhex(digest)) for digest in kept], dtype=torch.uint8)
-                write_tensors(file, {"features": torch.stack(list(kept.values())), "sha256": content})
+                digests = torch.tensor([list(bytes.fromhex(digest)) for digest in kept], dtype=torch.uint8)
+                write_tensors(file, {"features": torch.stack(list(kept.values())), "sha256": digests})
     return Pictures(names, hashes, torch.stack([kept[digest] for digest in hashes]))
 
 
@@ -492,6 +498,8 @@ def read_asked() -> list[Benchmark]:
     """The benchmarks, with the counts that were published, or one's own; with --check every image is looked at."""
     if DATASET == "jsonl":
         benchmarks = [read_own(ROOT, IMAGES or None, GALLERY, HOLD_OUT, "held", KEYS, POOL)]
+        if not CHECK:  # which names all that is wrong
+            benchmarks = [without_unreadable(benchmarks[0], f"{OUT}/unreadable.txt", WORKERS)[0]]
     else:
         benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol(), JOIN)
     complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt") if CHECK else ""

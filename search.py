@@ -106,7 +106,7 @@ def model_name(base: tuple[str, str], number: int) -> str:
 
 def answer_file(engine: Engine, file: str, out: str, top: int, batch: int) -> None:
     """Writes the record of each query with its results: [{"name", "score"}], best first."""
-    store, records, queries, answers = ImageStore(engine.gallery.folder), read_jsonl(file), [], []
+    store, records, queries, answers = ImageStore(engine.gallery.folder, own=True), read_jsonl(file), [], []
     for number, record in enumerate(records, 1):
         name, text = (record.get(key) or "" for key in ("reference", "delta"))
         if not (isinstance(name, str) and isinstance(text, str) and (name or text.strip())):
@@ -198,7 +198,7 @@ def teach(site: Site, number: int) -> None:
     """Trains teach-N from the present model, measures both on the held-out marks, and switches if it got better."""
     folder, started = site.out / f"teach-{number}", time.monotonic()
     train, held, pseudo = teaching_data(site.notes)
-    store = ImageStore([site.engine.gallery.folder, str(site.out / "uploads")])
+    store = ImageStore([site.engine.gallery.folder, str(site.out / "uploads")], own=True)
     of_name = site.engine.gallery.of_name
     held = [line for line in held if line["target"] in of_name and store.find(line["reference"])]
     names = [line["reference"] for line in held]
@@ -455,7 +455,7 @@ def thumbnail(path: str, out: Path, content: str) -> Path:
     file = out / "thumbs" / content[:2] / f"{content}.jpg"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        small = open_image(path)
+        small = open_image(path, "reduce")
         small.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS)
         aside = file.with_name(f"{content}.{secrets.token_hex(4)}.tmp")
         small.save(aside, "JPEG", quality=85)

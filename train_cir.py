@@ -500,7 +500,7 @@ def main() -> None:
 
     # data: what to train on and to measure, checked before a model loads
     sources = read_sources()
-    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, HOLD_OUT)
+    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT)
     if CHECK:
         return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
     lock_folder(OUT)

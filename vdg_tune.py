@@ -38,6 +38,7 @@ from common.llama import answer_ids, bitsandbytes, llm_shape, load_llm, tokenize
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
 from common.tokenizer import require_same, tokenizer_sha256
+from common.triplets import names_of
 from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
 
 # ---- data ----
@@ -299,11 +300,6 @@ def delta_batch(llm, vision, pieces: list, queries: torch.Tensor, answers: list,
         shared = reference if names is None else known.setdefault(names[i], reference)
         rows.append(delta_row(pieces, shared, target))
     return pack(llm.get_input_embeddings(), rows, answers)
-
-
-# ---- images ----
-def names_of(triplets: list[Triplet]) -> list[str]:
-    return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})
 
 
 # ---- this run: what main() calls, and main() alone, may read the constants ----

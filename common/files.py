@@ -20,7 +20,7 @@ from common.console import UserError, rank_size, say, warn
 from common.disk import UNSUPPORTED, fresh, naming, open_regular, remove, sync, torch_save, warn_once, whole
 
 # Constants whose change leaves the weights as they are: a run may be resumed with other values of these.
-MAY_CHANGE = frozenset({"OUT", "DEVICE", "CHECK", "WORKERS", "SAVE_EVERY", "LOG_EVERY"})
+MAY_CHANGE = frozenset({"OUT", "DEVICE", "CHECK", "CHECK_DECODE", "WORKERS", "SAVE_EVERY", "LOG_EVERY"})
 JSON_LIMIT = 2 << 30  # bytes; LLaVA's chat.json, the largest file read, has 0.2 GB
 SMALL_JSON = 16 << 20  # bytes; of config.json, manifests and the like
 JSON_MEMORY = 2 << 30  # bytes that one JSON document may take once read; chat.json takes about 1 GB

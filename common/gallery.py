@@ -99,7 +99,7 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, batch: int, wor
 
     Each batch is a run of rows in features.npy, then a line of index.jsonl with their sha256: a kill loses a batch at
     most. A file of known size and time of change is not read again."""
-    names, store, digest = list_images(folder), ImageStore(folder), vision_digest(model)
+    names, store, digest = list_images(folder), ImageStore(folder, own=True), vision_digest(model)
     kind = str(dtype).removeprefix("torch.")
     place = out / f"index-{digest[:16]}-{kind}"
     log, file = JsonlAppender(place / "index.jsonl", {"vision": digest, "dtype": kind}), place / "features.npy"
@@ -124,7 +124,7 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, batch: int, wor
                 if not os.path.isfile(path := store.path(name)):  # a FIFO would be read for ever
                     raise UserError("is not a regular file")
                 content = file_sha256(path)
-                return content, None if content in ids else inner(model).preprocess(open_image(path)), ""
+                return content, None if content in ids else inner(model).preprocess(open_image(path, "reduce")), ""
             except (UserError, OSError) as error:
                 return "", None, reason_of(error).removeprefix(f"{os.path.join(folder, name)}: ")
 
@@ -200,7 +200,7 @@ def tokens_of(engine: Engine, paths: list[str]) -> list[torch.Tensor]:
     """Tokens of reference pictures; the last 32 are kept, as a person asks several things of one picture."""
     known = {path: engine.tokens[path] for path in paths if path in engine.tokens}
     if fresh := [path for path in dict.fromkeys(paths) if path not in known]:
-        pixels = torch.stack([inner(engine.model).preprocess(open_image(path)) for path in fresh])
+        pixels = torch.stack([inner(engine.model).preprocess(open_image(path, "reduce")) for path in fresh])
         tokens, _ = encode_pixels(engine.model, pixels, engine.device, engine.dtype)
         known |= zip(fresh, tokens, strict=True)
     engine.tokens = dict(list((engine.tokens | known).items())[-32:])

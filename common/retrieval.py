@@ -299,18 +299,18 @@ class Validation(NamedTuple):
 
 
 def read_validation(
-    dataset: str, root: str, split: str, images: str, keys: str = "", hold_out: float = 0
+    dataset: str, root: str, split: str, images: str, keys: str = "", pool: str = "", hold_out: float = 0
 ) -> Validation:
     """The labelled benchmarks of --val_split, "" for none; UserError for a split that cannot be measured.
 
-    keys, hold_out: of one's own triplets (read_own), whose split is "held"."""
+    keys, pool, hold_out: of one's own triplets (read_own), whose split is "held"."""
     if not split:
         return Validation([])
     if dataset == "jsonl":
         if split != "held" or not hold_out:
             raise UserError(f"--val_split {split}: of --dataset jsonl it is held, with --hold_out N triplets")
         protocol = "all pictures"
-        benchmarks = [read_own(root, images, hold_out=hold_out, keys=keys)]
+        benchmarks = [read_own(root, images, hold_out=hold_out, keys=keys, pool=pool)]
     else:
         protocol = "original" if dataset == "fashioniq" else "split"
         benchmarks = read_benchmarks(dataset, root, split, "all", images, protocol)

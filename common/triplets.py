@@ -189,6 +189,11 @@ def _pooled(did: object, paths_of: dict[str, str], where: str) -> str:
     return paths_of[did]
 
 
+def names_of(triplets: Iterable[Triplet]) -> list[str]:
+    """Every image of the pairs, once, sorted."""
+    return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})
+
+
 def with_text(triplets: list[Triplet], file: str) -> list[Triplet]:
     """Generated triplets that say something; empty deltas are counted and left out, flagged ones counted and kept."""
     kept = [t for t in triplets if t.delta.strip()]
