@@ -37,7 +37,7 @@ def site_of(backbone: Path, folder: Path, out: Path, label: str = "", held_out: 
 
 @contextlib.contextmanager
 def serving(site, host: str = "127.0.0.1") -> Iterator[SimpleNamespace]:
-    """-> ask(path, body=None, **headers), address; the server ends with the block."""
+    """-> ask(path or whole address, body=None, **headers), address; the server ends with the block."""
     listening = search.listen(host, 0)
     server, address = search.server_of(site, listening, host)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -48,7 +48,7 @@ def serving(site, host: str = "127.0.0.1") -> Iterator[SimpleNamespace]:
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"} | headers
-        request = urllib.request.Request(here + path, body, headers)
+        request = urllib.request.Request(path if path.startswith("http:") else here + path, body, headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 status, data, found = answer.status, answer.read(), answer.headers

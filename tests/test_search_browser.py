@@ -23,6 +23,7 @@ from common.files import read_jsonl, write_jsonl
 
 FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
 FLAGS += " disable-sync"
+expect.set_options(timeout=30_000)
 HOSTILE = "<img src=x onerror='window.hacked=1'>"  # a name cannot hold "/"
 HOSTILE_TEXT = HOSTILE + "</p><script>window.hacked=1</script>\"'&amp;"
 
@@ -363,6 +364,7 @@ def test_on_a_phone(browser, server):
         expect(page.locator(seen).first).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{view} is wider than the phone"
     page.goto(server.address + "#label")
+    expect(page.locator("#label .row button").first).to_be_visible()
     boxes = [page.locator(".frame").nth(i).bounding_box() for i in (0, 1)]
     boxes += [page.locator("#label .row button").first.bounding_box()]
     assert all(box["y"] + box["height"] <= 844 for box in boxes), "both pictures and the buttons are seen at once"
