@@ -14,6 +14,10 @@ elif [ $# -gt 0 ]; then
   echo "usage: ./demo.sh [--seed N]" >&2
   exit 1
 fi
+if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -f "$OUT/.demo" ]; then
+  echo "error: $OUT holds something that this script did not write; move it away, or remove it if it is an old demo" >&2
+  exit 1
+fi
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || python3 -m venv .venv
   source .venv/bin/activate
@@ -21,7 +25,12 @@ fi
 python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 M=demo/models W=$OUT/world
-rm -rf "$OUT"
+# A demo starts anew: what an earlier one wrote goes, anything else in its folder stays.
+mkdir -p "$OUT"
+touch "$OUT/.demo"
+for made in world align vdg mined pseudo same heldout cir eval logs index.html metrics.json deltas.png; do
+  rm -rf "${OUT:?}/$made"
+done
 START=$SECONDS
 
 step() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - START)); }

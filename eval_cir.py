@@ -5,12 +5,13 @@
     python eval_cir.py --checkpoint out/cir --split test                   # the two files for CIRR's server
     python eval_cir.py --score ranks.json subset.json --split val --root data/cirr          # any system's files, judged
     python eval_cir.py --checkpoint out/cir --reference a.jpg --text "with long sleeves" --gallery my_pictures
+    python eval_cir.py --checkpoint out/cir --filter out/deltas --images aux --out out/kept   # pseudo triplets it finds
 
 Reads a CIR checkpoint of train_cir.py (or a plain --baseline), the annotations under ROOT and every image that they
 name: no number comes from fewer queries or gallery images than the protocol says. Writes OUT/metrics.json,
 OUT/found.jsonl (each query, the rank of the right image, the first ten) and OUT/index.html (the hardest queries with
 what was found); where targets are hidden, the server's files instead. `--check` only counts queries, gallery and
-images; `--score` needs neither a model nor images.
+images; `--score` needs neither a model nor images. `--filter` writes OUT/pseudo.jsonl, OUT/cirr/ and OUT/report.json.
 
 Rank of a target = 1 + the gallery images with a higher score + those with an equal score earlier in the gallery's own
 order. Scores are cosines in float32 (TF32 off). A target outside the gallery is never found.
@@ -21,57 +22,79 @@ from common.flags import early_help
 early_help(__name__, __file__)  # answers --help before torch is imported
 
 import dataclasses
-import json
+import glob
 import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from common import pages
 from common.annotations import (
     FASHIONIQ_CATEGORIES,
     Benchmark,
+    all_without_missing,
     check_benchmarks,
     read_benchmarks,
-    read_submission,
+    read_own,
     read_triplets,
     require_official,
+    training_triplets,
 )
 from common.console import UserError, run, say
-from common.files import file_sha256, lock_folder, read_json, tensors_sha256, write_json, write_jsonl, write_text
-from common.flags import at_least, override
-from common.images import ImageStore, check_report, list_images
-from common.ranks import barrier, init_world, pick_dtype
+from common.encoding import Compute, encode
+from common.exports import write_cirr_captions
+from common.files import (
+    file_sha256,
+    lock_folder,
+    read_json,
+    read_jsonl,
+    tensors_sha256,
+    write_json,
+    write_jsonl,
+    write_tensors,
+    write_text,
+)
+from common.flags import at_least, one_of, override
+from common.images import ImageStore, leave_out, list_images, unreadable
+from common.pretrained import model_kind
+from common.ranks import World, barrier, init_world
 from common.retrieval import (
-    CIRR_KS,
     NEVER,
-    SUBSET_KS,
     Indices,
+    Ranks,
+    Shortlist,
     best,
     embed,
-    encode,
     index,
     measure,
     protocol_of,
-    recall,
     recalls,
     require_images,
     rerank,
     score_blocks,
     shortlist,
 )
+from common.submission import score_submission, write_submission
+from train_cir import build_cir, load_cir
 
 # ---- what is evaluated ----
 CHECKPOINT = ""  # folder written by train_cir.py
 BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or the "sum" of both features
 BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
-DATASET = "cirr"  # "cirr", "fashioniq" or "circo"
+# With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
+DATASET = "cirr"  # "cirr", "fashioniq", "circo", or "jsonl" (ROOT is then a file of one's own triplets)
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
 SPLIT = "val"  # val; CIRR's test1 (or test) and CIRCO's test: the server's files
 CATEGORY = "all"  # FashionIQ: dress, shirt, toptee, or all three and their mean
+MISSING = 0.0  # largest share of pictures that may be missing; counted, in OUT/missing.txt, every number marked
+JOIN = "forward"  # FashionIQ's captions: "forward" c1 and c2, as CLIP4Cir at test; "reverse" c2 and c1
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
+HOLD_OUT = 0.0  # jsonl: only those triplets that train_cir.py kept for evaluation with the same number; 0 = all
 OFFICIAL = True  # false: other data in the same layout, whose counts are not the published ones
 
 # ---- protocol ----
@@ -86,8 +109,12 @@ RERANK_WEIGHT = 1.0  # score of the re-ranking: cosine / tau + this * log p(matc
 # ---- one query over a folder of pictures ----
 REFERENCE = ""  # picture to start from
 TEXT = ""  # what to change
-GALLERY = ""  # folder searched; its features are kept beside it, by content and checkpoint
+GALLERY = ""  # folder searched, its features are kept beside it; jsonl: .txt or .json of the names searched, "" = all
 TOP = 10  # pictures named and shown
+
+# ---- pseudo triplets worth keeping ----
+FILTER = ""  # OUT of gen_deltas.py: keep those of its triplets whose target the checkpoint finds [ours]
+FILTER_TOP = 1  # ... among the so many best of its subgroup, which has the target and not the reference [ours]
 
 # ---- running ----
 BATCH = 64  # images, and queries, per forward pass
@@ -99,32 +126,20 @@ SEED = 0  # nothing here is random; kept so that every stage takes it
 # ---- output ----
 OUT = "out/eval"  # folder for metrics.json, index.html and the server's files
 SHOW = 48  # queries on the result page: half the hardest misses, half spread evenly over the rest; 0 = no page
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count queries, gallery and images, then stop; status 1 if an image is missing
 SCORE = ()  # one or both files in the format of CIRR's server, scored against a labelled split
 
 
-# ---- ranking ----
+# ---- what is evaluated ----
 
 
-# ---- a benchmark as indices ----
+class System(NamedTuple):
+    """A model that answers queries."""
 
-
-def turned(benchmark: Benchmark, text_file: str) -> Benchmark:
-    """Reversed queries: target + text -> reference; with a file, its reverse_delta of each pair is the text."""
-    if benchmark.dataset == "circo" or any(query.target is None for query in benchmark.queries):
-        raise UserError(f"--reversed: {benchmark.title} has no single known target; take CIRR or FashionIQ val")
-    triplets = read_triplets(text_file) if text_file else []
-    texts = {(t.reference, t.target): t.extra.get("reverse_delta") for t in triplets}
-    queries = []
-    for q in benchmark.queries:
-        delta = texts.get((q.reference, q.target)) if text_file else q.delta
-        if delta is None:
-            raise UserError(f"{text_file}: no reverse_delta for {q.reference} -> {q.target}; make it for all")
-        queries.append(dataclasses.replace(q, reference=q.target, target=q.reference, delta=delta))
-    return dataclasses.replace(benchmark, queries=tuple(queries))
-
-
-# ---- embedding and measuring ----
+    model: torch.nn.Module
+    name: str  # as the report calls it
+    sha256: str  # of its weights
 
 
 class Baseline(torch.nn.Module):
@@ -139,49 +154,43 @@ class Baseline(torch.nn.Module):
         return {"image": image, "text": text, "sum": F.normalize(image + text, dim=1)}[self.what]
 
 
+def load_system(device: torch.device) -> System:
+    """The model of --checkpoint or --baseline; --rerank wants one with a trained tdm head."""
+    if CHECKPOINT:
+        model = load_cir(CHECKPOINT, device, BACKBONE)
+        if RERANK and not hasattr(model, "match"):
+            raise UserError("--rerank wants a checkpoint of --model blip_tdm: only it has a tdm head")
+        return System(model, CHECKPOINT, file_sha256(os.path.join(CHECKPOINT, "model.safetensors")))
+    if RERANK:
+        raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
+    kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
+    model = build_cir(kind, BACKBONE).eval().to(device)
+    digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
+    return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)
+
+
+# ---- queries the other way round ----
+
+
+def reversed_queries(benchmark: Benchmark, text_file: str) -> Benchmark:
+    """Queries target + text -> reference; with a file, its reverse_delta of each pair is the text."""
+    if benchmark.dataset == "circo" or any(query.target is None for query in benchmark.queries):
+        raise UserError(f"--reversed: {benchmark.title} has no single known target; take CIRR or FashionIQ val")
+    triplets = read_triplets(text_file) if text_file else []
+    texts = {(t.reference, t.target): t.extra.get("reverse_delta") for t in triplets}
+    queries = []
+    for q in benchmark.queries:
+        delta = texts.get((q.reference, q.target)) if text_file else q.delta
+        if delta is None:
+            raise UserError(f"{text_file}: no reverse_delta for {q.reference} -> {q.target}; make it for all")
+        queries.append(dataclasses.replace(q, reference=q.target, target=q.reference, delta=delta))
+    return dataclasses.replace(benchmark, queries=tuple(queries))
+
+
 # ---- the server's files ----
 
 
-def write_submission(
-    folder: str, benchmark: Benchmark, queries: torch.Tensor, images: torch.Tensor, at: Indices, first=None
-) -> None:
-    """CIRR: OUT/recall.json (50 names a query) and OUT/recall_subset.json (3 names), checked after writing. CIRCO:
-    OUT/circo.json (50 image ids a query)."""
-    full, subset = ({"version": "rc2", "metric": metric} for metric in ("recall", "recall_subset"))
-    ids = {}
-    for rows, scores in score_blocks(queries, images, first):
-        top = best(scores[:, : at.gallery], 50, None if at.excluded is None else at.excluded[rows].to(scores.device))
-        within = top
-        if at.others is not None:
-            others = at.others[rows].to(scores.device)
-            within = others.gather(1, best(scores.gather(1, others), 3))
-        for query, wide, narrow in zip(benchmark.queries[rows], top.tolist(), within.tolist(), strict=True):
-            full[str(query.id)] = [at.names[i] for i in wide if at.names[i] != query.reference]
-            subset[str(query.id)] = [at.names[i] for i in narrow]
-            if benchmark.dataset == "circo":
-                ids[str(query.id)] = [int(at.names[i]) for i in wide]
-    for name, record in ({"circo": ids} if ids else {"recall": full, "recall_subset": subset}).items():
-        path = os.path.join(folder, name + ".json")
-        write_text(path, json.dumps(record, separators=(",", ":")))  # indented, recall.json would pass 5 MB
-        if not ids:
-            read_submission(path, benchmark, name)
-        say(f"wrote {path} ({os.path.getsize(path):,} bytes)")
-    where = "https://circo.micc.unifi.it" if ids else "https://cirr.cecs.anu.edu.au"
-    say(f"{benchmark.title} has no labels: the server at {where} answers the files with the numbers")
-
-
-def score_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, float]:
-    """Recall in percent of a file in the server's format against a labelled split."""
-    if any(query.target is None for query in benchmark.queries):
-        raise UserError(f"{benchmark.title} has no labels: only the server can score it")
-    lists = read_submission(path, benchmark, metric)
-    ranked = [(lists[str(query.id)], query.target) for query in benchmark.queries]
-    ranks = torch.tensor([names.index(target) + 1 if target in names else NEVER for names, target in ranked])
-    letter, ks = ("R", CIRR_KS) if metric == "recall" else ("Rs", SUBSET_KS)
-    return {f"{letter}@{k}": recall(ranks, k) for k in ks}
-
-
-def score(benchmark: Benchmark, files: tuple[str, ...], says: str) -> None:
+def score(benchmark: Benchmark, files: tuple[str, ...], protocol: str) -> None:
     """Prints the recalls of one or both files, and CIRR's average when both are given."""
     if benchmark.dataset != "cirr":
         raise UserError("--score takes CIRR's server files; found --dataset " + benchmark.dataset)
@@ -197,21 +206,34 @@ def score(benchmark: Benchmark, files: tuple[str, ...], says: str) -> None:
     if {"R@5", "Rs@1"} <= numbers.keys():
         numbers["Avg"] = (numbers["R@5"] + numbers["Rs@1"]) / 2
     row = [benchmark.title, *numbers.values(), len(benchmark.queries), len(benchmark.gallery)]
-    say(says + "\n" + pages.text_table([row], ["", *numbers, "queries", "gallery"]))
+    say(protocol + "\n" + pages.text_table([row], ["", *numbers, "queries", "gallery"]))
 
 
 # ---- one query over a folder of pictures ----
 
 
-def folder_features(
-    model: torch.nn.Module, folder: str, names: list[str], key: str, how: tuple
-) -> tuple[torch.Tensor, list[str]]:
-    """-> features (M, D) of the pictures and the sha256 of each; kept in FOLDER.KEY.safetensors, by content.
+class Pictures(NamedTuple):
+    """A folder of pictures, embedded."""
 
-    A picture that was added or changed is encoded, the others are read; key: of the checkpoint and the dtype."""
-    store = ImageStore(folder)
+    names: list[str]
+    hashes: list[str]  # sha256 of each file
+    features: torch.Tensor  # (M, d)
+
+
+def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
+    """The pictures of a folder; their features are kept in FOLDER.KEY.safetensors, by content, model and dtype.
+
+    A picture that was added or changed is encoded, the others are read."""
+    names, store = list_images(folder), ImageStore(folder, own=True)
+    names = leave_out(names, unreadable(names, store, WORKERS), f"{OUT}/unreadable.txt")
+    if not names:
+        raise UserError(f"--gallery {folder}: no picture in it can be read, see {OUT}/unreadable.txt")
     hashes = [file_sha256(store.path(name)) for name in names]
-    file, kept = f"{os.path.abspath(folder)}.{key}.safetensors", {}
+    key = f"{system.sha256[:16]}-{str(compute.dtype).removeprefix('torch.')}"
+    place = os.path.abspath(folder)
+    if not os.access(os.path.dirname(place), os.W_OK):  # a disk of photographs that is only read
+        place = os.path.join(OUT, os.path.basename(place))
+    file, kept = f"{place}.{key}.safetensors", {}
     if os.path.exists(file):
         try:
             cache = load_file(file)
@@ -222,211 +244,319 @@ def folder_features(
     say(f"{folder}: {len(names):,} pictures, {len(todo):,} to encode")
     if todo:
         digests = list(todo)
-        said, readable = check_report(todo.values(), store)
-        if not readable:
-            raise UserError(f"{folder}: {said}; take what cannot be read out of the folder")
         try:
-            for rows, _, targets in encode(model, store, list(todo.values()), *how, "encoding the gallery"):
+            for rows, _, targets in encode(system.model, store, list(todo.values()), compute, "encoding the gallery"):
                 kept |= zip((digests[i] for i in rows), targets.float().cpu(), strict=True)
         finally:  # an interrupted run keeps what it has
             if kept:
                 content = torch.tensor([list(bytes.fromhex(digest)) for digest in kept], dtype=torch.uint8)
-                save_file({"features": torch.stack(list(kept.values())), "sha256": content}, file + ".tmp")
-                os.replace(file + ".tmp", file)
-    return torch.stack([kept[digest] for digest in hashes]), hashes
+                write_tensors(file, {"features": torch.stack(list(kept.values())), "sha256": content})
+    return Pictures(names, hashes, torch.stack([kept[digest] for digest in hashes]))
 
 
 @torch.no_grad()
-def search(model, reference: str, text: str, folder: str, key: str, top: int, k: int, tau, weight, how, out: str):
-    """Ranks the pictures of a folder for one query: prints names, writes OUT/query.png and OUT/query.html."""
-    names, (_, device, dtype, _) = list_images(folder), how
-    place, name = os.path.split(os.path.abspath(reference))  # first: a wrong name shows before the gallery is encoded
-    ((_, tokens, _),) = encode(model, ImageStore(place), [name], 1, device, dtype, 0, "reference")
-    features, hashes = folder_features(model, folder, names, f"{key[:16]}-{str(dtype).removeprefix('torch.')}", how)
-    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-        c = F.normalize(model.eval().compose(tokens, [text]).float(), dim=1)
-    ((_, scores),) = score_blocks(c.cpu(), features)  # (1, M)
-    own = file_sha256(reference)
-    scores[0, [i for i, digest in enumerate(hashes) if digest == own]] = -torch.inf  # the reference itself
-    order = best(scores, min(max(top, k), int((scores > -torch.inf).sum())))
-    if k:
-        cosines = scores.gather(1, order[:, :k])
-        first = rerank(model, ImageStore(folder), names, [text], cosines, order[:, :k], tau, weight, how)
-        order = torch.cat([first, order[:, k:]], dim=1)
-    found = [(os.path.join(folder, names[j]), f"{n} · {names[j]}") for n, j in enumerate(order[0, :top].tolist(), 1)]
-    for n, j in enumerate(order[0, :top].tolist(), 1):
-        say(f"{n:3d}  {scores[0, j]:.4f}  {names[j]}")
-    pages.write_answer(reference, text, found, out, f"In {folder}")
-    say(f"wrote {out}/query.png and query.html")
+def answer_query(system: System, compute: Compute) -> None:
+    """Ranks the pictures of GALLERY for one query: prints names, writes OUT/query.png and OUT/query.html."""
+    # the reference first: a wrong name shows before the gallery is encoded
+    folder, name = os.path.split(os.path.abspath(REFERENCE))
+    alone = compute._replace(batch=1, workers=0)
+    ((_, tokens, _),) = encode(system.model, ImageStore(folder, own=True), [name], alone, "reference")
+    pictures = embed_folder(system, GALLERY, compute)
+
+    with compute.autocast():
+        c = system.model.eval().compose(tokens, [TEXT])
+    ((_, scores),) = score_blocks(F.normalize(c.float(), dim=1).cpu(), pictures.features)  # (1, M)
+    reference = file_sha256(REFERENCE)
+    scores[0, [i for i, digest in enumerate(pictures.hashes) if digest == reference]] = -torch.inf  # no answer
+    order = best(scores, min(max(TOP, RERANK), int((scores > -torch.inf).sum())))
+    if RERANK:
+        head = Shortlist(order[:, :RERANK], scores.gather(1, order[:, :RERANK]))
+        store = ImageStore(GALLERY)
+        first = rerank(system.model, store, pictures.names, [TEXT], head, RERANK_WEIGHT, compute)
+        order = torch.cat([first, order[:, RERANK:]], dim=1)
+
+    found = []
+    for n, j in enumerate(order[0, :TOP].tolist(), 1):
+        name = pictures.names[j]
+        say(f"{n:3d}  {scores[0, j]:.4f}  {name}")
+        found.append((os.path.join(GALLERY, name), f"{n} · {name}"))
+    pages.write_answer(REFERENCE, TEXT, found, OUT, f"In {GALLERY}")
+    say(f"wrote {OUT}/query.png and query.html")
+
+
+# ---- pseudo triplets worth keeping ----
+
+
+class Pseudo(NamedTuple):
+    """What gen_deltas.py wrote."""
+
+    records: list[dict]  # lines of pseudo.jsonl
+    benchmark: Benchmark  # the same as queries with the members of their subgroups; its gallery is all these members
+
+
+def read_pseudo(folder: str, images: str) -> Pseudo:
+    """pseudo.jsonl with the subgroups that cirr/captions/cap.rc2.SPLIT.json beside it knows by the pair's id."""
+    path = os.path.join(folder, "pseudo.jsonl")
+    if not os.path.isfile(path):
+        raise UserError(f"{path} not found; --filter wants a folder written by gen_deltas.py")
+    triplets, store = training_triplets("jsonl", path, "", images=images or None)
+    captions = glob.glob(os.path.join(glob.escape(folder), "cirr", "captions", "cap.rc2.*.json"))
+    if len(captions) != 1:
+        raise UserError(f"{folder}/cirr/captions holds {len(captions)} cap.rc2.SPLIT.json, wanted one, with subgroups")
+    known = {record["pairid"]: record for record in read_json(captions[0])}
+
+    queries = []
+    for t in triplets:
+        record = known.get(t.id, {})
+        members = record.get("img_set", {}).get("members", ())
+        if (record.get("reference"), record.get("target_hard")) != (t.reference, t.target):
+            raise UserError(f"--filter: pair {t.id} is not in {captions[0]}; run gen_deltas.py again")
+        if not set(members) - {t.reference, t.target}:
+            raise UserError(
+                f"--filter: pair {t.id} has no subgroup; gen_deltas.py wants subgroups.jsonl beside --pairs"
+            )
+        queries.append(dataclasses.replace(t, members=tuple(members)))
+    gallery = tuple(dict.fromkeys(name for query in queries for name in query.members))
+    if missing := store.missing(gallery):
+        found = f"{len(missing):,} of {len(gallery):,} images of the subgroups are missing, first {missing[0]!r}"
+        raise UserError(f"--filter: {found}; name their folder with --images")
+    split = os.path.basename(captions[0]).split(".")[2]
+    return Pseudo(read_jsonl(path), Benchmark("pseudo", split, None, tuple(queries), gallery, store))
+
+
+def subgroup_ranks(model: torch.nn.Module, benchmark: Benchmark, compute: Compute) -> list[int]:
+    """Place of each target, 1 the best, among its subgroup less the reference; ties count against it.
+
+    Each image is encoded once, by one of the ranks; call it on all of them."""
+    place = {name: i for i, name in enumerate(benchmark.gallery)}
+    references = torch.tensor([place[query.reference] for query in benchmark.queries])
+    at = Indices(benchmark.gallery, len(benchmark.gallery), references, target=None, others=None, excluded=None)
+    queries, images = (embedded.cpu() for embedded in embed(model, benchmark, at, compute))
+    ranks = []
+    for query, c in zip(benchmark.queries, queries, strict=True):
+        others = [name for name in query.members if name not in (query.reference, query.target)]
+        scores = (images[[place[name] for name in (query.target, *others)]] * c).sum(1)
+        ranks.append(int((scores >= scores[0]).sum()))
+    return ranks
+
+
+def keep_found(pseudo: Pseudo, system: System, compute: Compute, world: World) -> None:
+    """Writes the triplets whose target is among the FILTER_TOP best, as gen_deltas.py writes them, and report.json."""
+    ranks = subgroup_ranks(system.model, pseudo.benchmark, compute)
+    kept = [i for i, rank in enumerate(ranks) if rank <= FILTER_TOP]
+    records, queries = pseudo.records, pseudo.benchmark.queries
+    report = {"pairs": len(records), "kept": len(kept), "share_kept": round(len(kept) / max(1, len(records)), 4)}
+    report |= {"filter_top": FILTER_TOP, "checkpoint": system.name, "sha256": system.sha256}
+    if world.rank == 0:
+        write_jsonl(os.path.join(OUT, "pseudo.jsonl"), [records[i] for i in kept])
+        grouped = [records[i] | {"members": queries[i].members} for i in kept]
+        write_cirr_captions(os.path.join(OUT, "cirr"), pseudo.benchmark.split, grouped, pseudo.benchmark.images)
+        write_json(os.path.join(OUT, "report.json"), report, indent=2)
+    say(f"wrote {OUT}/pseudo.jsonl: {len(kept):,} of {len(records):,} triplets kept ({report['share_kept']:.1%})")
+    barrier()
 
 
 # ---- what is shown ----
 
 
-def found_of(benchmark: Benchmark, at: Indices, top, ranks, subset) -> list[dict]:
+class Result(NamedTuple):
+    """What one labelled benchmark gave."""
+
+    benchmark: Benchmark
+    at: Indices
+    ranks: Ranks
+    top: torch.Tensor  # (N, 10) columns of the first ten
+
+    def place(self, i: int) -> int | None:
+        """Rank of the i-th query's right image; None: it is not in the gallery."""
+        rank = int(self.ranks.target[i])
+        return None if rank == NEVER else rank
+
+
+def found_lines(result: Result) -> list[dict]:
     """Lines of OUT/found.jsonl: what was asked, the right image's rank (null: not in the gallery), the first ten."""
     lines = []
-    for i, query in enumerate(benchmark.queries):
+    for i, query in enumerate(result.benchmark.queries):
         line = {"id": query.id, "reference": query.reference, "delta": query.delta, "target": query.target}
-        line["rank"] = None if ranks[i] == NEVER else int(ranks[i])
-        line |= {} if subset is None else {"subset_rank": int(subset[i])}
-        lines.append(line | {"top": [at.names[j] for j in top[i].tolist()]})
+        line["rank"] = result.place(i)
+        if result.ranks.subset is not None:
+            line["subset_rank"] = int(result.ranks.subset[i])
+        line["top"] = [result.at.names[j] for j in result.top[i].tolist()]
+        lines.append(line)
     return lines
 
 
-def panels(benchmark: Benchmark, at: Indices, top, ranks, subset, show: int) -> list[tuple]:
+def sections_of(result: Result, show: int) -> list[tuple]:
     """Two sections of retrieval panels, hardest first: the hardest queries, then a spread over the rest."""
-    order = sorted(range(len(ranks)), key=lambda i: -int(ranks[i]))
+    order = sorted(range(len(result.top)), key=lambda i: -int(result.ranks.target[i]))
     hard, rest = order[: show // 2], order[show // 2 :]
     count = min(show - show // 2, len(rest))
     spread = [rest[i * len(rest) // count] for i in range(count)]
     sections = []
     for heading, chosen in (("Hardest misses", hard), ("Spread over the rest, hardest first", spread)):
-        parts = []
-        for i in chosen:
-            query = benchmark.queries[i]
-            columns = top[i].tolist()
-            place = "not in the gallery" if ranks[i] == NEVER else f"at rank {int(ranks[i]):,} of {at.gallery:,}"
-            within = "" if subset is None else f", {int(subset[i])} of 5 in its subset"
-            shown = [(benchmark.images.path(at.names[j]), f"{n} · {at.names[j]}") for n, j in enumerate(columns, 1)]
-            answer = None
-            if int(at.target[i]) >= 0:
-                answer = (benchmark.images.path(query.target), f"right · {query.target}")
-            parts.append(
-                pages.panel(
-                    (benchmark.images.path(query.reference), query.reference),
-                    query.delta,
-                    shown,
-                    right=columns.index(int(at.target[i])) if int(at.target[i]) in columns else None,
-                    note=f"the right one is {place}{within}",
-                    answer=answer,
-                )
-            )
-        if parts:
-            sections.append((f"{benchmark.title}: {heading}", *parts))
+        if chosen:
+            sections.append((f"{result.benchmark.title}: {heading}", *(panel_of(result, i) for i in chosen)))
     return sections
 
 
-def report(results: list[dict], found: list[dict], sections: list, dataset, split, says, checkpoint, digest, out):
+def panel_of(result: Result, i: int) -> pages.Html:
+    """The i-th query: what was asked, the first ten, the right one."""
+    images, at, query = result.benchmark.images, result.at, result.benchmark.queries[i]
+    columns, target, rank = result.top[i].tolist(), int(at.target[i]), result.place(i)
+    note = f"the right one is at rank {rank:,} of {at.gallery:,}" if rank else "the right one is not in the gallery"
+    if result.ranks.subset is not None:
+        note += f", {int(result.ranks.subset[i])} of 5 in its subset"
+    return pages.panel(
+        (images.path(query.reference), query.reference),
+        query.delta,
+        [(images.path(at.names[j]), f"{n} · {at.names[j]}") for n, j in enumerate(columns, 1)],
+        right=columns.index(target) if target in columns else None,
+        note=note,
+        answer=(images.path(query.target), f"right · {query.target}") if target >= 0 else None,
+    )
+
+
+def report(results: list[Result], system: System, protocol: str) -> None:
     """Prints the table with its protocol; writes OUT/metrics.json, OUT/found.jsonl and OUT/index.html."""
-    metrics = {key: sum(r["metrics"][key] for r in results) / len(results) for key in results[0]["metrics"]}
-    if dataset == "fashioniq":
+    parts = []
+    for result in results:
+        counts = {"queries": len(result.top), "gallery": result.at.gallery}
+        parts.append({"category": result.benchmark.category, **counts, "metrics": recalls(result.ranks, DATASET)})
+    metrics = {key: sum(part["metrics"][key] for part in parts) / len(parts) for key in parts[0]["metrics"]}
+    if DATASET == "fashioniq":
         metrics["Avg"] = (metrics["R@10"] + metrics["R@50"]) / 2
-    headers = [dataset, *metrics, "queries", "gallery"]
-    rows = [
-        [r["category"] or split, *(r["metrics"].get(key, "") for key in metrics), r["queries"], r["gallery"]]
-        for r in results
-    ]
-    if dataset == "fashioniq":
-        rows.append(["mean", *metrics.values(), sum(r["queries"] for r in results), ""])
-    say(f"{dataset} {split}, {says}\n{pages.text_table(rows, headers)}\n{checkpoint}: sha256 {digest}")
-    record = {"dataset": dataset, "split": split, "protocol": says, "checkpoint": checkpoint, "sha256": digest}
-    write_json(os.path.join(out, "metrics.json"), record | {"metrics": metrics, "parts": results}, indent=1)
-    write_jsonl(os.path.join(out, "found.jsonl"), found)
-    if sections:
-        top = (f"{dataset} {split}", pages.table(rows, headers), says, f"Checkpoint {checkpoint}, sha256 {digest}")
-        write_text(os.path.join(out, "index.html"), pages.page("What the model found", [top, *sections]))
+
+    headers, rows = [DATASET, *metrics, "queries", "gallery"], []
+    for part in parts:
+        numbers = [part["metrics"].get(key, "") for key in metrics]
+        rows.append([part["category"] or SPLIT, *numbers, part["queries"], part["gallery"]])
+    if DATASET == "fashioniq":
+        rows.append(["mean", *metrics.values(), sum(part["queries"] for part in parts), ""])
+    say(f"{DATASET} {SPLIT}, {protocol}\n{pages.text_table(rows, headers)}\n{system.name}: sha256 {system.sha256}")
+
+    record = {"dataset": DATASET, "split": SPLIT, "protocol": protocol, "checkpoint": system.name}
+    record |= {"sha256": system.sha256, "metrics": metrics, "parts": parts}
+    write_json(os.path.join(OUT, "metrics.json"), record, indent=1)
+    write_jsonl(os.path.join(OUT, "found.jsonl"), [line for result in results for line in found_lines(result)])
+    if SHOW:
+        weights = f"Checkpoint {system.name}, sha256 {system.sha256}"
+        sections = [section for result in results for section in sections_of(result, SHOW)]
+        top = (f"{DATASET} {SPLIT}", pages.table(rows, headers), protocol, weights)
+        write_text(os.path.join(OUT, "index.html"), pages.page("What the model found", [top, *sections]))
 
 
 # ---- main ----
 
 
-def load(checkpoint: str, baseline: str, backbone: str, match: bool, device) -> tuple[torch.nn.Module, str, str, float]:
-    """The model, what it is called, the sha256 of its weights and its temperature; match: it must have a tdm head."""
-    import train_cir  # here: train_cir imports this file for its ranking
-
-    if not baseline:
-        model, config = train_cir.load_cir(checkpoint, device), os.path.join(checkpoint, "config.json")
-        if match and not hasattr(model, "match"):
-            raise UserError("--rerank wants a checkpoint of --model blip_tdm: only it has a tdm head")
-        tau = read_json(config).get("tau", 1.0) if os.path.exists(config) else 1.0
-        return model, checkpoint, file_sha256(os.path.join(checkpoint, "model.safetensors")), tau
-    if match:
-        raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
-    backbone = backbone or train_cir.HUB["sum"]
-    kind = "blip_tdm" if train_cir.model_type(backbone) == "blip" else "sum"
-    model = train_cir.build_cir(kind, backbone).eval().to(device)
-    digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
-    return Baseline(model, baseline), f"plain {backbone}, {baseline}", digest, 1.0
-
-
-def main() -> None:
-    world = init_world(DEVICE)
-    for flag, value, allowed in (
-        ("dataset", DATASET, ("cirr", "fashioniq", "circo")),
-        ("category", CATEGORY, ("all", *FASHIONIQ_CATEGORIES)),
-        ("cirr_protocol", CIRR_PROTOCOL, ("split", "references")),
-        ("fashioniq_protocol", FASHIONIQ_PROTOCOL, ("original", "val")),
-        ("baseline", BASELINE, ("", "image", "text", "sum")),
-    ):
-        if value not in allowed:
-            raise UserError(f"--{flag} is {value!r}; wanted one of {', '.join(filter(None, allowed))}")
-    at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0)
-    dtype = pick_dtype(DTYPE, world.device)
-    how = (BATCH, world.device, dtype, WORKERS)
-    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY)]
+def check_flags(world: World) -> None:
+    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", "jsonl"), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
+    one_of(globals(), JOIN=("forward", "reverse"))
+    one_of(globals(), CIRR_PROTOCOL=("split", "references"), FASHIONIQ_PROTOCOL=("original", "val"))
+    one_of(globals(), BASELINE=("", "image", "text", "sum"))
+    at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0, FILTER_TOP=1, MISSING=0)
+    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY) and DATASET != "jsonl"]
     if any(asks) and (not all(asks) or world.size > 1):
         raise UserError("one query wants --reference, --text and --gallery together, and one process")
     if REVERSE_TEXT and not REVERSED:
         raise UserError("--reverse_text is the text of reversed queries: add --reversed")
     if REVERSED and (SCORE or (RERANK and not REVERSE_TEXT)):
         raise UserError("--reversed: --score knows forward queries only, --rerank texts that lead back only")
-    if (CHECKPOINT and BASELINE) or (BACKBONE and not BASELINE):
+    if FILTER and (REFERENCE or SCORE or CHECK or REVERSED or RERANK):
+        raise UserError("--filter takes --filter_top, --images and a --checkpoint: it judges no benchmark and no query")
+    if FILTER and os.path.realpath(FILTER) == os.path.realpath(OUT):
+        raise UserError(f"--out {OUT} is --filter's folder: what is kept goes into another")
+    if CHECKPOINT and BASELINE:
         raise UserError("--baseline with its --backbone, or --checkpoint, which knows its own backbone")
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
         raise UserError("--checkpoint is empty; name a folder written by train_cir.py, or take a --baseline")
-    if REFERENCE:
-        lock_folder(OUT)
-        model, _, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, RERANK > 0, world.device)
-        return search(model, REFERENCE, TEXT, GALLERY, digest, TOP, RERANK, tau, RERANK_WEIGHT, how, OUT)
 
-    # ---- the protocol, and every image that it needs, before a model loads
-    protocol = {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017"}[DATASET]
-    ways = [("not the official data", not OFFICIAL), ("reversed queries", REVERSED)]
-    ways += [(f"texts of {REVERSE_TEXT}", REVERSE_TEXT), (f"first {RERANK} re-ranked by the tdm head", RERANK)]
-    says = protocol_of(DATASET, protocol, KEEP_REFERENCE, tuple(text for text, on in ways if on))
-    benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, protocol)
-    complaint = check_benchmarks(benchmarks) if CHECK else ""
-    if OFFICIAL:
+
+def gallery_protocol() -> str:
+    own = GALLERY or "all pictures"
+    return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017", "jsonl": own}[DATASET]
+
+
+def protocol_text() -> str:
+    """What stands beside every number: the gallery, and all that is not as usual."""
+    unusual = {
+        "not the official data": not OFFICIAL,
+        "reversed queries": REVERSED,
+        "the second caption first": DATASET == "fashioniq" and JOIN == "reverse",
+        f"texts of {REVERSE_TEXT}": REVERSE_TEXT,
+        f"first {RERANK} re-ranked by the tdm head": RERANK,
+    }
+    return protocol_of(DATASET, gallery_protocol(), KEEP_REFERENCE, tuple(text for text, on in unusual.items() if on))
+
+
+def read_asked() -> list[Benchmark]:
+    """The benchmarks, with the counts that were published, or one's own; with --check every image is looked at."""
+    if DATASET == "jsonl":
+        benchmarks = [read_own(ROOT, IMAGES or None, GALLERY, HOLD_OUT, "held", KEYS, POOL)]
+    else:
+        benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol(), JOIN)
+    complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt") if CHECK else ""
+    if OFFICIAL and DATASET != "jsonl":
         for benchmark in benchmarks:
-            require_official(benchmark, protocol)
+            require_official(benchmark, gallery_protocol())
     if complaint:
         raise UserError(complaint)
+    return benchmarks
+
+
+def main() -> None:
+    world = init_world(DEVICE)
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS)
+    check_flags(world)
+
+    # one query over a folder, or pseudo triplets worth keeping
+    if REFERENCE:
+        lock_folder(OUT)
+        return answer_query(load_system(world.device), compute)
+    if FILTER:
+        pseudo = read_pseudo(FILTER, IMAGES)
+        lock_folder(OUT)
+        return keep_found(pseudo, load_system(world.device), compute, world)
+
+    # a benchmark: its protocol, and every image that it needs, before a model loads
+    benchmarks = read_asked()
     if CHECK:
         return
     if SCORE:
-        return score(benchmarks[0], SCORE, says)
+        return score(benchmarks[0], SCORE, protocol_text())
+    benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
+    protocol = "; ".join(filter(None, (protocol_text(), note)))
     if REVERSED:
-        benchmarks = [turned(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
+        benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]
     for benchmark, at in zip(benchmarks, indices, strict=True):
         require_images(benchmark, at.names)
         if at.target is None and DATASET == "fashioniq":
             raise UserError(f"{benchmark.title} has no labels; use --split val")
     lock_folder(OUT)
+    system = load_system(world.device)
 
-    # ---- embed, rank, report
-    model, name, digest, tau = load(CHECKPOINT, BASELINE, BACKBONE, RERANK > 0, world.device)
-    results, found, sections = [], [], []
+    results = []
     for benchmark, at in zip(benchmarks, indices, strict=True):
-        # with a text that leads back, the query is a forward one
-        queries, images = embed(model, benchmark, at, *how, backward=REVERSED and not REVERSE_TEXT)
+        # embed the gallery and the queries, on all ranks; with a text that leads back, a query is a forward one
+        backward = REVERSED and not REVERSE_TEXT
+        queries, images = embed(system.model, benchmark, at, compute, backward)
+
+        # order the first K anew by the tdm head
         first = None
         if RERANK:
-            top, cosines = shortlist(queries, images, at, RERANK)
+            top = shortlist(queries, images, at, RERANK)
             deltas = [query.delta for query in benchmark.queries]
-            first = rerank(model, benchmark.images, at.names, deltas, cosines, top, tau, RERANK_WEIGHT, how)
+            first = rerank(system.model, benchmark.images, at.names, deltas, top, RERANK_WEIGHT, compute)
+
+        # rank: numbers where the targets are known, else the server's files
         if world.rank == 0 and at.target is None:
             write_submission(OUT, benchmark, queries, images, at, first)
         elif world.rank == 0:
-            ranks, subset, truths = measure(queries, images, at, first)
-            counts = {"queries": len(ranks), "gallery": at.gallery}
-            results.append({"category": benchmark.category, **counts, "metrics": recalls(ranks, subset, truths)})
-            shown = shortlist(queries, images, at, 10, first)[0]
-            found += found_of(benchmark, at, shown, ranks, subset)
-            sections += panels(benchmark, at, shown, ranks, subset, SHOW)
-    if results:  # rank 0, labelled
-        report(results, found, sections, DATASET, SPLIT, says, name, digest, OUT)
+            ranks = measure(queries, images, at, first)
+            shown = shortlist(queries, images, at, 10, first).columns
+            results.append(Result(benchmark, at, ranks, shown))
+    if results:  # on rank 0
+        report(results, system, protocol)
     barrier()
 
 

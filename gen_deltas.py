@@ -11,6 +11,8 @@ A delta is a function of the VDG, the two images, the pair's id and the sampling
 number of ranks: the same command goes on after a kill, also with another batch size or on another number of ranks.
 Deltas already in OUT are kept: if pictures changed under the same names, or the LLM in its folder, use a new OUT.
 On a CPU with MKL this holds to the bit; on a GPU, where a product of another shape rounds otherwise, at the same BATCH.
+
+To keep only the triplets that a CIR model can use: python eval_cir.py --checkpoint CKPT --filter OUT
 """
 
 import os
@@ -26,9 +28,11 @@ early_help(__name__, __file__)
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +41,11 @@ import transformers
 import vdg_align
 import vdg_tune
 from common import memory, pages
-from common.annotations import FASHIONIQ_CATEGORIES, training_triplets, write_cirr_captions, write_fashioniq_captions
-from common.batches import ahead, chunks, stop_together
-from common.console import UserError, progress, run, say
-from common.decode import describe, fill, prompt_parts, row_key, start_engine
+from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
+from common.batches import ahead, chunks, gather_dealt, rank_batches, stop_together
+from common.console import UserError, progress, run, say, warn
+from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, row_key, start_engine
+from common.exports import write_exports
 from common.files import (
     JsonlAppender,
     file_sha256,
@@ -57,6 +62,7 @@ from common.images import ImageStore, check_report, load_pixels, safe_name, show
 from common.llama import llm_shape
 from common.ranks import (
     Log,
+    World,
     all_sum,
     any_rank,
     barrier,
@@ -66,19 +72,23 @@ from common.ranks import (
     seeded_rng,
     stop_requested,
 )
-from vdg_align import vision_weights
+from vdg_align import VisionProjector, vision_weights
 
 # ---- what is described ----
 VDG = "out/vdg"  # checkpoint of vdg_tune.py
+LLM = ""  # where the LLM of VDG lies now, if its folder moved
+VISION = ""  # where the vision side of VDG lies now, if its folder moved
 PAIRS = "out/mine/pairs.jsonl"  # pairs of mine_pairs.py
 IMAGES = ""  # folder of the images; with TRIPLETS empty means the usual places in and beside ROOT
 TRIPLETS = ""  # instead of PAIRS those of human triplets: "cirr/train", "fashioniq/train" (or ".../dress"), "jsonl"
 ROOT = ""  # folder of the annotations of TRIPLETS; for "jsonl" the file
-FILTER = ""  # checkpoint of train_cir.py: keep a triplet only if it finds the target; empty keeps all [ours]
-FILTER_TOP = 1  # ... among the so many best of its subgroup [ours]
 SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CIRR and 3,600 for FashionIQ [S4.1]
 MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
 REVERSE = False  # also say what turns the target into the reference: the same model, images swapped [ours]
+
+# "cirr": OUT/cirr/, in the dataset's own layout, for CLIP4Cir, SPRC, Bi-Blip4CIR, which join the folder of the pictures
+# and a path; "stems": OUT/stems/, pictures named without folder and suffix (CoVR); "release": OUT/release.json (VDG's).
+EXPORT = ("cirr",)  # in which layouts of others the triplets are written as well
 
 # ---- sampling ----
 TEMPERATURE = 0.2  # 0 = always the likeliest token [S4.1]
@@ -97,33 +107,59 @@ SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at pairs and images: counts of expected, present and unreadable images, then stop
 
 
 # ---- pairs ----
-def read_pairs(path: str, root: str) -> tuple[list[dict], dict, ImageStore]:
-    """Records of pairs.jsonl, the members of each subgroup (subgroups.jsonl beside it, if there), and the images."""
+class Data(NamedTuple):
+    """Pairs to describe."""
+
+    pairs: list[dict]  # id, reference, target, and what else their file says
+    members: dict  # id of a pair -> the images of its subgroup, where they are known
+    images: ImageStore
+
+
+def read_pairs(path: str, root: str) -> Data:
+    """Records of pairs.jsonl, the members of their subgroups (subgroups.jsonl beside it, if there), and the images."""
     if not os.path.isdir(root):
         raise UserError(f"--images {root!r} is no folder; name the folder that the pairs' names are relative to")
+    pairs, members = read_jsonl(path), {}
+    check_pairs(pairs, path)
+
     beside = Path(path).with_name("subgroups.jsonl")
-    members = {group["id"]: group["members"] for group in read_jsonl(beside)} if beside.exists() else {}
-    return read_jsonl(path), members, ImageStore(root)
+    if beside.exists():
+        groups = read_subgroups(beside)
+        for pair in pairs:
+            if "subgroup" not in pair:
+                continue
+            if pair["subgroup"] not in groups:
+                what = f"pair {shown(pair['id'])} is of subgroup {shown(pair['subgroup'])}, which is not in {beside}"
+                raise UserError(f"{path}: {what}; both files must come from one run of mine_pairs.py")
+            members[pair["id"]] = groups[pair["subgroup"]]
+        check_members(pairs, members, str(beside))
+    return Data(pairs, members, ImageStore(root, own=True))
 
 
-def triplet_pairs(name: str, root: str, images: str) -> tuple[list[dict], dict, ImageStore]:
+def triplet_pairs(name: str, root: str, images: str) -> Data:
     """The pairs of human triplets; the human text is not among them, so that it cannot be taken for a generated one."""
     parts = name.split("/")
     if not 1 <= len(parts) <= 3:
         raise UserError(f"--triplets {name}: wanted dataset/split or dataset/split/category, as in cirr/train")
     dataset, split, category = parts + ["train", "all"][len(parts) - 1 :]
     categories = FASHIONIQ_CATEGORIES if dataset == "fashioniq" and category == "all" else (category,)
+
     pairs, members = [], {}
-    for name in categories:
-        triplets, store = training_triplets(dataset, root, split, name, images or None)
-        kind = {"category": name} if dataset == "fashioniq" else {}
-        pairs += [{"id": t.id, "reference": t.reference, "target": t.target} | kind for t in triplets]
-        members |= {t.id: t.members for t in triplets if t.members}
-    return pairs, members, store
+    for one in categories:
+        triplets, store = training_triplets(dataset, root, split, one, images or None)
+        kind = {"category": one} if dataset == "fashioniq" else {}
+        for t in triplets:
+            pairs.append({"id": t.id, "reference": t.reference, "target": t.target} | kind)
+            if t.members:
+                members[t.id] = t.members
+    check_pairs(pairs, name)
+    check_members(pairs, members, name)
+    return Data(pairs, members, store)
 
 
 def check_pairs(pairs: list[dict], where: str) -> None:
@@ -136,110 +172,260 @@ def check_pairs(pairs: list[dict], where: str) -> None:
                 raise UserError(f'{here}: no "{key}"; wanted id, reference and target')
         safe_name(pair["reference"], here)
         safe_name(pair["target"], here)
-        if not isinstance(pair["id"], int | str):
-            raise UserError(f"{here}: id {shown(pair['id'])}; wanted a number or a string")
-        if pair["id"] in seen:
-            raise UserError(f"{here}: id {shown(pair['id'])} occurs twice; ids must differ")
-        seen.add(pair["id"])
+        check_id(pair["id"], seen, here)
+        if not isinstance(pair.get("subgroup", 0), int | str):
+            raise UserError(f"{here}: subgroup {shown(pair['subgroup'])}; wanted a number or a string")
+
+
+def check_id(id: object, seen: set, here: str) -> None:
+    """UserError unless id is a number or a string that is not yet in seen, where it is put."""
+    if not isinstance(id, int | str):
+        raise UserError(f"{here}: id {shown(id)}; wanted a number or a string")
+    if id in seen:
+        raise UserError(f"{here}: id {shown(id)} occurs twice; ids must differ")
+    seen.add(id)
+
+
+def read_subgroups(path: Path) -> dict[int | str, list[str]]:
+    """subgroups.jsonl -> the members of each subgroup by its id; UserError names the record."""
+    groups, seen = {}, set()
+    for number, group in enumerate(read_jsonl(path), 1):
+        here, members = f"{path}, record {number}", group.get("members")
+        check_id(group.get("id"), seen, here)
+        if not isinstance(members, list):
+            raise UserError(f'{here}: "members" is {shown(members)}; wanted a list of image names')
+        groups[group["id"]] = [safe_name(name, here) for name in members]
+    return groups
+
+
+def check_members(pairs: list[dict], members: dict, where: str) -> None:
+    """Both images of a pair are among the members of its subgroup: CIRR's layout gives their places there."""
+    for pair in pairs:
+        group = members.get(pair["id"])
+        for side in ("reference", "target"):
+            if group is not None and pair[side] not in group:
+                what = f"pair {shown(pair['id'])}: its {side} {shown(pair[side])} is no member of its subgroup"
+                raise UserError(f"{where}: {what}; pairs and subgroups must come from one run")
 
 
 def choose_subgroups(pairs: list[dict], subgroups: int, max_pairs: int, seed: int) -> list[dict]:
     """Pairs of random whole subgroups, in their old order; a pair without a subgroup is one by itself."""
     if not subgroups and not max_pairs:
         return pairs
-    groups: dict[object, list[dict]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.get("subgroup", ("alone", pair["id"])), []).append(pair)
-    names = list(groups)
+
+    def group_of(pair: dict) -> object:
+        return pair.get("subgroup", ("alone", pair["id"]))
+
+    sizes = Counter(map(group_of, pairs))
+    names = list(sizes)
     chosen, count = set(), 0
     for i in seeded_rng("subgroups", seed).permutation(len(names))[: subgroups or None]:
-        count += len(groups[names[i]])
+        count += sizes[names[i]]
         if max_pairs and count > max_pairs:
             break
         chosen.add(names[i])
     if not chosen:
         raise UserError(f"--max_pairs {max_pairs} is less than one subgroup has; give at least {count}")
-    return [pair for pair in pairs if pair.get("subgroup", ("alone", pair["id"])) in chosen]
+    return [pair for pair in pairs if group_of(pair) in chosen]
 
 
+def names_of(pairs: list[dict]) -> list[str]:
+    return sorted({name for pair in pairs for name in (pair["reference"], pair["target"])})
+
+
+# ---- Q-Former outputs, once an image ----
+class Queries(NamedTuple):
+    """Q-Former outputs of every distinct picture."""
+
+    rows: np.ndarray  # (N, Q, q_width), memory-mapped
+    row: dict[str, int]  # image name -> its row; two names of one content share it
+
+    def of(self, names: list[str]) -> torch.Tensor:
+        """(n, Q, q_width)"""
+        return torch.from_numpy(self.rows[[self.row[name] for name in names]])
+
+
+def encode_images(vision: VisionProjector, images: ImageStore, names: list[str], folder: Path, world: World) -> Queries:
+    """Q-Former outputs of the images, from folder/HASH.npy, which is written where it is not there and whole.
+
+    HASH is of encoder weights and image contents: a changed picture or encoder is another file. HASH.json holds both,
+    and the sha256 of the file's bytes. Rows of an earlier file by the same encoder are taken over. Half precision
+    unless the model computes in fp32."""
+    # what each name shows today; the ranks share the reading
+    mine = [file_sha256(images.path(name)) for name in names[world.rank :: world.size]]
+    content = dict(zip(names, gather_dealt(mine), strict=True))
+    keys = sorted(set(content.values()))
+    row = {key: i for i, key in enumerate(keys)}
+
+    frozen = (item for item in vision.state_dict().items() if not item[0].startswith("projection."))  # that comes after
+    encoder = tensors_sha256(frozen)
+    path = folder / f"{stem_of(encoder, keys)}.npy"
+    if any_rank(world.rank == 0 and whole_rows(path, encoder) != keys):
+        name_of = {key: name for name, key in reversed(content.items())}  # one name of each content
+        write_queries(path, encoder, {key: name_of[key] for key in keys}, vision, images, world)
+    return Queries(np.load(path, mmap_mode="r"), {name: row[key] for name, key in content.items()})
+
+
+def stem_of(encoder: str, keys: list[str]) -> str:
+    return hashlib.sha256(json.dumps([encoder, keys]).encode()).hexdigest()[:16]
+
+
+def whole_rows(path: Path, encoder: str) -> list[str]:
+    """The contents whose rows by this encoder a file holds, in order; none if its bytes are not those written."""
+    header = path.with_suffix(".json")
+    if not (path.exists() and header.exists()):
+        return []
+    try:
+        written = read_json(header)
+        if written["encoder"] != encoder:
+            return []
+        if stem_of(encoder, written["keys"]) == path.stem and written["sha256"] == file_sha256(path):
+            return written["keys"]
+        fault = f"{path} does not match {header.name}"
+    except (UserError, KeyError, TypeError):
+        fault = f"{header} cannot be read"
+    warn(f"{fault}; its images are encoded again")
+    return []
+
+
+def write_queries(
+    path: Path, encoder: str, name_of: dict[str, str], vision: VisionProjector, images: ImageStore, world: World
+) -> None:
+    """Encodes one image of each content into path, on all ranks; name_of: content -> image name, in the rows' order."""
+    row = {key: i for i, key in enumerate(name_of)}
+    aside = path.with_suffix(".tmp")
+    shape = (len(row), *vision.query_tokens.shape[1:])
+    dtype = np.float32 if vision.query_tokens.dtype == torch.float32 else np.float16
+
+    # room for all rows, and those that an earlier run encoded
+    known = take_over(aside, encoder, row, dtype, shape) if world.rank == 0 else None
+    stop_together(known)
+    known = set(gather_objects(known)[0])
+    rows = np.lib.format.open_memmap(aside, "r+")
+    todo = [key for key in row if key not in known][world.rank :: world.size]
+
+    def load(chunk: list[str]) -> torch.Tensor:
+        return load_pixels(images, [name_of[key] for key in chunk], vision.preprocess, WORKERS)
+
+    # each rank the rest of its own
+    fault = None
+    for chunk, pixels in ahead(load, chunks(progress(todo, "images"), ENCODE_BATCH)):
+        if isinstance(pixels, Exception):
+            fault = pixels
+            break
+        # always a full batch: the same shape whatever the number of images, hence the same rounding
+        full = pixels[fill(list(range(len(chunk))), ENCODE_BATCH)].to(world.device)
+        queries = vision.queries(full)[: len(chunk)].float().cpu().numpy().astype(dtype)  # (n, Q, q_width)
+        good = np.isfinite(queries).all((1, 2))
+        if not good.all():
+            at = images.path(name_of[chunk[int(good.argmin())]])
+            fault = UserError(f"{at}: its Q-Former outputs are NaN or infinite; are the vision model's files damaged?")
+            break
+        rows[[row[key] for key in chunk]] = queries
+    rows.flush()
+    stop_together(fault)  # and waits for every rank's rows
+
+    # the file gets its name when it is whole
+    if world.rank == 0:
+        write_json(path.with_suffix(".json"), {"encoder": encoder, "keys": list(row), "sha256": file_sha256(aside)})
+        os.replace(aside, path)
+        for old in path.parent.iterdir():
+            if old.stem != path.stem:
+                old.unlink()
+    barrier()
+
+
+def take_over(aside: Path, encoder: str, row: dict[str, int], dtype, shape: tuple) -> list[str] | UserError:
+    """Makes the file of all rows and copies those of earlier files by the same encoder -> the contents of these.
+
+    Its place on the disk is taken at once: where a mapped file finds the disk full, SIGBUS ends the process."""
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    with open(aside, "wb") as file:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        try:
+            os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+        except OSError as fault:
+            aside.unlink()
+            wanted = f"{len(row):,} images want {size / 2**30:,.2f} GiB of Q-Former outputs"
+            return UserError(f"{aside.parent}: {fault.strerror}: {wanted}; make room, or take an --out on another disk")
+
+    rows, known = np.lib.format.open_memmap(aside, "r+"), set()
+    others = [path for path in sorted(aside.parent.glob("*.npy")) if path.stem != aside.stem]
+    for path in others:
+        held = whole_rows(path, encoder)
+        for key, values in zip(held, np.load(path, mmap_mode="r") if held else (), strict=True):
+            if key in row:
+                rows[row[key]] = values
+                known.add(key)
+    rows.flush()
+    return sorted(known)
+
+
+# ---- the VDG at work ----
+class Vdg(NamedTuple):
+    """A tuned VDG, ready to speak of the images whose Q-Former outputs it has."""
+
+    vision: VisionProjector
+    queries: Queries
+    engine: Engine
+    tokenizer: object
+    order: list[str]  # which image of a pair the prompt names first: ["reference", "target"]
+
+    def image_tokens(self, names: list[str]) -> torch.Tensor:
+        """(n, Q, D)"""
+        queries = self.queries.of(names)
+        return self.vision(queries.to(self.vision.projection.weight.device))
+
+
+def start_vdg(todo: list[dict], images: ImageStore, dtype: torch.dtype, world: World) -> Vdg:
+    vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype, LLM, VISION)
+    plain = not config["quantize"]
+    if MERGE and plain:
+        vdg_tune.merge_lora(llm)
+    prompt, order = prompt_parts(vdg_tune.prompt_pieces(tokenizer, config["prompt"]))
+    queries = encode_images(vision, images, names_of(todo), Path(OUT, "queries"), world)
+
+    sampling = Sampling(tokenizer.eos_token_id, MAX_NEW, TEMPERATURE, TOP_K)
+    graph = GRAPH and plain and world.device.type == "cuda"
+    engine = start_engine(llm, prompt, queries.rows.shape[1], BATCH, sampling, graph)
+    return Vdg(vision, queries, engine, tokenizer, order)
+
+
+def speak(vdg: Vdg, batch: list[dict], direction: str) -> list[Said] | UserError:
+    """What is said of each pair; direction "forward", or "reverse": the images in each other's place in the prompt.
+
+    A fault is the result, not raised: all ranks have to hear of it."""
+    if not batch:  # the last batch may have fewer pairs than there are ranks
+        return []
+    order = vdg.order if direction == "forward" else vdg.order[::-1]
+    names = [(pair[order[0]], pair[order[1]]) for pair in batch]
+    keys = [row_key(SEED, pair["id"], direction) for pair in batch]
+    try:
+        return describe(vdg.engine, vdg.image_tokens, vdg.tokenizer, names, keys)
+    except UserError as fault:
+        return fault
+
+
+# ---- files ----
 def identity(pair: dict) -> tuple:
     """What makes a stored delta this pair's: an id that now means other images is another pair."""
     return pair["id"], pair["reference"], pair["target"]
 
 
-# ---- Q-Former outputs, once an image ----
-def encode_images(vision, images: ImageStore, names: list[str], folder: Path, batch: int, workers: int, world):
-    """Q-Former outputs of every distinct picture -> ((N, Q, q_width) memory-mapped, {name: row}).
-
-    The file is named by the hash of encoder weights and image contents: a changed picture or encoder is another file.
-    Rows of an earlier file by the same encoder are taken over. Half precision unless the model computes in fp32."""
-    share = {name: file_sha256(images.path(name)) for name in names[world.rank :: world.size]}
-    content = {name: digest for part in gather_objects(share) for name, digest in part.items()}
-    keys = sorted(set(content.values()))
-    frozen = (item for item in vision.state_dict().items() if not item[0].startswith("projection."))  # that comes after
-    encoder, shape = tensors_sha256(frozen), (len(keys), *vision.query_tokens.shape[1:])
-    path = folder / f"{hashlib.sha256(json.dumps([encoder, keys]).encode()).hexdigest()[:16]}.npy"
-    row = {key: i for i, key in enumerate(keys)}
-    if not any_rank(not path.exists()):
-        return np.load(path, mmap_mode="r"), {name: row[key] for name, key in content.items()}
-
-    known = {}  # content -> its row in a file that an earlier run completed
-    for header in sorted(folder.glob("*.json")):
-        before = read_json(header)
-        if before["encoder"] == encoder and header.with_suffix(".npy").exists():
-            known |= zip(before["keys"], np.load(header.with_suffix(".npy"), mmap_mode="r"), strict=True)
-    aside = path.with_suffix(".tmp")
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        dtype = np.float32 if vision.query_tokens.dtype == torch.float32 else np.float16
-        rows = np.lib.format.open_memmap(aside, "w+", dtype, shape)
-        for key in row.keys() & known.keys():
-            rows[row[key]] = known[key]
-        rows.flush()
-    barrier()
-    rows = np.lib.format.open_memmap(aside, "r+")
-    first = {key: name for name, key in reversed(content.items())}  # one name of each content
-    todo = [first[key] for key in keys if key not in known][world.rank :: world.size]
-
-    def load(chunk: list[str]) -> torch.Tensor:
-        return load_pixels(images, chunk, vision.preprocess, workers)
-
-    fault = None
-    for chunk, pixels in ahead(load, chunks(progress(todo, "images"), batch)):
-        if isinstance(pixels, Exception):
-            fault = pixels
-            break
-        # always a full batch: the same shape whatever the number of images, hence the same rounding
-        queries = vision.queries(pixels[fill(list(range(len(chunk))), batch)].to(world.device))[: len(chunk)]
-        rows[[row[content[name]] for name in chunk]] = queries.float().cpu().numpy()
-    rows.flush()
-    stop_together(fault)  # and waits for every rank's rows
-    if world.rank == 0:
-        write_json(path.with_suffix(".json"), {"encoder": encoder, "keys": keys})
-        os.replace(aside, path)
-        for old in folder.iterdir():
-            if old.stem != path.stem:
-                old.unlink()
-    barrier()
-    return np.load(path, mmap_mode="r"), {name: row[key] for name, key in content.items()}
-
-
-# ---- sampling: noise that belongs to the pair ----
-
-
-# ---- decoding: instruction once, each reference once, each pair; keys and values in buffers allocated once ----
-
-
-# ---- files ----
-def open_parts(folder: Path, fingerprint: dict, world) -> tuple[JsonlAppender, dict[tuple, dict]]:
+def open_parts(dtype: torch.dtype, world: World) -> tuple[JsonlAppender, dict[tuple, dict]]:
     """This rank's part, and what all parts of this and earlier runs (on any number of ranks) hold, by pair."""
+    settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
+    settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
+    folder = Path(OUT, "parts")
     if world.rank == 0:  # alone: a rank that is already writing must not have its last line taken for a torn one
         for path in sorted(folder.glob("part-*-of-*.jsonl")):
-            JsonlAppender(path, fingerprint)  # refuses another fingerprint, cuts a torn tail
+            JsonlAppender(path, settings)  # refuses other settings, cuts a torn tail
     barrier()
     done = read_parts(folder)
     barrier()
-    return JsonlAppender(folder / f"part-{world.rank}-of-{world.size}.jsonl", fingerprint), done
+    return JsonlAppender(folder / f"part-{world.rank}-of-{world.size}.jsonl", settings), done
 
 
 def read_parts(folder: Path) -> dict[tuple, dict]:
@@ -247,66 +433,56 @@ def read_parts(folder: Path) -> dict[tuple, dict]:
     return {identity(record): record for path in paths for record in read_jsonl(path)}
 
 
-@torch.inference_mode()
-def subgroup_ranks(model, images: ImageStore, records: list[dict], members: dict, batch: int, workers: int):
-    """Place of each record's target, 1 the best, among its subgroup less the reference, by a CIR model; ties count
-    against it. An image outside any subgroup cannot be judged: UserError."""
-    device = next(model.parameters()).device
-
-    def encode(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        return model.image(load_pixels(images, names, model.preprocess, workers).to(device))
-
-    ranked = []
-    features: dict[str, torch.Tensor] = {}
-    for record in records:
-        group = members.get(record.get("subgroup", record["id"]))
-        if not group:
-            raise UserError(f"--filter: pair {record['id']} has no subgroup; is subgroups.jsonl beside it?")
-        features |= dict.fromkeys(group)
-    for names in chunks(list(features), batch):
-        features |= zip(names, encode(names)[1].float(), strict=True)
-    for part in chunks(progress(records, "filter"), batch):
-        first = list(dict.fromkeys(record["reference"] for record in part))
-        tokens = encode(first)[0][[first.index(record["reference"]) for record in part]]
-        for record, c in zip(part, model.compose(tokens, [record["delta"] for record in part]).float(), strict=True):
-            group = members[record.get("subgroup", record["id"])]
-            others = [name for name in group if name not in (record["reference"], record["target"])]
-            scores = torch.stack([features[name] for name in (record["target"], *others)]) @ c
-            ranked.append(int((scores >= scores[0]).sum()))
-    return ranked
+def line_of(pair: dict, forward: Said, backward: Said | None) -> dict:
+    """The line of a pair in its part."""
+    record = {key: pair[key] for key in ("id", "reference", "target")} | {"delta": forward.delta}
+    flags = list(forward.flags)
+    if backward:
+        record["reverse_delta"] = backward.delta
+        flags += [f"reverse_{flag}" for flag in backward.flags]
+    return record | {"flags": flags} if flags else record
 
 
-def write_results(out: Path, records: list[dict], members: dict, images: ImageStore, show: int, seed: int, layout):
-    """Writes the four files -> what report.json holds. layout: ("cirr" or "fashioniq", split)."""
+def with_deltas(pairs: list[dict], said: dict[tuple, dict]) -> list[dict]:
+    """The pairs, each with what was said of it and nothing that was said of it elsewhere."""
+    records = []
+    for pair in pairs:
+        record = {key: value for key, value in pair.items() if key not in ("delta", "reverse_delta", "flags")}
+        records.append(record | said[identity(pair)])
+    return records
+
+
+def write_results(records: list[dict], members: dict, images: ImageStore) -> dict:
+    """Writes pseudo.jsonl, the same in the layout of CIRR or FashionIQ, report.json, deltas.html -> the report."""
+    out = Path(OUT)
     write_jsonl(out / "pseudo.jsonl", records)
-    known = ((record, members.get(record.get("subgroup", record["id"]))) for record in records)
-    if layout[0] == "fashioniq":
-        write_fashioniq_captions(out / "fashioniq", layout[1], records)
-    else:
-        write_cirr_captions(out / "cirr", layout[1], [r | {"members": m} if m else r for r, m in known])
+    dataset, split = (TRIPLETS.split("/") + ["train"])[:2] if TRIPLETS else ("cirr", "train")
+    known = [record | {"members": members.get(record["id"])} for record in records]
+    write_exports(out, EXPORT, dataset, split, known, images)
+
     flags = Counter(flag for record in records for flag in record.get("flags", ()))
+    words = sum(len(record["delta"].split()) for record in records)
     report = {
         "pairs": len(records),
-        "images": len({name for r in records for name in (r["reference"], r["target"])}),
+        "images": len(names_of(records)),
         "distinct_deltas": len({record["delta"] for record in records}),
-        "mean_words": round(sum(len(record["delta"].split()) for record in records) / max(1, len(records)), 2),
+        "mean_words": round(words / max(1, len(records)), 2),
         **{"empty": 0, "runaway": 0, "repeated": 0, **dict(sorted(flags.items()))},
     }
-    shown = sorted(seeded_rng("show", seed).permutation(len(records))[:show].tolist())
-    write_text(out / "deltas.html", sample_page([records[i] for i in shown], report, images))
+    drawn = sorted(seeded_rng("show", SEED).permutation(len(records))[:SHOW].tolist())
+    write_text(out / "deltas.html", sample_page([records[i] for i in drawn], report, images))
+    write_json(out / "report.json", report, indent=2)
     return report
 
 
 def sample_page(records: list[dict], report: dict, images: ImageStore) -> str:
     """A page of deltas beside their two pictures."""
     panels = []
-    for r in records:
-        notes = [f"pair {r['id']}", *r.get("flags", ())]
-        if "reverse_delta" in r:
-            notes.append(f"reversed: {r['reverse_delta']}")
-        target = (images.path(r["target"]), f"target {r['target']}")
-        query = (images.path(r["reference"]), f"reference {r['reference']}")
-        panels.append(pages.panel(query, r["delta"] or "(nothing)", [target], note=" · ".join(notes)))
+    for record in records:
+        notes = [f"pair {record['id']}", *record.get("flags", ())]
+        if "reverse_delta" in record:
+            notes.append(f"reversed: {record['reverse_delta']}")
+        panels.append(pages.delta_panel(images, record["reference"], record["target"], record["delta"], notes))
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in report.items())
     return pages.page("Generated deltas", [("Counts", counts), (f"{len(records)} pairs at random", *panels)])
 
@@ -320,103 +496,97 @@ def digest_of(folder: str) -> str:
     return hashlib.sha256("".join(file_sha256(f"{folder}/{name}") for name in names).encode()).hexdigest()
 
 
-def main() -> None:
-    transformers.logging.set_verbosity_error()
-    world = init_world(DEVICE)
-    at_least(globals(), TEMPERATURE=0, TOP_K=0, MAX_NEW=1, BATCH=1, ENCODE_BATCH=1, FILTER_TOP=1)
+# ---- the run ----
+def check_flags() -> None:
+    at_least(globals(), TEMPERATURE=0, TOP_K=0, MAX_NEW=1, BATCH=1, ENCODE_BATCH=1)
     at_least(globals(), SUBGROUPS=0, MAX_PAIRS=0, SHOW=0, WORKERS=0)
-    dtype = pick_dtype(DTYPE, world.device)
+
+
+def plan(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Bytes of the run by purpose, as it stands and with smaller batches; without a VDG those of the paper's."""
     tuned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": "", "prompt": vdg_tune.PROMPT}
     if not (PLAN or CHECK) or os.path.exists(f"{VDG}/config.json"):
-        tuned = vdg_tune.read_stage(VDG, "tune")
+        tuned = vdg_tune.read_stage(VDG, "tune", LLM, VISION)
     size = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
-    vision_size = vision_weights(tuned["vision"])
-    options = memory.generation(llm_shape(tuned["llm"]), tuned, vision_size, size, BATCH, MAX_NEW)
-    if PLAN:
-        memory.say(options, [80, 40, 24])
-        return
-    pairs, members, images = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
-    check_pairs(pairs, TRIPLETS or PAIRS)
-    pairs = choose_subgroups(pairs, SUBGROUPS, MAX_PAIRS, SEED)
-    names = sorted({name for pair in pairs for name in (pair["reference"], pair["target"])})
-    if CHECK:
-        report, ok = check_report(names, images)
-        say(f"{len(pairs):,} pairs; {report}")
-        if not ok:
-            raise UserError("images are missing or unreadable; complete the folder or correct --images")
-        return
+    return memory.generation(llm_shape(tuned["llm"]), tuned, vision_weights(tuned["vision"]), size, BATCH, MAX_NEW)
+
+
+def check_images(names: list[str], images: ImageStore) -> None:
+    """UserError where a picture is missing; where it is damaged shows when it is decoded."""
     missing = images.missing(names)
     if missing:
         found = f"{len(missing):,} of {len(names):,} images are not in {', '.join(images.roots)}"
         raise UserError(f"{found}, first {shown(missing[0])}; complete the folder or correct --images")
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    world = init_world(DEVICE)
+    check_flags()
+    dtype = pick_dtype(DTYPE, world.device)
+    options = plan(dtype)
+    if PLAN:
+        memory.say(options, [80, 40, 24])
+        return
+
+    # pairs of S3.2's mining, or those of human triplets
+    data = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
+    pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED)
+    names = names_of(pairs)
+    if CHECK:
+        report, ok = check_report(names, data.images, CHECK_DECODE, WORKERS)
+        say(f"{len(pairs):,} pairs; {report}")
+        if not ok:
+            raise UserError("images are missing or unreadable; complete the folder or correct --images")
+        return
+    check_images(names, data.images)
+
+    # a killed run goes on: what it said is in the parts
     lock_folder(OUT)
-    out = Path(OUT)
-    settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
-    settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
-    part, done = open_parts(out / "parts", settings, world)
+    part, done = open_parts(dtype, world)
     todo = [pair for pair in pairs if identity(pair) not in done]
     todo.sort(key=lambda pair: (pair["reference"], pair["target"], json.dumps(pair["id"])))  # a reference's together
     say(f"{len(pairs):,} pairs of {len(names):,} images, {len(pairs) - len(todo):,} of them described already")
 
+    # the VDG, and every image through ViT and Q-Former
     if todo:
-        memory.say(options, [memory.has(world.device)])
-        vision, llm, tokenizer, config = vdg_tune.load_vdg(VDG, world.device, dtype)
-        if MERGE and not config["quantize"]:
-            vdg_tune.merge_lora(llm)
-        prompt, order = prompt_parts(vdg_tune.prompt_pieces(tokenizer, config["prompt"]))
-        names = sorted({name for pair in todo for name in (pair["reference"], pair["target"])})
-        queries, row = encode_images(vision, images, names, out / "queries", ENCODE_BATCH, WORKERS, world)
-        graph = GRAPH and world.device.type == "cuda" and not config["quantize"]
-        engine = start_engine(llm, prompt, queries.shape[1], BATCH, MAX_NEW, graph)
+        memory.say(options, [memory.has(world.device)], world.device.type)
+        vdg = start_vdg(todo, data.images, dtype, world)
 
-        def image_tokens(names: list[str]) -> torch.Tensor:
-            return vision(torch.from_numpy(queries[[row[name] for name in names]]).to(world.device))  # (n, Q, D)
-
-        def speak(batch: list[dict], order: list[str], direction: str) -> list[tuple[str, list[str]]]:
-            """(delta, flags) of each pair; order: which of its images come first and second in the prompt."""
-            names = [tuple(pair[side] for side in order) for pair in batch]
-            keys = [row_key(SEED, pair["id"], direction) for pair in batch]
-            return describe(engine, image_tokens, tokenizer, names, keys, MAX_NEW, TEMPERATURE, TOP_K)
-
-    mine = todo[len(todo) * world.rank // world.size : len(todo) * (world.rank + 1) // world.size]
+    # equally many batches on every rank, so that all stop together
+    batches = rank_batches(todo, BATCH * world.size, world.rank, world.size)
     began, count = time.time(), 0
-    for batch in chunks(progress(mine, "deltas"), BATCH):
-        if stop_requested():
+    for batch in progress(batches, "deltas"):
+        # a signal to one rank stops all before the same batch
+        if any_rank(stop_requested()):
             break
-        forward = speak(batch, order, "forward")
-        backward = speak(batch, order[::-1], "reverse") if REVERSE else None
-        for i, pair in enumerate(batch):
-            record = {key: pair[key] for key in ("id", "reference", "target")} | {"delta": forward[i][0]}
-            flags = forward[i][1]
-            if backward:
-                record["reverse_delta"] = backward[i][0]
-                flags = flags + [f"reverse_{flag}" for flag in backward[i][1]]
-            part.append(record | ({"flags": flags} if flags else {}))
-        count += len(batch)
-    made, seconds = all_sum(count), max(time.time() - began, 1e-9)
-    if made:
-        Log(OUT).write(generated=int(made), seconds=round(seconds, 1), pairs_per_s=round(made / seconds, 2))
-    if any_rank(count < len(mine)):
-        say(f"stopped with {len(todo) - int(made):,} pairs to go; the same command goes on")
-        raise SystemExit(143)
-    said = read_parts(out / "parts")
-    keys = ("delta", "reverse_delta", "flags")
-    records = [pair | {key: said[identity(pair)][key] for key in keys if key in said[identity(pair)]} for pair in pairs]
-    kept = records
-    if FILTER:
-        import train_cir
 
-        model = train_cir.load_cir(FILTER, world.device)
-        mine = records[world.rank :: world.size]
-        shares = gather_objects(subgroup_ranks(model, images, mine, members, ENCODE_BATCH, WORKERS))
-        ranks = [shares[i % world.size][i // world.size] for i in range(len(records))]
-        kept = [record for record, rank in zip(records, ranks, strict=True) if rank <= FILTER_TOP]
+        # S3.2: the prompt of Fig. 3, its two images, and a delta drawn token by token
+        forward = speak(vdg, batch, "forward")
+        stop_together(forward)  # it is a fault where the logits are no numbers
+
+        # [ours] the other way round: the same model, images swapped
+        backward = [None] * len(batch)
+        if REVERSE:
+            backward = speak(vdg, batch, "reverse")
+            stop_together(backward)
+
+        # on the disk at once, a line a pair
+        for pair, there, back in zip(batch, forward, backward, strict=True):
+            part.append(line_of(pair, there, back))
+        count += len(batch)
+
+    made, seconds = int(all_sum(count)), max(time.time() - began, 1e-9)
+    if made:
+        Log(OUT).write(generated=made, seconds=round(seconds, 1), pairs_per_s=round(made / seconds, 2))
+    if made < len(todo):
+        say(f"stopped with {len(todo) - made:,} pairs to go; the same command goes on")
+        raise SystemExit(143)
+
+    # pseudo triplets: all pairs in their order, whichever run and rank described them
     if world.rank == 0:
-        dataset, split = (TRIPLETS.split("/") + ["train"])[:2] if TRIPLETS else ("cirr", "train")
-        report = write_results(out, kept, members, images, SHOW, SEED, (dataset, split))
-        if FILTER:
-            report |= {"share_kept": round(len(kept) / max(1, len(records)), 4), "filter_top": FILTER_TOP}
-        write_json(out / "report.json", report, indent=2)
+        records = with_deltas(pairs, read_parts(Path(OUT, "parts")))
+        report = write_results(records, data.members, data.images)
         say(f"wrote {OUT}/pseudo.jsonl: {', '.join(f'{name} {value:,}' for name, value in report.items())}")
     barrier()
 

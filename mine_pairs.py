@@ -18,21 +18,35 @@ import hashlib
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionModelWithProjection, ResNetModel
+from transformers import CLIPVisionModelWithProjection, ResNetModel
 
 from common import pages
+from common.annotations import cirr_template
+from common.batches import chunks, faults_of, gather_dealt
 from common.console import UserError, progress, run, say
-from common.files import file_sha256, lock_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
+from common.files import (
+    file_sha256,
+    lock_folder,
+    read_json,
+    read_jsonl,
+    tensors_sha256,
+    whole,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from common.flags import at_least, override
-from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, list_images, load_pixels
+from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_pixels
+from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
 
@@ -60,12 +74,13 @@ SHOW = 24  # subgroups on the contact sheet
 SEED = 0  # which subgroups the contact sheet shows, and random groups; mining itself draws nothing
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 WORKERS = 8  # threads that read and decode pictures
-BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU
+BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU; pairs whose score is computed at once
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the pictures: counts of expected, present and unreadable ones, then stop
 
 
 # ---- gallery: names, content, exclusion ----
-NAME_KEYS = frozenset(  # of CIRR, FashionIQ, LLaVA and CIRCO
+_NAME_KEYS = frozenset(  # of CIRR, FashionIQ, LLaVA and CIRCO
     "reference target candidate target_hard target_soft img_set members image "
     "reference_img_id target_img_id gt_img_ids".split()
 )
@@ -87,10 +102,10 @@ def names_in(value):
         yield f"{value:012d}"  # CIRCO's ids are numbers, COCO's files have twelve digits
     elif isinstance(value, list):
         for item in value:
-            if not isinstance(item, dict) or NAME_KEYS & item.keys():  # a list holds names or records, no tables
+            if not isinstance(item, dict) or _NAME_KEYS & item.keys():  # a list holds names or records, no tables
                 yield from names_in(item)
     elif isinstance(value, dict):
-        keys = [key for key in NAME_KEYS if key in value]
+        keys = [key for key in _NAME_KEYS if key in value]
         if keys:
             for key in keys:
                 yield from names_in(value[key])
@@ -106,7 +121,7 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
         kind = os.path.splitext(source)[1]
         if os.path.isdir(source):
             names = list_images(source)
-            pictures += [os.path.join(source, name) for name in names]
+            pictures += [ImageStore(source).path(name) for name in names]
         elif not os.path.isfile(source):
             raise UserError(f"--exclude {source}: not found; wanted a folder, .json, .jsonl or .txt")
         elif kind == ".txt":
@@ -126,19 +141,39 @@ def hash_files(paths: list[str], workers: int, world: World) -> list[str]:
     """sha256 of every file; the ranks share the reading."""
     mine = paths[world.rank :: world.size]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        mine = list(progress(pool.map(file_sha256, mine), "read", len(mine)))
-    hashes = [""] * len(paths)
-    for rank, part in enumerate(gather_objects(mine)):
-        hashes[rank :: world.size] = part
-    return hashes
+        return gather_dealt(list(progress(pool.map(file_sha256, mine), "read", len(mine))))
 
 
-def drop_excluded(names: list[str], hashes: list[str], stems: set[str], others: set[str]):
-    """Indices of the pictures that stay, and the names of those left out by name and by content."""
-    by_name = [i for i, name in enumerate(names) if stem(name) in stems]
-    by_content = [i for i, content in enumerate(hashes) if content in others]
-    out = {*by_name, *by_content}
-    return [i for i in range(len(names)) if i not in out], [names[i] for i in by_name], [names[i] for i in by_content]
+class Gallery(NamedTuple):
+    """The pictures that are mined, G' of S3.2."""
+
+    names: list[str]
+    hashes: list[str]  # sha256 of each file
+
+
+def without_benchmarks(names: list[str], images: ImageStore, world: World) -> tuple[Gallery, dict[str, int]]:
+    """The pictures that can be read and that EXCLUDE leaves, and how many these are."""
+    total, faults = len(names), faults_of(names, images, WORKERS)
+    names = leave_out(names, faults, f"{OUT}/unreadable.txt")
+    if not names:
+        raise UserError(f"none of the {total:,} pictures of {IMAGES} can be read: see {OUT}/unreadable.txt")
+    stems, pictures = excluded(EXCLUDE)
+    hashes = hash_files([images.path(name) for name in names], WORKERS, world)
+    others = set(hash_files(pictures, WORKERS, world))
+
+    by_name = [name for name in names if stem(name) in stems]
+    by_content = [name for name, content in zip(names, hashes, strict=True) if content in others]
+    for reason, left_out in (("name", by_name), ("content", by_content)):
+        if left_out:
+            say(f"excluded by {reason}: {len(left_out):,} pictures, first {', '.join(left_out[:3])}")
+
+    gone = {*by_name, *by_content}
+    kept = [i for i, name in enumerate(names) if name not in gone]
+    if not kept:
+        raise UserError(f"all {len(names):,} pictures of {IMAGES} are excluded; check --exclude")
+    counts = {"images": total, "unreadable": len(faults)}
+    counts |= {"excluded by name": len(by_name), "excluded by content": len(by_content)}
+    return Gallery([names[i] for i in kept], [hashes[i] for i in kept]), counts
 
 
 # ---- embeddings ----
@@ -147,28 +182,13 @@ class Encoder(nn.Module):
 
     def __init__(self, source: str, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        local = os.path.isdir(source)
-        kinds = {"resnet": ResNetModel, "clip": CLIPVisionModelWithProjection}
-        kinds["clip_vision_model"] = kinds["clip"]
-        try:
-            config = AutoConfig.from_pretrained(source, local_files_only=local)
-            if config.model_type not in kinds:
-                raise UserError(f"{source}: a {config.model_type} model; wanted a ResNet or CLIP")
-            self.model, report = kinds[config.model_type].from_pretrained(
-                source, dtype=dtype, use_safetensors=True, local_files_only=local, output_loading_info=True
-            )
-        except SafetensorError as fault:
-            raise UserError(f"{source}: damaged weights ({fault}); download or copy them again") from None
-        except OSError as fault:
-            wanted = "wanted a folder with config.json and model.safetensors, or a hub id that can be downloaded"
-            raise UserError(f"--encoder {source} cannot be read ({fault}); {wanted}") from None
-        except ValueError as fault:  # transformers': no model_type in config.json
-            if isinstance(fault, UserError):
-                raise
-            raise UserError(f"{source}: {fault}; a folder written by save_pretrained is wanted") from None
-        if report["missing_keys"] or report["mismatched_keys"]:  # transformers would go on with random weights
-            first = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[0]
-            raise UserError(f"{source}: weights are missing, first {first}; download or copy them again")
+        kinds = ("resnet", "clip", "clip_vision_model")
+        if (found := model_kind(source, "--encoder")) not in kinds:
+            raise UserError(f"--encoder {source}: a {found} model; wanted a ResNet or CLIP")
+        config = read_config(source, kinds, "--encoder")
+        kind = ResNetModel if config.model_type == "resnet" else CLIPVisionModelWithProjection
+        part = config.vision_config if config.model_type == "clip" else config
+        self.model = load_model(kind, source, part, dtype, "--encoder")
         self.pooled = config.model_type == "resnet"
         self.preprocess = Preprocess.from_folder(source, "encoder")
         self.requires_grad_(False).to(device).eval()  # eval: batch norm's stored statistics
@@ -179,11 +199,8 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """sha256 over weights and preprocessing: whatever an embedding depends on besides the picture."""
-        digest = hashlib.sha256(repr((self.preprocess, self.preprocess.table.tolist())).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        preprocessing = repr((self.preprocess, self.preprocess.table.tolist()))
+        return tensors_sha256(sorted(self.state_dict().items()), preprocessing)
 
 
 @torch.inference_mode()
@@ -200,48 +217,49 @@ def embed(encoder: Encoder, images: ImageStore, names: list[str], device, worker
     return (features / lengths[:, None]).float().cpu().numpy()
 
 
-def embed_gallery(
-    encoder: Encoder,
-    images: ImageStore,
-    names: list[str],
-    hashes: list[str],
-    out: str,
-    batch: int,
-    workers: int,
-    world: World,
-) -> bool:
-    """Writes out/embeddings.npy and names.json, unless they are there for these pictures and this encoder.
+def embed_gallery(encoder: Encoder, images: ImageStore, gallery: Gallery, world: World) -> bool:
+    """Writes OUT/embeddings.npy and names.json, unless they are there for these pictures and this encoder.
 
-    Chunks of `batch` pictures are embedded whole, each by one rank, whatever the number of ranks: the bits of an
+    Chunks of BATCH pictures are embedded whole, each by one rank, whatever the number of ranks: the bits of an
     embedding depend on how many share its batch. A chunk's file is named after its content, so that a killed run finds
     what it had. True if something was embedded."""
+    names, hashes = gallery
     key = encoder.fingerprint()
-    fingerprint = hashlib.sha256("\n".join([key, *names, *hashes]).encode()).hexdigest()
-    array, listing, meta = Path(out, "embeddings.npy"), Path(out, "names.json"), Path(out, "embeddings.json")
+    fingerprint = digest(key, *names, *hashes)
+    array, listing, meta = Path(OUT, "embeddings.npy"), Path(OUT, "names.json"), Path(OUT, "embeddings.json")
     if gather_objects(world.rank == 0 and is_current(array, listing, meta, fingerprint, names))[0]:
         return False
-    parts = Path(out, "embeddings.parts")
+
+    # a file a chunk
+    parts = Path(OUT, "embeddings.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    chunks = []
-    for start in range(0, len(names), batch):
-        content = hashlib.sha256("\n".join([key, *hashes[start : start + batch]]).encode()).hexdigest()
-        chunks.append((start, parts / f"{start:09d}-{content[:24]}.npy"))
+    pieces = []
+    for start in range(0, len(names), BATCH):
+        content = digest(key, *hashes[start : start + BATCH])
+        pieces.append((start, parts / f"{start:09d}-{content[:24]}.npy"))
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a CPU their number changes the last bit; to use all cores, start more ranks [ours]
-    for start, path in progress(chunks[world.rank :: world.size], "embed"):
+    for start, path in progress(pieces[world.rank :: world.size], "embed"):
         if not path.exists():
-            rows = embed(encoder, images, names[start : start + batch], world.device, workers)
+            rows = embed(encoder, images, names[start : start + BATCH], world.device, WORKERS)
             write_array(path, rows.shape, [rows])
     torch.set_num_threads(threads)
     barrier()
+
+    # one file of all
     if world.rank == 0:
-        width = np.load(chunks[0][1], mmap_mode="r").shape[1]
-        write_array(array, (len(names), width), (np.load(path) for _, path in chunks))
+        width = np.load(pieces[0][1], mmap_mode="r").shape[1]
+        write_array(array, (len(names), width), (np.load(path) for _, path in pieces))
         write_json(listing, names)
         write_json(meta, {"fingerprint": fingerprint, "sha256": file_sha256(array)})
         shutil.rmtree(parts)
     barrier()
     return True
+
+
+def digest(*lines: str) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def is_current(array: Path, listing: Path, meta: Path, fingerprint: str, names: list[str]) -> bool:
@@ -253,16 +271,12 @@ def is_current(array: Path, listing: Path, meta: Path, fingerprint: str, names: 
     return file_sha256(array) == wanted["sha256"]
 
 
-def write_array(path: Path, shape: tuple[int, ...], blocks) -> None:
-    """fp32 .npy of rows from blocks, without holding them all; a kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
+def write_array(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
+    """fp32 .npy of rows from blocks, without holding them all."""
+    with whole(path) as aside, open(aside, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for rows in blocks:
             file.write(np.ascontiguousarray(rows, "<f4").data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def load_embeddings(out: str) -> Tensor:
@@ -271,6 +285,23 @@ def load_embeddings(out: str) -> Tensor:
 
 
 # ---- subgroups ----
+class Rule(NamedTuple):
+    """What makes a subgroup: the constants of these names."""
+
+    top_k: int
+    max_score: float
+    min_gap: float
+    group: int
+    max_shared: int
+
+
+class Subgroup(NamedTuple):
+    """Pictures that are alike, by their row in the embeddings."""
+
+    members: list[int]  # the anchor first
+    scores: list[float]  # cosine of each with the anchor
+
+
 def choose(scores: np.ndarray, max_score: float, min_gap: float, count: int) -> list[int]:
     """Positions of the members taken from an anchor's descending scores, at most `count` [S3.2]."""
     chosen = []
@@ -284,90 +315,138 @@ def choose(scores: np.ndarray, max_score: float, min_gap: float, count: int) -> 
     return chosen
 
 
-def candidates(
-    embeddings: Tensor, rows: range, top_k: int, max_score: float, min_gap: float, group: int, block: int
-) -> tuple[list, Counter]:
-    """[(members, scores)] of the anchors `rows` that find enough of them, and why the others do not. Scores are float64
-    cosines with the pictures most similar to the anchor, itself left out."""
-    whole = len(rows) == len(embeddings)  # the search then computes each pair once, not twice
-    queries = embeddings if whole else embeddings[rows.start : rows.stop]
+def candidates(embeddings: Tensor, rows: range, rule: Rule, block: int) -> tuple[list[Subgroup], Counter]:
+    """The subgroups of the anchors `rows` that find enough members, and why the others do not.
+
+    Scores are float64 cosines with the pictures most similar to the anchor, itself left out."""
+    # the K nearest pictures of each anchor
+    everything = len(rows) == len(embeddings)  # the search then computes each pair once, not twice
+    queries = embeddings if everything else embeddings[rows.start : rows.stop]
     itself = torch.arange(rows.start, rows.stop, device=embeddings.device)
-    top_k = max(1, min(top_k, len(embeddings) - 1))
+    top_k = max(1, min(rule.top_k, len(embeddings) - 1))
     nearest = exact_topk(queries, embeddings, top_k, itself, block, lambda tiles: progress(tiles, "search"))
+
     found, discarded = [], Counter()
     for anchor, scores, indices in zip(rows, *(part.cpu().numpy() for part in nearest), strict=True):
-        chosen = choose(scores, max_score, min_gap, group - 1)
-        if len(chosen) == group - 1:
-            found.append(([anchor, *indices[chosen].tolist()], [1.0, *scores[chosen].tolist()]))
-        elif len(embeddings) > 1 and (scores > max_score).all():
+        # near duplicates out, then members whose scores keep a distance
+        chosen = choose(scores, rule.max_score, rule.min_gap, rule.group - 1)
+        if len(chosen) == rule.group - 1:
+            found.append(Subgroup([anchor, *indices[chosen].tolist()], [1.0, *scores[chosen].tolist()]))
+        elif len(embeddings) > 1 and (scores > rule.max_score).all():
             discarded["all neighbours are near duplicates"] += 1
         else:
             discarded["too few neighbours left"] += 1
     return found, discarded
 
 
-def drop_overlapping(found: list, max_shared: int) -> list:
+def drop_overlapping(found: list[Subgroup], max_shared: int) -> list[Subgroup]:
     """In the order of anchors, the subgroups that share at most `max_shared` members with each one accepted before."""
-    accepted, groups_of = [], {}
-    for members, scores in found:
-        shared = Counter(group for member in members for group in groups_of.get(member, ()))
+    accepted = []
+    groups_of: dict[int, list[int]] = {}  # picture -> the accepted subgroups that it is in
+    for subgroup in found:
+        shared = Counter(group for member in subgroup.members for group in groups_of.get(member, ()))
         if max(shared.values(), default=0) <= max_shared:
-            for member in members:
+            for member in subgroup.members:
                 groups_of.setdefault(member, []).append(len(accepted))
-            accepted.append((members, scores))
+            accepted.append(subgroup)
     return accepted
 
 
-def random_groups(embeddings: Tensor, count: int, group: int, seed: int) -> list:
-    """[(members, scores with the first)] of `count` subgroups of random pictures."""
-    groups = []
+def cosines(embeddings: Tensor, pairs: list[tuple[int, int]], block: int) -> list[float]:
+    """Float64 cosines of pairs of rows, `block` at a time: a call a subgroup would cost a GPU more than the sums."""
+    scores = []
+    for some in chunks(pairs, block):
+        rows = embeddings[torch.tensor(some, device=embeddings.device)]  # (n, 2, D)
+        scores += exact_dot(rows[:, 0], rows[:, 1]).tolist()
+    return scores
+
+
+def random_groups(embeddings: Tensor, count: int, group: int, seed: int, block: int) -> list[Subgroup]:
+    """`count` subgroups of random pictures."""
+    drawn = []
     for i in range(count):
-        members = seeded_rng("random group", seed, i).choice(len(embeddings), group, replace=False).tolist()
-        rows = embeddings[torch.tensor(members, device=embeddings.device)]
-        groups.append((members, exact_dot(rows[:1].expand_as(rows), rows).tolist()))
-    return groups
-
-
-# ---- pairs ----
-def template(group: int) -> list[tuple[int, int]]:
-    """CIRR's pairs of ranks within a subgroup: a ring, then the anchor with all but its neighbours in it; 9 for 6."""
-    ring = [(i, (i + 1) % group) for i in range(group)]
-    return ring + [(0, i) for i in range(2, group - 1)]
-
-
-def pairs_of(embeddings: Tensor, members: list[int], places: list[tuple[int, int]]) -> list[tuple[int, int, float]]:
-    pairs = [(members[a], members[b]) for a, b in places]
-    rows = embeddings[torch.tensor(pairs, device=embeddings.device)]  # (9, 2, D)
-    return [(a, b, score) for (a, b), score in zip(pairs, exact_dot(rows[:, 0], rows[:, 1]).tolist(), strict=True)]
+        drawn.append(seeded_rng("random group", seed, i).choice(len(embeddings), group, replace=False).tolist())
+    scores = cosines(embeddings, [(members[0], member) for members in drawn for member in members], block)
+    return [Subgroup(members, scores[i * group : (i + 1) * group]) for i, members in enumerate(drawn)]
 
 
 # ---- outputs ----
-def draw(subgroups: list[dict], images: ImageStore, stats: dict, out: str, show: int, seed: int) -> None:
+def subgroup_records(subgroups: list[Subgroup], names: list[str]) -> list[dict]:
+    """The lines of subgroups.jsonl."""
+    records = []
+    for id, (members, scores) in enumerate(subgroups):
+        named = [names[member] for member in members]
+        records.append({"id": id, "members": named, "scores": [round(score, 6) for score in scores]})
+    return records
+
+
+def pair_records(subgroups: list[Subgroup], names: list[str], embeddings: Tensor) -> list[dict]:
+    """The lines of pairs.jsonl: of each subgroup those pairs that CIRR takes of its own."""
+    pairs, home = [], []
+    for id, (members, _) in enumerate(subgroups):
+        for a, b in cirr_template(GROUP):
+            pairs.append((members[a], members[b]))
+            home.append(id)
+
+    records = []
+    for id, (a, b), score in zip(home, pairs, cosines(embeddings, pairs, BLOCK), strict=True):
+        named = {"reference": names[a], "target": names[b], "score": round(score, 6)}
+        records.append({"id": len(records), "subgroup": id, **named})
+    return records
+
+
+def write_results(
+    subgroups: list[dict], pairs: list[dict], counts: dict[str, int], rule: Rule, images: ImageStore
+) -> None:
+    """subgroups.jsonl, pairs.jsonl, stats.json, and for the eye subgroups.png and subgroups.html."""
+    write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
+    write_jsonl(f"{OUT}/pairs.jsonl", pairs)
+    applied = rule._asdict() | {"grouping": GROUPING}
+    stats = {"counts": counts, "rule": applied, "encoder": ENCODER, "exclude": list(EXCLUDE)}
+    write_json(f"{OUT}/stats.json", stats, indent=2)
+    draw(subgroups, counts, images)
+
+    for name, value in counts.items():
+        say(f"{value:>10,} {name}")
+    if not subgroups:
+        say(
+            f"no subgroup: one takes an anchor and {GROUP - 1} pictures, none above {MAX_SCORE} similar to it and each "
+            f"{MIN_GAP} below the last; see the counts (--max_score, --min_gap, another encoder or more pictures)"
+        )
+
+
+def draw(subgroups: list[dict], counts: dict[str, int], images: ImageStore) -> None:
     """subgroups.png and subgroups.html: some subgroups, one a row, the anchor first."""
-    count = min(show, len(subgroups))
-    picked = sorted(seeded_rng("contact sheet", seed).permutation(len(subgroups))[:count].tolist())
-    rows = []
+    count = min(SHOW, len(subgroups))
+    picked = sorted(seeded_rng("contact sheet", SEED).permutation(len(subgroups))[:count].tolist())
+    rows, strips = [], []
     for subgroup in (subgroups[i] for i in picked):
         labels = ["anchor", *(f"{score:.3f}" for score in subgroup["scores"][1:])]
         named = zip(labels, subgroup["members"], strict=True)
         rows.append([(images.path(name), f"{label} {name}") for label, name in named])
+        strips.append((f"Subgroup {subgroup['id']}", pages.strip(rows[-1])))
+
     title = f"{count} of {len(subgroups):,} subgroups: the anchor, then its members with their cosine"
-    pages.contact_sheet(rows, f"{out}/subgroups.png", title=title)
-    counts = pages.table([[name, str(value)] for name, value in stats["counts"].items()], ["", "count"])
-    strips = [(f"Subgroup {subgroups[i]['id']}", pages.strip(row)) for i, row in zip(picked, rows, strict=True)]
-    write_text(f"{out}/subgroups.html", pages.page("Mined subgroups", [("Counts", counts), title, *strips]))
+    pages.contact_sheet(rows, f"{OUT}/subgroups.png", title=title)
+    table = pages.table([[name, str(value)] for name, value in counts.items()], ["", "count"])
+    write_text(f"{OUT}/subgroups.html", pages.page("Mined subgroups", [("Counts", table), title, *strips]))
+
+
+# ---- the run ----
+def check_flags() -> None:
+    if GROUP < 3 or TOP_K < GROUP - 1:
+        raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
+    at_least(globals(), BATCH=1, BLOCK=1)
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if GROUP < 3 or TOP_K < GROUP - 1:
-        raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    at_least(globals(), BATCH=1, BLOCK=1)
+    check_flags()
     world = init_world(DEVICE)
-    names, images = list_images(IMAGES), ImageStore(IMAGES)
+    names, images = list_images(IMAGES), ImageStore(IMAGES, own=True)
     if CHECK:
-        report, ok = check_report(names, images)
+        report, ok = check_report(names, images, CHECK_DECODE, WORKERS)
         if not ok:
             raise UserError(report)
         say(report)
@@ -377,60 +456,41 @@ def main() -> None:
     lock_folder(OUT)
     log = Log(OUT)
 
-    # the gallery G', without the pictures of the benchmark
-    stems, others = excluded(EXCLUDE)
-    hashes = hash_files([images.path(name) for name in names], WORKERS, world)
-    kept, by_name, by_content = drop_excluded(names, hashes, stems, set(hash_files(others, WORKERS, world)))
-    counts = {"images": len(names), "excluded by name": len(by_name), "excluded by content": len(by_content)}
-    for reason, left_out in (("name", by_name), ("content", by_content)):
-        if left_out:
-            say(f"excluded by {reason}: {len(left_out):,} pictures, first {', '.join(left_out[:3])}")
-    if not kept:
-        raise UserError(f"all {len(names):,} pictures of {IMAGES} are excluded; check --exclude")
-    names, hashes = [names[i] for i in kept], [hashes[i] for i in kept]
+    # S3.2: the gallery G', and S4.1: without the pictures of the benchmarks
+    gallery, counts = without_benchmarks(names, images, world)
 
-    # embeddings, then subgroups: each rank searches for its anchors, one decides on overlap
+    # an embedding of each picture
     encoder = Encoder(ENCODER, world.device, pick_dtype(DTYPE, world.device))
-    fresh = embed_gallery(encoder, images, names, hashes, OUT, BATCH, WORKERS, world)
+    fresh = embed_gallery(encoder, images, gallery, world)
+    names = gallery.names
     say(f"embeddings of {len(names):,} pictures: {'written' if fresh else 'reused'} ({OUT}/embeddings.npy)")
-    embeddings = load_embeddings(OUT).to(world.device)
+    embeddings = load_embeddings(OUT).to(world.device)  # (N, D)
+
+    # S3.2: every picture is an anchor and looks for its subgroup; each rank searches for its share of them
+    rule = Rule(TOP_K, MAX_SCORE, MIN_GAP, GROUP, MAX_SHARED)
     anchors = range(len(names) * world.rank // world.size, len(names) * (world.rank + 1) // world.size)
-    searched = candidates(embeddings, anchors, TOP_K, MAX_SCORE, MIN_GAP, GROUP, BLOCK)
-    searched = gather_objects(searched)  # in rank order, hence in anchor order
-    if world.rank != 0:
-        return
-    found = [group for groups, _ in searched for group in groups]
-    accepted = drop_overlapping(found, MAX_SHARED)
-    if not GROUPING:
-        accepted = random_groups(embeddings, len(accepted), GROUP, SEED)
+    searched = gather_objects(candidates(embeddings, anchors, rule, BLOCK))  # in rank order, hence in anchor order
 
-    subgroups, pairs = [], []
-    for id, (members, scores) in enumerate(accepted):
-        scores = [round(score, 6) for score in scores]
-        subgroups.append({"id": id, "members": [names[m] for m in members], "scores": scores})
-        for a, b, score in pairs_of(embeddings, members, template(GROUP)):
-            pair = {"reference": names[a], "target": names[b], "score": round(score, 6)}
-            pairs.append({"id": len(pairs), "subgroup": id, **pair})
-    discarded = sum((reasons for _, reasons in searched), Counter())
-    discarded[f"more than {MAX_SHARED} members shared with an accepted subgroup"] = len(found) - len(accepted)
-    counts |= {"anchors": len(names)} | {f"discarded: {reason}": n for reason, n in sorted(discarded.items())}
-    counts |= {"subgroups": len(subgroups), "pairs": len(pairs)}
-    rule = {"top_k": TOP_K, "max_score": MAX_SCORE, "min_gap": MIN_GAP, "group": GROUP, "max_shared": MAX_SHARED}
-    rule |= {"grouping": GROUPING}
-    stats = {"counts": counts, "rule": rule, "encoder": ENCODER, "exclude": list(EXCLUDE)}
+    # one rank decides: whether a subgroup overlaps depends on all before it
+    if world.rank == 0:
+        found = [subgroup for some, _ in searched for subgroup in some]
+        accepted = drop_overlapping(found, MAX_SHARED)
+        discarded = sum((reasons for _, reasons in searched), Counter())
+        discarded[f"more than {MAX_SHARED} members shared with an accepted subgroup"] = len(found) - len(accepted)
 
-    write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
-    write_jsonl(f"{OUT}/pairs.jsonl", pairs)
-    write_json(f"{OUT}/stats.json", stats, indent=2)
-    draw(subgroups, images, stats, OUT, SHOW, SEED)
-    log.write(**counts)
-    for name, value in counts.items():
-        say(f"{value:>10,} {name}")
-    if not subgroups:
-        say(
-            f"no subgroup: one takes an anchor and {GROUP - 1} pictures, none above {MAX_SCORE} similar to it and each "
-            f"{MIN_GAP} below the last; see the counts (--max_score, --min_gap, another encoder or more pictures)"
-        )
+        # the ablation "no grouping" [Table 6]: as many subgroups of random pictures
+        if not GROUPING:
+            accepted = random_groups(embeddings, len(accepted), GROUP, SEED, BLOCK)
+
+        # CIRR's pairs of each subgroup
+        subgroups = subgroup_records(accepted, names)
+        pairs = pair_records(accepted, names, embeddings)
+
+        counts |= {"anchors": len(names)} | {f"discarded: {reason}": n for reason, n in sorted(discarded.items())}
+        counts |= {"subgroups": len(subgroups), "pairs": len(pairs)}
+        write_results(subgroups, pairs, counts, rule, images)
+        log.write(**counts)
+    barrier()  # the process group lives as long as its first rank works
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ early_help(__name__, __file__)  # answers --help before torch is imported
 import math
 import os
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -21,26 +22,16 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from common import memory
+from common import batches, files, memory, ranks
 from common.annotations import Caption, read_chat
-from common.batches import ahead, check_texts, drop_missing, fingerprint, steps_of, stop_together
 from common.console import UserError, progress, run, say
-from common.files import MAY_CHANGE, load_state, lock_folder, save_folder, save_state
-from common.flags import at_least, constants_of, override
-from common.images import ImageStore, Preprocess, check_report, load_pixels
+from common.flags import at_least, below, constants_of, override, within
+from common.hub import located, near
+from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
-from common.pretrained import located, read_config, read_tensors
-from common.ranks import (
-    Log,
-    all_reduce_gradients,
-    all_sum,
-    any_rank,
-    gather_objects,
-    gather_with_grad,
-    init_world,
-    pick_dtype,
-    stop_requested,
-)
+from common.pretrained import build_empty, read_config, read_exactly
+from common.ranks import Log, World
+from common.tokenizer import tokenizer_sha256
 
 # ---- models ----
 VISION = "Salesforce/instructblip-vicuna-13b"  # ViT + Q-Former: folder or hub id, InstructBLIP or BLIP-2 [S4.1]
@@ -55,14 +46,14 @@ MAX_CHARACTERS = 2000  # a longer caption stops the run at start-up rather than 
 # ---- training ----
 EPOCHS = 1  # passes over CHAT [S4.1]
 BATCH = 64  # captions per GPU and forward pass [S4.1]
-KEEP = False  # encode each image once, its Q-Former outputs stay in host memory, 96 KiB each: for EPOCHS > 1 [ours]
+KEEP = False  # encode each image once, its Q-Former outputs stay in host memory, 96 KiB in fp32: for EPOCHS > 1 [ours]
 ENCODE_BATCH = 64  # images per forward pass when they are encoded once [ours]
 ACCUMULATE = 1  # forward passes per optimiser step; 512 captions a step in the paper: 8 GPUs x 64 x 1 [ours]
 LR = 1e-3  # peak learning rate [S4.1]
 WARMUP = 0.03  # share of the steps over which the rate rises linearly [ours: the paper is silent; LLaVA's value]
 FLOOR = 0.0  # the rate falls along a cosine to this share of LR [ours: the paper is silent; LLaVA decays to zero]
-BETAS = (0.9, 0.99)  # AdamW [S4.1]
-WEIGHT_DECAY = 0.05  # AdamW [S4.1]
+BETAS = (0.9, 0.99)  # decay of AdamW's two moments [S4.1]
+WEIGHT_DECAY = 0.05  # weight decay of AdamW [S4.1]
 CLIP = 1.0  # largest gradient norm, 0 = no clipping [ours: the paper is silent]
 CHECKPOINT = False  # keep each layer's input alone for the backward pass: less memory, a third more work [ours]
 START = 0.1  # size of an image token at the start, in word embeddings; PyTorch's default start drowns the words [ours]
@@ -78,7 +69,7 @@ PLAN = False  # only print the memory that the run would hold on cards of 80, 40
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 
-# ---- reading checkpoints ----
+_FREE = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT"}  # may change at a resume, as long as a step keeps its items
 
 
 # ---- vision: ViT + Q-Former (frozen) + projection (trained) [S3.1] ----
@@ -88,15 +79,22 @@ def vision_classes(kind: str) -> tuple[type, type]:
     return transformers.Blip2VisionModel, transformers.Blip2QFormerModel
 
 
+def empty_vision(source: str) -> tuple:
+    """-> config.json, and ViT and Q-Former as shapes alone: a config.json that describes none stops here."""
+    config = read_config(source, ("instructblip", "blip-2"), "--vision")
+    vit, qformer = vision_classes(config.model_type)
+
+    def build() -> nn.ModuleList:
+        return nn.ModuleList([vit(config.vision_config), qformer(config.qformer_config)])
+
+    return config, build_empty(build, source, "--vision")
+
+
 def vision_weights(source: str) -> int:
     """How many weights ViT and Q-Former have; those of InstructBLIP are known without a download."""
     if not os.path.isdir(source):
         return 1_170_000_000  # ViT-g/14 0.99, Q-Former of InstructBLIP 0.18
-    config = read_config(source, ("instructblip", "blip-2"))
-    vit, qformer = vision_classes(config.model_type)
-    with torch.device("meta"):
-        models = vit(config.vision_config), qformer(config.qformer_config)
-    return sum(p.numel() for model in models for p in model.parameters())
+    return sum(p.numel() for p in empty_vision(source)[1].parameters())
 
 
 class VisionProjector(nn.Module):
@@ -104,7 +102,7 @@ class VisionProjector(nn.Module):
 
     def __init__(self, source: str, d_llm: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         super().__init__()
-        config = read_config(source, ("instructblip", "blip-2"))
+        config, _ = empty_vision(source)
         self.takes_text = config.model_type == "instructblip"  # its Q-Former insists on an input_ids argument
         vit, qformer = vision_classes(config.model_type)
         q_width = config.qformer_config.hidden_size
@@ -122,15 +120,10 @@ class VisionProjector(nn.Module):
     def _load(self, source: str) -> None:
         """Strict, by prefix: from_pretrained of one part of a whole checkpoint gives random weights and only warns."""
         wanted = {n: t for n, t in self.state_dict().items() if not n.startswith("projection.")}
-        for name, tensor in read_tensors(source, ("vision_model.", "qformer.", "query_tokens")):
-            if name.endswith("position_ids"):  # older checkpoints store this arange
-                continue
-            if name not in wanted or wanted[name].shape != tensor.shape:
-                here = tuple(wanted[name].shape) if name in wanted else "no such weight"
-                raise UserError(f"{source}: {name} is {tuple(tensor.shape)} in the file, {here} by config.json")
-            wanted.pop(name).copy_(tensor)
-        if wanted:
-            raise UserError(f"{source}: {len(wanted)} weights are not in the files, first {min(wanted)}")
+        shapes = {name: tensor.shape for name, tensor in wanted.items()}
+        prefixes, stored = ("vision_model.", "qformer.", "query_tokens"), ("position_ids",)  # an arange of older files
+        for name, tensor in read_exactly(source, shapes, prefixes, ignored=stored, flag="--vision"):
+            wanted[name].copy_(tensor)
 
     @torch.no_grad()
     def queries(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -145,21 +138,20 @@ class VisionProjector(nn.Module):
         return self.projection(queries.to(self.projection.weight))
 
 
-# ---- language model (frozen) ----
+# ---- where the projection starts ----
 @torch.no_grad()
-def start_quietly(projection: nn.Linear, size: float) -> None:
-    """Gaussian weights, no bias: for Q-Former outputs, which are layer-normed, each coordinate starts with std `size`.
+def start_quietly(projection: nn.Linear, std: float) -> None:
+    """Gaussian weights, no bias: of Q-Former outputs, which are layer-normed, it makes coordinates of this std.
 
     An image token far larger than a word hardly changes from layer to layer (what the layers add is of a word's size),
     so nothing the LLM knows to do with words is done with it: on the embedded world captions came out well and
-    comparisons did not."""
-    projection.weight.normal_(std=size / projection.in_features**0.5)
+    comparisons did not. Drawn on the CPU: the same start on every GPU."""
+    drawn = torch.empty(projection.weight.shape).normal_(std=std / projection.in_features**0.5)
+    projection.weight.copy_(drawn)
     projection.bias.zero_()
 
 
 # ---- text pieces and image tokens -> one batch of embeddings ----
-
-
 class Packed(NamedTuple):
     """Rows of different length as one line of tokens without padding; only attention sees the rows again."""
 
@@ -206,9 +198,7 @@ def pack(embed: nn.Embedding, rows: list[list], answers: list[list[int]] | None 
     return Packed(x, *numbers)
 
 
-# ---- the LLaMA's layers spelled out: training packs its rows, generation keeps keys and values in its own place ----
-
-
+# ---- loss ----
 def caption_loss(llm: nn.Module, batch: Packed, tokens: float, checkpoint: bool = False) -> torch.Tensor:
     """Eq. 1: next-token cross-entropy summed over supervised positions / tokens (those of the whole step, all ranks).
 
@@ -237,154 +227,240 @@ def caption_row(tokenizer, caption: Caption, image: torch.Tensor) -> list:
     return [start + tokenize(tokenizer, f"{prompt}\n"), image, tokenize(tokenizer, "\n")]
 
 
-# ---- one run: order, start, faults ----
+# ---- what this stage and the next do alike in a run ----
+def encode(vision: VisionProjector, images, names: list[str], views, batch: int, workers: int, world) -> dict:
+    """Q-Former outputs {name: (K, Q, q_width) on the CPU}, the same on all ranks; views: name -> list of K transforms.
+
+    Ranks share the work, in chunks that do not depend on their number: a chunk's size can change the last bit."""
+    rounds = list(batches.chunks(batches.chunks(names, batch), world.size))  # in each a chunk of names for every rank
+
+    def load(chunk_of_rank: list[list[str]]) -> torch.Tensor | None:
+        if world.rank >= len(chunk_of_rank):
+            return None
+        mine = chunk_of_rank[world.rank]
+        transforms = [transform for name in mine for transform in views(name)]
+        repeated = [name for name in mine for _ in views(name)]
+        return load_pixels(images, repeated, transforms, workers)
+
+    found = {}
+    for chunk_of_rank, pixels in progress(batches.ahead(load, rounds), "encode", len(rounds)):
+        batches.stop_together(pixels)
+        queries = vision.query_tokens[:0] if pixels is None else vision.queries(pixels)
+        k = len(views(chunk_of_rank[0][0]))
+        queries = ranks.gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
+        found |= zip([name for chunk in chunk_of_rank for name in chunk], queries.cpu(), strict=True)
+    return found
 
 
-def stop_not_finite(step: int, loss: float, norm: float, mine: float, names: list[str]) -> None:
-    """All ranks, before the optimiser steps; loss and norm are of all ranks, mine and names of this one."""
-    guilty = [name for part in gather_objects([] if math.isfinite(mine) else names) for name in part]
+@torch.no_grad()
+def share_start(weights: list[nn.Parameter], world: World) -> None:
+    """Every rank starts from rank 0's weights: another kind of CPU may round the same draw otherwise."""
+    if world.size > 1:
+        for weight in weights:
+            weight.copy_(ranks.all_sum(weight if world.rank == 0 else torch.zeros_like(weight)))
+
+
+def stop_if_not_finite(step: int, loss: float, norm: float, share: float, names: list[str]) -> None:
+    """All ranks, before the optimiser steps; loss and norm are of all ranks, share (of the loss) and names of this."""
+    if math.isfinite(loss + norm):
+        return
+    guilty = [name for part in ranks.gather_objects([] if math.isfinite(share) else names) for name in part]
     raise UserError(
         f"step {step}: loss {loss}, gradient norm {norm}; the last state saved is good; items: "
         f"{', '.join(guilty[:16]) or 'any of this step'}; try a lower --lr, or look at these items"
     )
 
 
-def encode(vision: VisionProjector, images, names: list[str], views, batch: int, workers: int, world) -> dict:
-    """Q-Former outputs {name: (K, Q, q_width) on the CPU}, the same on all ranks; views: name -> list of K transforms.
+def pace(began: float, steps: int, left: int, per_step: int, tokens: int, world: World) -> dict[str, float]:
+    """For the log: since `began` (time.time()) this rank made `steps` of all ranks' per_step items, with so many tokens
+    of its own; `left` steps are to come."""
+    seconds = time.time() - began
+    return {
+        "items_per_s": round(steps * per_step / seconds, 2),
+        "tokens_per_s": round(ranks.all_sum(tokens) / seconds),  # on all ranks, none of them padding
+        "memory": memory.peak(world.device),  # GiB on this rank
+        "seconds_left": round(seconds / steps * left),
+    }
 
-    Ranks share the work, in chunks that do not depend on their number: a chunk's size can change the last bit."""
-    chunks = [names[at : at + batch] for at in range(0, len(names), batch)]
-    groups = [chunks[at : at + world.size] for at in range(0, len(chunks), world.size)]
 
-    def load(group):
-        mine = group[world.rank] if world.rank < len(group) else []
-        transforms = [transform for name in mine for transform in views(name)]
-        repeated = [name for name in mine for _ in views(name)]
-        return load_pixels(images, repeated, transforms, workers) if mine else None
+# ---- this run: what main() calls, and main() alone, may read the constants ----
+def check_flags() -> None:
+    at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
+    at_least(globals(), LR=0, CLIP=0, WEIGHT_DECAY=0, START=0, BETAS=0)
+    within(globals(), WARMUP=(0, 1), FLOOR=(0, 1))
+    below(globals(), BETAS=1)
 
-    found = {}
-    for group, pixels in progress(ahead(load, groups), "encode", len(groups)):
-        stop_together(pixels)
-        queries = vision.query_tokens[:0] if pixels is None else vision.queries(pixels)
-        k = len(views(group[0][0]))
-        queries = gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
-        found |= zip([name for chunk in group for name in chunk], queries.cpu(), strict=True)
-    return found
+
+def memory_options(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Flags -> bytes by purpose: of the run as it stands, then of ever smaller ones."""
+    shape, vision = llm_shape(LLM), vision_weights(VISION)
+    itemsize = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+
+    def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
+        tokens, supervised = 60 * batch, 15 * batch  # of a caption of CC3M with its prompt
+        trained = (768 + 1) * shape.width
+        frozen = memory.frozen(shape, quantize, itemsize, vision)
+        return frozen | memory.training(shape, itemsize, tokens, supervised, trained, 8, (), checkpoint)
+
+    return memory.options_of(parts, QUANTIZE, CHECKPOINT, BATCH)
+
+
+def read_captions() -> tuple[list[Caption], ImageStore]:
+    captions = read_chat(CHAT)
+    if not captions:
+        raise UserError(f"{CHAT} holds no caption; wanted a list of records in LLaVA's format, one or more")
+    return captions, ImageStore(IMAGES)
+
+
+def check_captions(captions: list[Caption], images: ImageStore) -> list[Caption]:
+    """Those whose image is there; UserError where many are not, and for a text that is blank or too long."""
+    captions = batches.drop_missing(captions, lambda caption: [caption.image], images, "captions")
+    batches.check_texts(((caption.id, caption.text) for caption in captions), CHAT, MAX_CHARACTERS)
+    return captions
+
+
+def load_models(dtype: torch.dtype, world: World) -> tuple[nn.Module, object, VisionProjector]:
+    """-> LLM and its tokenizer, vision side; all frozen but the projection, which stands at its start."""
+    torch.manual_seed(SEED)
+    llm, tokenizer = load_llm(LLM, dtype, world.device, QUANTIZE)
+    vision = VisionProjector(VISION, llm.config.hidden_size, world.device, dtype)
+    start_quietly(vision.projection, START * llm.get_input_embeddings().weight.float().std().item())
+    share_start(list(vision.projection.parameters()), world)
+    return llm, tokenizer, vision
+
+
+def load_steps(captions: list[Caption], images: ImageStore, vision: VisionProjector, steps: Iterable, world: World):
+    """Yields each step with its inputs: pixels (n, 3, S, S), or with KEEP Q-Former outputs (n, Q, q_width)."""
+    everything = sorted({caption.image for caption in captions}) if KEEP else []
+    memory.say_kept(len(everything), vision.query_tokens)
+    kept = encode(vision, images, everything, lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
+
+    def load(step: batches.Step) -> torch.Tensor | None:
+        names = [captions[i].image for i in step.items]
+        if not names:
+            return None
+        if KEEP:
+            return torch.cat([kept[name] for name in names])
+        return load_pixels(images, names, vision.preprocess, WORKERS)
+
+    return batches.ahead(load, steps)
+
+
+def queries_of(vision: VisionProjector, inputs: torch.Tensor) -> torch.Tensor:
+    """What load_steps gives of B captions -> Q-Former outputs (B, Q, q_width)."""
+    return inputs if KEEP else vision.queries(inputs)
+
+
+def learning_rate(step: int, total: int) -> float:
+    """Rises linearly over WARMUP of the steps, falls along a cosine."""
+    warm = (step + 1) / max(1, WARMUP * total)
+    fall = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * step / total)) / 2
+    return LR * min(warm, fall)
+
+
+def save_result(vision: VisionProjector, tokenizer, steps: int, captions: int) -> None:
+    """OUT's checkpoint, which stage 2 starts from."""
+    config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
+    config["near"] = {"vision": near(VISION, OUT), "llm": near(LLM, OUT)}  # if all of it moves
+    config |= {"dim": vision.projection.out_features, "steps": steps, "captions": captions, "seed": SEED}
+    config["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
+    files.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
+    say(f"wrote {OUT}/projection.safetensors")
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    world = init_world(DEVICE)
-    dtype = pick_dtype(DTYPE, world.device)
-    at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
-    at_least(globals(), LR=0, WARMUP=0, FLOOR=0, CLIP=0, WEIGHT_DECAY=0, START=0)
-    shape, size = llm_shape(LLM), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
-
-    def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
-        trained, tokens = (768 + 1) * shape.width, (60, 15)  # of a caption of CC3M with its prompt; supervised ones
-        training = memory.training(shape, size, batch * tokens[0], batch * tokens[1], trained, 8, (), checkpoint)
-        return memory.frozen(shape, quantize, size, vision_weights(VISION)) | training
-
-    options = memory.options_of(parts, QUANTIZE, CHECKPOINT, BATCH)
+    world = ranks.init_world(DEVICE)
+    dtype = ranks.pick_dtype(DTYPE, world.device)
+    check_flags()
+    options = memory_options(dtype)
     if PLAN:
-        memory.say(options, [80, 40, 24])
-        return
-    captions, images = read_chat(CHAT), ImageStore(IMAGES)
+        return memory.say(options)
+    captions, images = read_captions()
     if CHECK:
-        report, ok = check_report((caption.image for caption in captions), images)
-        if not ok:
-            raise UserError(report)
-        say(report)
-        return
-    captions = drop_missing(captions, lambda caption: [caption.image], images, "captions")
-    check_texts(((caption.id, caption.text) for caption in captions), CHAT, MAX_CHARACTERS)
-    items = BATCH * ACCUMULATE * world.size
-    total = EPOCHS * math.ceil(len(captions) / items)
+        return batches.say_check((caption.image for caption in captions), images, f"{len(captions):,} captions")
+    captions = check_captions(captions, images)
+    per_step = BATCH * ACCUMULATE * world.size  # captions
+    total = EPOCHS * math.ceil(len(captions) / per_step)  # steps
 
-    lock_folder(OUT)
-    constants = {**constants_of(globals()), "items a step": items, "data": fingerprint(captions)}
-    saved = load_state(OUT, constants, MAY_CHANGE | {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT"})
-    done, state = saved or (0, None)
-    if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
-        say(f"{OUT} is finished ({total} steps); for another run take another --out")
-        return
+    # the folder is this run's alone; the same command goes on where it stopped
+    files.lock_folder(OUT)
+    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
+    start, state = files.load_state(OUT, constants, files.MAY_CHANGE | _FREE) or (0, None)
+    if start >= total and os.path.exists(f"{OUT}/projection.safetensors"):
+        return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
-    memory.say(options, [memory.has(world.device)])
-    torch.manual_seed(SEED)
-    llm, tokenizer = load_llm(LLM, dtype, world.device, QUANTIZE)
-    vision = VisionProjector(VISION, llm.config.hidden_size, world.device, dtype)
+    # ViT, Q-Former and LLM stay as they are, the projection learns
+    memory.say(options, [memory.has(world.device)], world.device.type)
+    llm, tokenizer, vision = load_models(dtype, world)
     weights = list(vision.projection.parameters())
     optimizer = torch.optim.AdamW(weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    start_quietly(vision.projection, START * llm.get_input_embeddings().weight.float().std().item())
     if state:
         vision.projection.load_state_dict(state["projection"])
         optimizer.load_state_dict(state["optimizer"])
-        say(f"resuming after step {done} of {total}")
+        say(f"resuming after step {start} of {total}")
 
-    everything = sorted({caption.image for caption in captions}) if KEEP else []
-    kept = encode(vision, images, everything, lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
+    # Algorithm 1
+    steps = batches.training_steps([[i] for i in range(len(captions))], EPOCHS, per_step, SEED, world, start)
+    loaded = load_steps(captions, images, vision, steps, world)
+    log, began, seen = Log(OUT, start), time.time(), 0
+    bar = progress(loaded, "align", total, start)
+    for (step, epoch, items), inputs in bar:
+        # a rank that could not read its images stops all
+        batches.stop_together(inputs)
 
-    def load(job) -> torch.Tensor | None:
-        """Pixels (or kept Q-Former outputs) of this rank's captions."""
-        names = [captions[i].image for i in job[2]]
-        if KEEP and names:
-            return torch.cat([kept[name] for name in names])  # (n, Q, q_width)
-        return load_pixels(images, names, vision.preprocess, WORKERS) if names else None
-
-    log, began, seen = Log(OUT, done), time.time(), 0
-    jobs = ahead(load, steps_of([[i] for i in range(len(captions))], EPOCHS, items, SEED, world, done))
-    for (step, epoch, mine), inputs in progress(jobs, "align", total - done):  # Algorithm 1
-        stop_together(inputs)
-        warm = (step + 1) / max(1, WARMUP * total)
-        fall = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * step / total)) / 2
+        # a linear rise, then a cosine
+        rate = learning_rate(step, total)
         for group in optimizer.param_groups:
-            group["lr"] = LR * min(warm, fall)
+            group["lr"] = rate
 
-        answers = [answer_ids(tokenizer, captions[i].text) for i in mine]
-        tokens = all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
+        # this rank's captions; Eq. 1 is a mean over the tokens of all ranks
+        mine = [captions[i] for i in items]
+        answers = [answer_ids(tokenizer, caption.text) for caption in mine]
+        tokens = ranks.all_sum(sum(map(len, answers)))
         share = 0.0  # of the loss, this rank's
-        for at in range(0, len(mine), BATCH):
-            images_in = inputs[at : at + BATCH].to(world.device)
-            image_tokens = vision(images_in if KEEP else vision.queries(images_in))  # (B, Q, D)
-            part = zip(mine[at : at + BATCH], image_tokens, strict=True)
-            rows = [caption_row(tokenizer, captions[i], image) for i, image in part]
-            batch = pack(llm.get_input_embeddings(), rows, answers[at : at + BATCH])
+
+        for part in batches.slices(len(mine), BATCH):
+            # [S3.1]: image -> frozen ViT and Q-Former -> projection
+            queries = queries_of(vision, inputs[part].to(world.device))
+            pairs = zip(mine[part], vision(queries), strict=True)
+
+            # the instruction with the image's tokens, then the caption
+            rows = [caption_row(tokenizer, *pair) for pair in pairs]
+            batch = pack(llm.get_input_embeddings(), rows, answers[part])
+
+            # Eq. 1: next-token loss on the caption, through the frozen LLM
             loss = caption_loss(llm, batch, tokens, CHECKPOINT)
             loss.backward()
-            seen += len(batch.home)
             share += loss.item()
-        all_reduce_gradients(weights)
+            seen += len(batch.home)
+
+        # shares of the loss and their gradients add up over the ranks
+        ranks.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
-        loss = all_sum(share)
-        if not math.isfinite(loss + norm):
-            stop_not_finite(step, loss, norm, share, [captions[i].id for i in mine])
+        loss = ranks.all_sum(share)
+        names = [caption.id for caption in mine]
+        stop_if_not_finite(step, loss, norm, share, names)
         optimizer.step()
         optimizer.zero_grad()
 
-        pace = (time.time() - began) / (step + 1 - done)  # seconds a step
-        log.write(
-            step=step + 1,
-            epoch=epoch,
-            loss=loss,
-            lr=group["lr"],
-            grad_norm=norm,
-            items_per_s=round(items / pace, 2),
-            tokens_per_s=round(all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
-            memory=memory.peak(world.device),  # GiB on this rank
-            seconds_left=round(pace * (total - step - 1)),
-        )
-        stop = any_rank(stop_requested())
-        if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
-            state = {"projection": vision.projection.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(OUT, step + 1, state, constants)
+        # a line of the log
+        done = step + 1
+        speed = pace(began, done - start, total - done, per_step, seen, world)
+        log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
+        bar.set_postfix(loss=loss)
+
+        # a state to resume from: now and then, at the end, when a signal came
+        stop = ranks.any_rank(ranks.stop_requested())
+        if stop or done % SAVE_EVERY == 0 or done == total:
+            state = {"projection": vision.projection.state_dict()}
+            state["optimizer"] = optimizer.state_dict()
+            files.save_state(OUT, done, state, constants)
         if stop:
-            say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            say(f"stopped after step {done} of {total}; the same command resumes")
             raise SystemExit(143)
 
-    config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
-    config |= {"dim": llm.config.hidden_size, "steps": total, "captions": len(captions), "seed": SEED}
-    save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
-    say(f"wrote {OUT}/projection.safetensors")
+    save_result(vision, tokenizer, total, len(captions))
 
 
 if __name__ == "__main__":

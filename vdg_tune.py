@@ -18,7 +18,8 @@ import os
 import re
 import shutil
 import time
-from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,47 +27,18 @@ import transformers
 from torch import nn
 
 import vdg_align
-from common import memory, pages
+from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
-from common.batches import ahead, check_texts, chunks, drop_missing, fingerprint, steps_of, stop_together
 from common.console import UserError, progress, run, say
-from common.decode import describe, prompt_parts, start_engine
-from common.files import (
-    MAY_CHANGE,
-    load_state,
-    load_tensors,
-    lock_folder,
-    read_json,
-    read_jsonl,
-    save_folder,
-    save_state,
-    write_text,
-)
-from common.flags import at_least, constants_of, override
-from common.images import ImageStore, check_report, load_pixels, random_resized_crop
-from common.llama import answer_ids, llm_shape, load_llm, tokenize
-from common.pretrained import read_config
-from common.ranks import (
-    Log,
-    all_reduce_gradients,
-    all_sum,
-    any_rank,
-    gather_objects,
-    init_world,
-    pick_dtype,
-    seed_step,
-    seeded_rng,
-    stop_requested,
-)
-from vdg_align import (
-    Packed,
-    VisionProjector,
-    caption_loss,
-    encode,
-    pack,
-    stop_not_finite,
-    vision_weights,
-)
+from common.decode import Sampling, describe, prompt_parts, start_engine
+from common.flags import at_least, below, constants_of, one_of, override, within
+from common.hub import locate, near
+from common.images import ImageStore, load_pixels, random_resized_crop
+from common.llama import answer_ids, bitsandbytes, llm_shape, load_llm, tokenize
+from common.pretrained import copy_weights, read_config
+from common.ranks import Log, World, seeded_rng
+from common.tokenizer import require_same, tokenizer_sha256
+from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
 
 # ---- data ----
 ALIGNED = "out/align"  # checkpoint of vdg_align.py; its config.json names the vision side and the LLM
@@ -75,7 +47,9 @@ ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of tr
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
-HELD_OUT = 0.02  # share of the triplets kept out, for a loss after each epoch [ours: the paper uses all; 0 does]
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
+HELD_OUT = 0.02  # share kept out, at least one triplet, for a loss after each epoch [ours: the paper uses all; 0 does]
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
 # ---- model ----
@@ -83,6 +57,8 @@ PROMPT = (
     "Request: Analyze given reference and target images and provide a description that transforms the reference to "
     "match the target.\nReference: <reference>\nTarget: <target>\nResponse:"
 )  # [Fig. 3]; <reference> and <target> stand for 32 image tokens each
+LLM = ""  # where the LLM of ALIGNED lies now, if its folder moved
+VISION = ""  # where the vision side of ALIGNED lies now, if its folder moved
 LORA_RANK = 64  # r [S4.1]; 32 and 128 in [Table 7]
 LORA_ALPHA = 16.0  # the update is scaled by alpha / r [S4.1]
 LORA_DROPOUT = 0.05  # on the input of A [S4.1]
@@ -97,8 +73,8 @@ LR = 2e-4  # learning rate of projection and LoRA [S4.1]
 WARMUP = 100  # steps over which the rate rises linearly [S4.1]
 DECAY_AT = 0.5  # share of the epochs after which the rate falls [S4.1]
 DECAY = 0.1  # factor by which it falls [S4.1]
-BETAS = (0.9, 0.99)  # AdamW [S4.1]
-WEIGHT_DECAY = 0.05  # AdamW [S4.1]
+BETAS = (0.9, 0.99)  # decay of AdamW's two moments [S4.1]
+WEIGHT_DECAY = 0.05  # weight decay of AdamW [S4.1]
 CLIP = 1.0  # largest gradient norm, 0 = no clipping [ours: the paper is silent]
 SCALE = (0.8, 1.0)  # random resized crop, share of the area [S4.1]
 RATIO = (0.9, 1.1)  # random resized crop, width / height [S4.1]
@@ -119,7 +95,11 @@ SAVE_EVERY = 100  # steps between training states in OUT/last
 WORKERS = 8  # threads that decode images
 MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write that as a plain LLaMA into this folder, and stop
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
+
+# may change at a resume: a step stays as it is
+_FREE = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW", "LLM", "VISION"}
 
 
 # ---- LoRA ----
@@ -131,7 +111,7 @@ class LoRALinear(nn.Module):
         self.base, self.scale, self.dropout = base, alpha / rank, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))  # B = 0: training starts from the LLM as it is
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # on the CPU: the same start on every GPU
         self.to(base.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,6 +129,10 @@ def add_lora(llm: nn.Module, rank: int, alpha: float, dropout: float, targets: t
     for name in names:
         llm.set_submodule(name, LoRALinear(llm.get_submodule(name), rank, alpha, dropout))
     return lora_modules(llm)
+
+
+def lora_weights(llm: nn.Module) -> list[nn.Parameter]:
+    return [weight for module in lora_modules(llm).values() for weight in (module.lora_A, module.lora_B)]
 
 
 def lora_modules(llm: nn.Module) -> dict[str, LoRALinear]:
@@ -196,36 +180,26 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
 
     Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
     path = f"{folder}/adapter_config.json"
-    found = read_json(path)
+    found = files.read_json(path)
     wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
         here, there = (sorted(v) if isinstance(v, list) else v or None for v in (found.get(key), value))
         if here != there:
             raise UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
     modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
-    fill_lora(llm, load_tensors(folder, "adapter_model.safetensors"), folder)
+    fill_lora(llm, files.load_tensors(folder, "adapter_model.safetensors"), folder)
     return modules
 
 
 def fill_lora(llm: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Copy PEFT-named tensors into the LLM's LoRA: every name and every shape must agree."""
-    wanted = adapter_tensors(llm)
-    if wanted.keys() != tensors.keys():
-        name = min(wanted.keys() ^ tensors.keys())
-        raise UserError(
-            f"{where}: LoRA weight {name} is {'missing' if name in wanted else 'one too many'}; wrong LLM or file"
-        )
-    for name, weight in wanted.items():
-        found = tensors[name].shape
-        if weight.shape != found:
-            raise UserError(f"{where}: {name} is {tuple(found)}, {tuple(weight.shape)} wanted; wrong LLM")
-        weight.copy_(tensors[name])
+    copy_weights(adapter_tensors(llm), tensors, f"{where}: wrong LLM or file")
 
 
 def check_saved(llm: nn.Module, folder: str) -> None:
     """What was saved, read back as a later stage reads it, must give the outputs of the modules that were trained."""
-    tensors = load_tensors(folder, "adapter_model.safetensors")
-    config = read_json(f"{folder}/adapter_config.json")
+    tensors = files.load_tensors(folder, "adapter_model.safetensors")
+    config = files.read_json(f"{folder}/adapter_config.json")
     for name, module in lora_modules(llm.eval()).items():
         again = LoRALinear(module.base, config["r"], config["lora_alpha"], 0.0).eval()
         again.lora_A.data.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
@@ -241,8 +215,10 @@ def prompt_pieces(tokenizer, prompt: str) -> list:
     parts = re.split("(<reference>|<target>)", prompt)
     if sorted(parts[1::2]) != ["<reference>", "<target>"]:
         raise UserError(f"the prompt wants <reference> and <target> once each; found {parts[1::2]}")
-    ids = [part if at % 2 else tokenize(tokenizer, part.strip(" ")) for at, part in enumerate(parts)]
-    return [[tokenizer.bos_token_id], *ids]
+    pieces = [[tokenizer.bos_token_id]]
+    for part in parts:
+        pieces.append(part if part in ("<reference>", "<target>") else tokenize(tokenizer, part.strip(" ")))
+    return pieces
 
 
 def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> list:
@@ -252,92 +228,65 @@ def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> li
 
 
 # ---- the trained model ----
-def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype):
+def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: str = "", vision: str = ""):
     """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict)."""
-    config = read_stage(folder, "tune")
+    config = read_stage(folder, "tune", llm, vision)
     llm, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
+    require_same(tokenizer, config, folder)
     load_adapter(llm, folder, config["lora"])
     vision = VisionProjector(config["vision"], llm.config.hidden_size, device, dtype)
     load_projection(vision, folder)
     return vision, llm.requires_grad_(False).eval(), tokenizer, config
 
 
-def write_merged(folder: str, out: str, dtype: str) -> None:
+def write_merged(folder: str, out: str, dtype: str, llm: str = "") -> None:
     """A checkpoint of this script -> a plain Hugging Face LLaMA with LoRA in its weights; dtype "auto": the LLM's own.
 
     The projection is not in it: a LLaMA has no place for pictures. A quantised base is read in full precision."""
     if os.path.exists(out):
         raise UserError(f"--merge {out} exists; name a new folder")
-    config = read_stage(folder, "tune")
-    own = read_config(config["llm"], ("llama",)).dtype
-    precision = own if dtype == "auto" and own else pick_dtype(dtype, "cpu")
-    llm, tokenizer = load_llm(config["llm"], precision, "cpu")
-    load_adapter(llm, folder, config["lora"])
-    merge_lora(llm)
+    config = read_stage(folder, "tune", llm)
+    of_llm = read_config(config["llm"], ("llama",)).dtype
+    precision = of_llm if dtype == "auto" and of_llm else ranks.pick_dtype(dtype, "cpu")
+    merged, tokenizer = load_llm(config["llm"], precision, "cpu")
+    load_adapter(merged, folder, config["lora"])
+    merge_lora(merged)
     aside = f"{out.rstrip('/')}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    llm.save_pretrained(aside, max_shard_size="5GB")
+    merged.save_pretrained(aside, max_shard_size="5GB")
     tokenizer.save_pretrained(aside)
     os.rename(aside, out)
+    say(f"wrote {out}, a LLaMA with the LoRA of {folder} in its weights")
 
 
-def model_card(config: dict, held_out: dict) -> str:
-    """README.md of a checkpoint, with the front matter that the hub reads."""
-    lora = config["lora"]
-    measured = "No triplets were held out."
-    if held_out:
-        counts = ", ".join(f"{name} {held_out[name]}" for name in ("empty", "repeated", "too_long", "copied"))
-        measured = (
-            f"On {held_out['deltas']:,} held-out triplets: loss per token {held_out['held_out_loss']:.4f}, perplexity "
-            f"{held_out['perplexity']:.2f}. Of as many greedy deltas: {counts} (copied: word for word in the training "
-            "set). held_out.html shows some."
-        )
-    what = f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']}, on {', '.join(lora['targets'])}"
-    trained = f"{config['steps']:,} steps on {config['triplets']:,} triplets of {config['dataset']}"
-    return f"""---
-base_model: {config["llm"]}
-library_name: peft
-tags: [composed-image-retrieval, visual-delta, lora]
----
-# Visual delta generator
+def read_stage(folder: str, stage: str, llm: str = "", vision: str = "") -> dict:
+    """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune").
 
-LoRA ({what}) for `{config["llm"]}`,
-and a projection of the Q-Former outputs of `{config["vision"]}` into its embeddings. Given a reference
-and a target picture it says what turns the one into the other (Jang et al., CVPR 2024, arXiv 2404.15516).
-
-Trained for {trained}, seed {config["seed"]}. {measured}
-
-- `adapter_model.safetensors`, `adapter_config.json`: `peft.PeftModel.from_pretrained(llama, folder)` reads them
-- `projection.safetensors`: `weight` (d_llm, d_qformer) and `bias`
-- `config.json`: models, LoRA and the prompt, in which `<reference>` and `<target>` stand for the image tokens
-
-`python gen_deltas.py --vdg FOLDER --pairs pairs.jsonl --images FOLDER` writes deltas; `python vdg_tune.py --out FOLDER
---merge LLAMA` folds LoRA into the LLM. The licences of the LLM, of the vision model and of the triplets apply.
-"""
-
-
-def read_stage(folder: str, stage: str) -> dict:
-    """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune")."""
+    llm, vision: where the models that it stands on lie now; empty: where they were, or moved along with it."""
     path = f"{folder}/config.json"
     if not os.path.exists(path):
         raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
-    config = read_json(path)
+    config = files.read_json(path)
     if not isinstance(config, dict) or config.get("stage") != stage:
         raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
+    beside = config.get("near", {})
+    for model, now in (("llm", llm), ("vision", vision)):
+        config[model] = locate(config[model], folder, f"--{model}", now, beside.get(model, ""))
     return config
 
 
 def load_projection(vision: VisionProjector, folder: str) -> None:
-    tensors = load_tensors(folder, "projection.safetensors")
-    wanted, found = ({n: tuple(t.shape) for n, t in d.items()} for d in (vision.projection.state_dict(), tensors))
-    if wanted != found:
-        raise UserError(f"{folder}/projection.safetensors holds {found}; Q-Former and LLM want {wanted}")
-    vision.projection.load_state_dict(tensors)
+    tensors = files.load_tensors(folder, "projection.safetensors")
+    where = f"{folder}/projection.safetensors holds a projection between other models"
+    copy_weights(vision.projection.state_dict(), tensors, where)
 
 
-# ---- images ----
-def names_of(triplets: list[Triplet]) -> list[str]:
-    return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})
+def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
+    if kind == "adamw8bit":
+        return bitsandbytes("--optimizer adamw8bit").optim.AdamW8bit(weights, **how)
+    if kind != "adamw":
+        raise UserError(f"--optimizer {kind}: wanted adamw or adamw8bit")
+    return torch.optim.AdamW(weights, **how)
 
 
 # ---- loss ----
@@ -352,244 +301,301 @@ def delta_batch(llm, vision, pieces: list, queries: torch.Tensor, answers: list,
     return pack(llm.get_input_embeddings(), rows, answers)
 
 
-# ---- held-out triplets ----
-def plain_text(text: str) -> str:
-    return " ".join(text.lower().split())
+# ---- images ----
+def names_of(triplets: list[Triplet]) -> list[str]:
+    return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})
 
 
-def count_flags(said: list[tuple[str, list[str]]], known: set[str]) -> dict[str, int]:
-    """said: (delta, flags) of text_of -> how many are empty, repeated, too long, copied from `known`."""
-    flags = Counter(flag for _, flags in said for flag in flags)
-    copied = sum(plain_text(delta) in known for delta, _ in said)
-    counts = {"empty": flags["empty"], "repeated": flags["repeated"], "too_long": flags["runaway"], "copied": copied}
-    return {"deltas": len(said)} | counts
+# ---- this run: what main() calls, and main() alone, may read the constants ----
+class Model(NamedTuple):
+    """A visual delta generator."""
+
+    llm: nn.Module
+    tokenizer: object
+    vision: VisionProjector
+    pieces: list  # of the prompt
 
 
-def held_out_page(held: list[Triplet], said: list, images: ImageStore, history: list[dict], show: int) -> str:
-    """A page of held-out pairs with the human and the generated delta; history: the held-out records of the log."""
-    panels = []
-    for triplet, (delta, flags) in list(zip(held, said, strict=True))[:show]:
-        query = (images.path(triplet.reference), f"reference {triplet.reference}")
-        note = " · ".join([f"human: {triplet.delta}", *flags])
-        target = (images.path(triplet.target), f"target {triplet.target}")
-        panels.append(pages.panel(query, delta or "(nothing)", [target], note=note))
-    names = ("step", "held_out_loss", "perplexity", "deltas", "empty", "repeated", "too_long", "copied")
-    rows = [[record[name] for name in names] for record in history]
-    table = pages.table(rows, [name.replace("_", " ") for name in names])
-    return pages.page("Held-out triplets", [("Each epoch", table), ("Generated deltas, greedy", *panels)])
+def check_flags() -> None:
+    at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0, MAX_NEW=1)
+    at_least(globals(), LR=0, WARMUP=0, CLIP=0, WEIGHT_DECAY=0, VIEWS=0, SHOW=0, LORA_RANK=1)
+    at_least(globals(), HELD_OUT=0, LORA_DROPOUT=0, BETAS=0)
+    below(globals(), HELD_OUT=1, LORA_DROPOUT=1, BETAS=1)
+    within(globals(), DECAY_AT=(0, 1), DECAY=(0, 1), SCALE=(0.01, 1), RATIO=(0.01, 100))
+    one_of(globals(), OPTIMIZER=("adamw", "adamw8bit"))
 
 
-def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
-    if kind == "adamw8bit":
-        import bitsandbytes as bnb  # lazily: optional
+def read_aligned() -> dict:
+    """config.json of ALIGNED, with this run's `quantize`; a plan or a check may be asked for before there is one."""
+    aligned = {"llm": LLM or vdg_align.LLM, "vision": VISION or vdg_align.VISION, "quantize": ""}
+    if not (PLAN or CHECK) or os.path.exists(f"{ALIGNED}/config.json"):
+        aligned = read_stage(ALIGNED, "align", LLM, VISION)
+    if QUANTIZE:
+        aligned["quantize"] = "" if QUANTIZE == "none" else QUANTIZE
+    return aligned
 
-        return bnb.optim.AdamW8bit(weights, **how)
-    if kind != "adamw":
-        raise UserError(f'--optimizer is {kind!r}; "adamw" or "adamw8bit" is wanted')
-    return torch.optim.AdamW(weights, **how)
+
+def memory_options(aligned: dict, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Flags -> bytes by purpose: of the run as it stands, then of ever smaller ones."""
+    shape, vision = llm_shape(aligned["llm"]), vdg_align.vision_weights(aligned["vision"])
+    itemsize = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
+    linears = shape.linears()
+    if unknown := set(LORA_TARGETS) - linears.keys():
+        raise UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(linears)}")
+    lora = LORA_RANK * shape.layers * sum(sum(linears[name]) for name in LORA_TARGETS)
+    trained = lora + (768 + 1) * shape.width
+    state = 2 if OPTIMIZER == "adamw8bit" else 8
+
+    def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
+        tokens, supervised = 124 * batch, 21 * batch  # of a triplet of CIRR: 39 of the prompt, 2 x 32, 21 of the delta
+        frozen = memory.frozen(shape, quantize, itemsize, vision)
+        return frozen | memory.training(shape, itemsize, tokens, supervised, trained, state, LORA_TARGETS, checkpoint)
+
+    return memory.options_of(parts, aligned["quantize"], CHECKPOINT, BATCH)
+
+
+def split_triplets(triplets: list[Triplet], images: ImageStore) -> tuple[list[Triplet], list[Triplet]]:
+    """-> triplets to train on, triplets held out; the draw is a function of SEED."""
+    of = lambda t: (t.reference, t.target)  # noqa: E731
+    triplets = batches.drop_missing(triplets, of, images, "triplets", f"{OUT}/unreadable.txt", WORKERS)
+    batches.check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
+    count = max(1, int(HELD_OUT * len(triplets))) if HELD_OUT else 0
+    if len(triplets) <= count:
+        raise UserError(f"{ROOT} holds no triplet of {SPLIT} to train on; look at --root, --split, --held_out")
+    shuffled = seeded_rng("held out", SEED).permutation(len(triplets)).tolist()
+    held, rest = sorted(shuffled[:count]), sorted(shuffled[count:])
+    return [triplets[i] for i in rest], [triplets[i] for i in held]
+
+
+def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
+    """Algorithm 2 starts from Algorithm 1's projection, and from a LoRA that changes nothing yet."""
+    torch.manual_seed(SEED)
+    llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, aligned["quantize"])
+    require_same(tokenizer, aligned, ALIGNED)
+    vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)
+    load_projection(vision, ALIGNED)
+    add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
+    share_start(lora_weights(llm), world)
+    return Model(llm, tokenizer, vision, prompt_pieces(tokenizer, PROMPT))
+
+
+def state_of(model: Model, optimizer: torch.optim.Optimizer) -> dict:
+    state = {"projection": model.vision.projection.state_dict(), "lora": adapter_tensors(model.llm)}
+    return state | {"optimizer": optimizer.state_dict()}
+
+
+def restore(model: Model, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    model.vision.projection.load_state_dict(state["projection"])
+    fill_lora(model.llm, state["lora"], OUT)
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def groups_of(triplets: list[Triplet]) -> list[list[int]]:
+    """What stays together in the order of an epoch: each triplet by itself, with TREE those of a subgroup."""
+    if not TREE:
+        return [[i] for i in range(len(triplets))]
+    groups = {}
+    for i in sorted(range(len(triplets)), key=lambda i: (triplets[i].reference, i)):
+        groups.setdefault(triplets[i].members or triplets[i].reference, []).append(i)
+    return list(groups.values())
+
+
+def load_steps(triplets: list[Triplet], images: ImageStore, vision: VisionProjector, steps: Iterable, world: World):
+    """Yields each step with its inputs (n, 2, ...), reference and target: pixels, or with VIEWS Q-Former outputs."""
+
+    def crop(*keys):
+        """A transform whose random crop [S4.1] is a function of the keys."""
+        return lambda image: vision.preprocess(random_resized_crop(image, seeded_rng(SEED, *keys), SCALE, RATIO))
+
+    everything = names_of(triplets) if VIEWS else []
+    memory.say_kept(len(everything) * VIEWS, vision.query_tokens)
+    crops_of = {name: [crop(name, k) for k in range(VIEWS)] for name in everything}
+    views = encode(vision, images, everything, crops_of.get, ENCODE_BATCH, WORKERS, world)
+
+    def load(step: batches.Step) -> torch.Tensor | None:
+        mine = [triplets[i] for i in step.items]
+        names = [name for triplet in mine for name in (triplet.reference, triplet.target)]
+        if not mine:
+            return None
+        if VIEWS:
+            return torch.stack([views[name][step.epoch % VIEWS] for name in names]).unflatten(0, (-1, 2))
+        crops = [crop(step.epoch, i, side) for i in step.items for side in ("reference", "target")]
+        if TREE:  # one crop of a picture in an epoch, as its tokens are shared
+            crops = [crop(step.epoch, name) for name in names]
+        return load_pixels(images, names, crops, WORKERS).unflatten(0, (-1, 2))
+
+    return batches.ahead(load, steps)
+
+
+def queries_of(vision: VisionProjector, inputs: torch.Tensor) -> torch.Tensor:
+    """What load_steps gives of B pairs -> Q-Former outputs (B, 2, Q, q_width)."""
+    return inputs if VIEWS else vision.queries(inputs.flatten(0, 1)).unflatten(0, (-1, 2))
+
+
+def prompt_batch(model: Model, triplets: list[Triplet], queries: torch.Tensor, answers: list) -> Packed:
+    """delta_batch; with TREE each reference is held once."""
+    names = [triplet.reference for triplet in triplets] if TREE else None
+    return delta_batch(model.llm, model.vision, model.pieces, queries, answers, names)
+
+
+def learning_rate(step: int, epoch: int) -> float:
+    """Rises linearly over WARMUP steps, falls once [S4.1]."""
+    warm = min(1, (step + 1) / max(1, WARMUP))
+    return LR * (warm * (DECAY if epoch >= DECAY_AT * EPOCHS else 1))
+
+
+def encode_held_out(held: list[Triplet], images: ImageStore, vision: VisionProjector, world: World) -> dict:
+    """Q-Former outputs {name: (1, Q, q_width)} of their images, which are not cropped."""
+    return encode(vision, images, names_of(held), lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
+
+
+def measure_held_out(model: Model, held: list[Triplet], queries: dict, triplets: list[Triplet], world: World):
+    """-> entries for the log, and (greedy delta, flags) of each held-out triplet; the same on every rank.
+
+    queries: of encode_held_out; triplets: those trained on, whose deltas may be copied."""
+    llm, tokenizer, vision, pieces = model
+    llm.eval()
+    prompt, order = prompt_parts(pieces)
+    greedy = Sampling(tokenizer.eos_token_id, MAX_NEW, temperature=0.0, top_k=0)
+    engine = start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, greedy, graph=False)
+
+    def image_tokens(names: list[str]) -> torch.Tensor:
+        return vision(torch.cat([queries[name] for name in names]).to(world.device))  # (n, Q, D)
+
+    loss, tokens, said = 0.0, 0, []
+    for part in batches.chunks(held[world.rank :: world.size], BATCH):
+        answers = [answer_ids(tokenizer, triplet.delta) for triplet in part]
+        of_both = torch.stack([torch.cat([queries[t.reference], queries[t.target]]) for t in part])
+        with torch.no_grad():
+            batch = delta_batch(llm, vision, pieces, of_both.to(world.device), answers)  # (B, 2, Q, q_width)
+            loss += caption_loss(llm, batch, 1).item()
+        tokens += sum(map(len, answers))
+        pairs = [tuple(getattr(triplet, side) for side in order) for triplet in part]
+        said += describe(engine, image_tokens, tokenizer, pairs, [0] * len(pairs))
+
+    loss, said = ranks.all_sum(loss) / ranks.all_sum(tokens), batches.gather_dealt(said)
+    known = (triplet.delta for triplet in triplets)
+    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 99))} | held_out.count_flags(said, known), said
+
+
+def save_result(model: Model, aligned: dict, trained: dict, world: World) -> None:
+    """OUT's checkpoint with its card, read back; trained: steps and triplets."""
+    lora = {"rank": LORA_RANK, "alpha": LORA_ALPHA, "dropout": LORA_DROPOUT, "targets": list(LORA_TARGETS)}
+    config = {"stage": "tune"} | {key: aligned[key] for key in ("vision", "llm", "dim", "quantize")}
+    config["near"] = {key: near(aligned[key], OUT) for key in ("vision", "llm")}  # if all of it moves
+    config |= {"lora": lora, "prompt": PROMPT} | trained | {"dataset": DATASET, "seed": SEED}
+    config["tokenizer_sha256"] = tokenizer_sha256(model.tokenizer)
+    tensors = {"adapter_model.safetensors": adapter_tensors(model.llm)}
+    tensors |= {"projection.safetensors": model.vision.projection.state_dict()}
+    texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}
+    if world.rank == 0:  # it has the log
+        texts["README.md"] = held_out.model_card(config, held_out.records(OUT))
+    files.save_folder(OUT, tensors, texts)
+    if world.rank == 0:
+        check_saved(model.llm, OUT)
+    say(f"wrote {OUT}/adapter_model.safetensors")
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    world = init_world(DEVICE)
-    dtype = pick_dtype(DTYPE, world.device)
+    world = ranks.init_world(DEVICE)
+    dtype = ranks.pick_dtype(DTYPE, world.device)
+    check_flags()
     if MERGE:
-        write_merged(OUT, MERGE, DTYPE)
-        say(f"wrote {MERGE}, a LLaMA with the LoRA of {OUT} in its weights")
-        return
-    aligned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": ""}  # of a plan or a check without one
-    at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0, MAX_NEW=1)
-    at_least(globals(), LR=0, WARMUP=0, DECAY_AT=0, DECAY=0, CLIP=0, WEIGHT_DECAY=0, HELD_OUT=0, VIEWS=0, SHOW=0)
-    if not (PLAN or CHECK) or os.path.exists(f"{ALIGNED}/config.json"):
-        aligned = read_stage(ALIGNED, "align")
-    quantize = {"": aligned["quantize"], "none": ""}.get(QUANTIZE, QUANTIZE)
-    shape, size = llm_shape(aligned["llm"]), 2 if PLAN and DTYPE == "auto" else dtype.itemsize
-
-    def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
-        tokens, supervised = 124 * batch, 21 * batch  # of a triplet of CIRR: 39 of the prompt, 2 x 32, 21 of the delta
-        lora = LORA_RANK * shape.layers * sum(sum(shape.linears()[name]) for name in LORA_TARGETS)
-        trained, state = lora + (768 + 1) * shape.width, 2 if OPTIMIZER == "adamw8bit" else 8
-        training = memory.training(shape, size, tokens, supervised, trained, state, LORA_TARGETS, checkpoint)
-        return memory.frozen(shape, quantize, size, vision_weights(aligned["vision"])) | training
-
-    if unknown := set(LORA_TARGETS) - shape.linears().keys():
-        raise UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(shape.linears())}")
-    options = memory.options_of(parts, quantize, CHECKPOINT, BATCH)
+        return write_merged(OUT, MERGE, DTYPE, LLM)
+    aligned = read_aligned()
+    options = memory_options(aligned, dtype)
     if PLAN:
-        memory.say(options, [80, 40, 24])
-        return
-    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES)
+        return memory.say(options)
+    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, KEYS, POOL)
     if CHECK:
-        report, ok = check_report(names_of(triplets), images)
-        report = f"{len(triplets):,} triplets; {report}"
-        if not ok:
-            raise UserError(report)
-        say(report)
-        return
-    triplets = drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets")
-    check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
-    shuffled = seeded_rng("held out", SEED).permutation(len(triplets)).tolist()
-    held = [triplets[i] for i in sorted(shuffled[: int(HELD_OUT * len(triplets))])]
-    triplets = [triplets[i] for i in sorted(shuffled[int(HELD_OUT * len(triplets)) :])]
-    items = BATCH * ACCUMULATE * world.size
-    per_epoch = math.ceil(len(triplets) / items)
+        return batches.say_check(names_of(triplets), images, f"{len(triplets):,} triplets", CHECK_DECODE, WORKERS)
+    triplets, held = split_triplets(triplets, images)
+    per_step = BATCH * ACCUMULATE * world.size  # triplets
+    per_epoch = math.ceil(len(triplets) / per_step)  # steps
     total = EPOCHS * per_epoch
 
-    lock_folder(OUT)
-    constants = {**constants_of(globals()), "items a step": items, "data": fingerprint([*triplets, *held])}
-    free = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW"}
-    saved = load_state(OUT, constants, MAY_CHANGE | free)
-    done, state = saved or (0, None)
-    if done >= total and os.path.exists(f"{OUT}/projection.safetensors"):
-        say(f"{OUT} is finished ({total} steps); for another run take another --out")
-        return
+    # the folder is this run's alone; the same command goes on where it stopped
+    files.lock_folder(OUT)
+    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint([*triplets, *held])}
+    start, state = files.load_state(OUT, constants, files.MAY_CHANGE | _FREE) or (0, None)
+    if start >= total and os.path.exists(f"{OUT}/projection.safetensors"):
+        return say(f"{OUT} is finished ({total} steps); for another run take another --out")
 
-    memory.say(options, [memory.has(world.device)])
-    torch.manual_seed(SEED)
-    llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, quantize)
-    vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)
-    load_projection(vision, ALIGNED)  # Algorithm 2 starts from Algorithm 1's projection
-    lora = {"rank": LORA_RANK, "alpha": LORA_ALPHA, "dropout": LORA_DROPOUT, "targets": list(LORA_TARGETS)}
-    modules = add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
-    weights = [*vision.projection.parameters(), *(w for m in modules.values() for w in (m.lora_A, m.lora_B))]
+    # projection and LoRA learn; ViT, Q-Former and the LLM's own weights stay as they are
+    memory.say(options, [memory.has(world.device)], world.device.type)
+    llm, tokenizer, vision, _ = model = load_models(aligned, dtype, world)
+    weights = [*vision.projection.parameters(), *lora_weights(llm)]
     optimizer = make_optimizer(OPTIMIZER, weights, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
     if state:
-        vision.projection.load_state_dict(state["projection"])
-        fill_lora(llm, state["lora"], OUT)
-        optimizer.load_state_dict(state["optimizer"])
-        say(f"resuming after step {done} of {total}")
+        restore(model, optimizer, state)
+        say(f"resuming after step {start} of {total}")
 
-    pieces = prompt_pieces(tokenizer, PROMPT)
+    # Algorithm 2
+    of_held = encode_held_out(held, images, vision, world)
+    steps = batches.training_steps(groups_of(triplets), EPOCHS, per_step, SEED, world, start)
+    loaded = load_steps(triplets, images, vision, steps, world)
+    log, began, seen = Log(OUT, start), time.time(), 0
+    bar = progress(loaded, "tune", total, start)
+    for (step, epoch, items), inputs in bar:
+        # a rank that could not read its images stops all
+        batches.stop_together(inputs)
 
-    def crop(*keys):
-        """A transform whose random crop is a function of the keys."""
-        return lambda image: vision.preprocess(random_resized_crop(image, seeded_rng(SEED, *keys), SCALE, RATIO))
-
-    plain = encode(vision, images, names_of(held), lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
-    cached = names_of(triplets) if VIEWS else []
-    views = encode(
-        vision, images, cached, lambda name: [crop(name, k) for k in range(VIEWS)], ENCODE_BATCH, WORKERS, world
-    )
-
-    def load(job) -> torch.Tensor | None:
-        """(n, 2, ...) of this rank's triplets: reference and target, pixels or (of cached views) Q-Former outputs."""
-        _, epoch, mine = job
-        names = [name for i in mine for name in (triplets[i].reference, triplets[i].target)]
-        if not mine:
-            return None
-        if VIEWS:
-            return torch.stack([views[name][epoch % VIEWS] for name in names]).unflatten(0, (-1, 2))
-        transforms = [crop(epoch, i, side) for i in mine for side in ("reference", "target")]
-        if TREE:  # one crop of a picture in an epoch, as its tokens are shared
-            transforms = [crop(epoch, name) for name in names]
-        return load_pixels(images, names, transforms, WORKERS).unflatten(0, (-1, 2))
-
-    def held_out_loss() -> float:
-        """Mean loss per token on the held-out triplets, whole images, no dropout; the same number on every rank."""
-        llm.eval()
-        mine, answers = held[world.rank :: world.size], []
-        loss = 0.0
-        for at in range(0, len(mine), BATCH):
-            part = mine[at : at + BATCH]
-            queries = torch.stack([torch.cat([plain[t.reference], plain[t.target]]) for t in part]).to(world.device)
-            batch = [answer_ids(tokenizer, t.delta) for t in part]
-            with torch.no_grad():
-                loss += caption_loss(llm, delta_batch(llm, vision, pieces, queries, batch), 1).item()
-            answers += batch
-        return all_sum(loss) / all_sum(sum(map(len, answers)))
-
-    def describe_held_out() -> list[tuple[str, list[str]]]:
-        """(greedy delta, flags) of each held-out triplet, the same list on every rank."""
-
-        llm.eval()
-        prompt, order = prompt_parts(pieces)
-        engine = start_engine(llm, prompt, vision.query_tokens.shape[1], BATCH, MAX_NEW, graph=False)
-        said = []
-        for part in chunks(held[world.rank :: world.size], BATCH):
-            pairs = [tuple(getattr(triplet, side) for side in order) for triplet in part]
-            said += describe(engine, whole_images, tokenizer, pairs, [0] * len(pairs), MAX_NEW, 0.0, 0)
-        shares = gather_objects(said)
-        return [shares[i % world.size][i // world.size] for i in range(len(held))]
-
-    def whole_images(names: list[str]) -> torch.Tensor:
-        return vision(torch.cat([plain[name] for name in names]).to(world.device))  # (n, Q, D)
-
-    known = {plain_text(triplet.delta) for triplet in triplets}
-    groups = {i: [i] for i in range(len(triplets))}
-    if TREE:
-        groups = {}
-        for i in sorted(range(len(triplets)), key=lambda i: (triplets[i].reference, i)):
-            groups.setdefault(triplets[i].members or triplets[i].reference, []).append(i)
-    log, began, seen = Log(OUT, done), time.time(), 0
-    jobs = ahead(load, steps_of(list(groups.values()), EPOCHS, items, SEED, world, done))
-    for (step, epoch, mine), inputs in progress(jobs, "tune", total - done):  # Algorithm 2
-        stop_together(inputs)
-        rate = min(1, (step + 1) / max(1, WARMUP)) * (DECAY if epoch >= DECAY_AT * EPOCHS else 1)
+        # a linear rise, then one fall; dropout of this step
+        rate = learning_rate(step, epoch)
         for group in optimizer.param_groups:
-            group["lr"] = LR * rate
-
+            group["lr"] = rate
         llm.train()
-        seed_step(SEED, step, world.rank)  # LoRA's dropout
-        answers = [answer_ids(tokenizer, triplets[i].delta) for i in mine]
-        tokens = all_sum(sum(map(len, answers)))  # Eq. 1's mean is over the step's tokens on all ranks
+        ranks.seed_step(SEED, step, world.rank)
+
+        # this rank's triplets; Eq. 1 is a mean over the tokens of all ranks
+        mine = [triplets[i] for i in items]
+        answers = [answer_ids(tokenizer, triplet.delta) for triplet in mine]
+        tokens = ranks.all_sum(sum(map(len, answers)))
         share = 0.0  # of the loss, this rank's
-        for at in range(0, len(mine), BATCH):
-            part = inputs[at : at + BATCH].to(world.device)
-            queries = part if VIEWS else vision.queries(part.flatten(0, 1)).unflatten(0, (-1, 2))  # (B, 2, Q, q_width)
-            names = [triplets[i].reference for i in mine[at : at + BATCH]] if TREE else None
-            batch = delta_batch(llm, vision, pieces, queries, answers[at : at + BATCH], names)
+
+        for part in batches.slices(len(mine), BATCH):
+            # [S3.1]: reference and target -> frozen ViT and Q-Former
+            queries = queries_of(vision, inputs[part].to(world.device))
+
+            # [Fig. 3]: the prompt with both, projected, then the delta
+            batch = prompt_batch(model, mine[part], queries, answers[part])
+
+            # Eq. 1: next-token loss on the delta, through LLM and LoRA
             loss = caption_loss(llm, batch, tokens, CHECKPOINT)
             loss.backward()
-            seen += len(batch.home)
             share += loss.item()
-        all_reduce_gradients(weights)
+            seen += len(batch.home)
+
+        # shares of the loss and their gradients add up over the ranks
+        ranks.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
-        loss = all_sum(share)
-        if not math.isfinite(loss + norm):
-            stop_not_finite(step, loss, norm, share, [f"{triplets[i].reference} -> {triplets[i].target}" for i in mine])
+        loss = ranks.all_sum(share)
+        vdg_align.stop_if_not_finite(step, loss, norm, share, [f"{t.reference} -> {t.target}" for t in mine])
         optimizer.step()
         optimizer.zero_grad()
 
-        pace = (time.time() - began) / (step + 1 - done)  # seconds a step
-        log.write(
-            step=step + 1,
-            epoch=epoch,
-            loss=loss,
-            lr=group["lr"],
-            grad_norm=norm,
-            items_per_s=round(items / pace, 2),
-            tokens_per_s=round(all_sum(seen) / (time.time() - began)),  # on all ranks, none of them padding
-            memory=memory.peak(world.device),  # GiB on this rank
-            seconds_left=round(pace * (total - step - 1)),
-        )
-        if held and (step + 1) % per_epoch == 0:
-            loss, said = held_out_loss(), describe_held_out()
-            record = {"held_out_loss": loss, "perplexity": math.exp(min(loss, 99))} | count_flags(said, known)
-            log.write(step=step + 1, epoch=epoch, **record)
-            if world.rank == 0:
-                history = [r for r in read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in r]
-                write_text(f"{OUT}/held_out.html", held_out_page(held, said, images, history, SHOW))
-        stop = any_rank(stop_requested())
-        if stop or (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
-            state = {"projection": vision.projection.state_dict(), "lora": adapter_tensors(llm)}
-            save_state(OUT, step + 1, {**state, "optimizer": optimizer.state_dict()}, constants)
+        # a line of the log
+        done = step + 1
+        speed = pace(began, done - start, total - done, per_step, seen, world)
+        log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
+        bar.set_postfix(loss=loss)
+
+        # after an epoch the held-out triplets: their loss, and deltas to look at
+        if held and done % per_epoch == 0:
+            found, said = measure_held_out(model, held, of_held, triplets, world)
+            log.write(step=done, epoch=epoch, **found)
+            held_out.write_page(OUT, held, said, images, SHOW)
+
+        # a state to resume from: now and then, at the end, when a signal came
+        stop = ranks.any_rank(ranks.stop_requested())
+        if stop or done % SAVE_EVERY == 0 or done == total:
+            files.save_state(OUT, done, state_of(model, optimizer), constants)
         if stop:
-            say(f"stopped after step {step + 1} of {total}; the same command resumes")
+            say(f"stopped after step {done} of {total}; the same command resumes")
             raise SystemExit(143)
 
-    upstream = {key: aligned[key] for key in ("vision", "llm", "dim")} | {"quantize": quantize}
-    config = {"stage": "tune", **upstream, "lora": lora, "prompt": PROMPT}
-    config |= {"steps": total, "triplets": len(triplets), "dataset": DATASET, "seed": SEED}
-    tensors = {"adapter_model.safetensors": adapter_tensors(llm)}
-    tensors |= {"projection.safetensors": vision.projection.state_dict()}
-    texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}
-    if world.rank == 0:
-        measured = [record for record in read_jsonl(f"{OUT}/log.jsonl") if "held_out_loss" in record]
-        texts["README.md"] = model_card(config, measured[-1] if measured else {})
-    save_folder(OUT, tensors, texts)
-    if world.rank == 0:
-        check_saved(llm, OUT)
-    say(f"wrote {OUT}/adapter_model.safetensors")
+    save_result(model, aligned, {"steps": total, "triplets": len(triplets)}, world)
 
 
 if __name__ == "__main__":

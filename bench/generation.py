@@ -71,7 +71,7 @@ def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None
         import gen_deltas  # noqa: F401  before torch: it sets MKL's summation order, which ours pays for
     import torch
 
-    from common.decode import generate, start_engine
+    from common.decode import Sampling, generate, start_engine
 
     llm = random_llm(device)
     ids, references, targets, row = problem(llm, pairs, device)
@@ -93,8 +93,7 @@ def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None
                 used = sorted(set(row[start:stop]))
                 places = [used.index(r) for r in row[start:stop]]
                 keys = torch.zeros(stop - start, dtype=torch.long, device=device)
-                images = references[used], targets[start:stop]
-                said += generate(engine, *images, places, keys, stop - start, -1, new, 0.0, 0).tolist()
+                said += generate(engine, references[used], targets[start:stop], places, keys, stop - start).tolist()
             elif name == "release":
                 x, tokens = prompts(start, stop), []
                 for _ in range(new):
@@ -111,7 +110,8 @@ def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None
         return said
 
     if name == "ours":
-        engine = start_engine(llm, ids, QUERIES, batch, new, device == "cuda")
+        greedy = Sampling(eos=-1, max_new=new, temperature=0.0, top_k=0)
+        engine = start_engine(llm, ids, QUERIES, batch, greedy, device == "cuda")
     measure.serve(run, run(), device)
 
 

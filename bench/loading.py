@@ -19,16 +19,19 @@ SHAPES = {"7b": (4096, 11008, 32, 32), "3b": (3200, 8640, 26, 32), "tiny": (64, 
 
 
 def write(folder: Path, width: int, mlp: int, layers: int, heads: int) -> None:
-    """config.json, a tokenizer of two words, and model-*.safetensors in two parts."""
+    """config.json, a tokenizer of 32,000 words, and model-*.safetensors in two parts."""
     import json
 
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True)
-    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
+    words = ["<unk>", "<s>", "</s>", "make", "it", "red", *(f"word{i}" for i in range(31_994))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     config = LlamaConfig(
@@ -48,12 +51,12 @@ def write(folder: Path, width: int, mlp: int, layers: int, heads: int) -> None:
 
 
 def load(folder: str) -> None:
-    import bitsandbytes  # noqa: F401  its memory is not the load's
     import torch
 
     from common import memory
-    from common.llama import llm_shape, load_llm
+    from common.llama import bitsandbytes, llm_shape, load_llm
 
+    bitsandbytes()  # its memory is not the load's
     found, began = [], time.time()
     peak = measure.peak_bytes(lambda: found.append(load_llm(folder, torch.bfloat16, "cpu", "nf4"))) / 2**30
     seconds = time.time() - began

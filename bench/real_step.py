@@ -40,6 +40,7 @@ def write_blip(folder: Path) -> int:
     model = BlipForImageTextRetrieval(config)
     model.save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *".,!?'-"]
+    words += [f"[unused{i}]" for i in range(30522 - len(words))]
     (folder / "vocab.txt").write_text("\n".join(words))
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
     write_json(folder / "tokenizer_config.json", tokenizer)

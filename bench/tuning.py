@@ -14,7 +14,6 @@ large product on the same device; sharing can pass it.
 import generation  # beside this file
 import measure
 
-PAIRS = ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4))  # of a subgroup
 RANK, ALPHA, DROPOUT, TARGETS = 64, 16.0, 0.05, ("q_proj", "v_proj")
 WIDTH = 768  # of the Q-Former
 
@@ -23,15 +22,18 @@ def batches(llm, batch: int, count: int, device: str):
     """Batches of (queries (B, 2, Q, WIDTH), names of the references, answers)."""
     import torch
 
+    from common.annotations import cirr_template
+
+    pairs = cirr_template(6)  # nine of a subgroup
     generator = torch.Generator().manual_seed(2)
     made = []
     for _ in range(count):
         queries, names, answers = [], [], []
         while len(names) < batch:
             images = torch.randn(6, generation.QUERIES, WIDTH, generator=generator)
-            for a, b in PAIRS[: batch - len(names)]:
+            for a, b in pairs[: batch - len(names)]:
                 queries.append(torch.stack([images[a], images[b]]))
-                names.append((len(names) // 9, a))
+                names.append((len(names) // len(pairs), a))
                 length = int(torch.randint(5, 34, (), generator=generator))
                 ids = torch.randint(3, llm.config.vocab_size, (length,), generator=generator)
                 answers.append(ids.tolist())

@@ -1,15 +1,35 @@
-"""Readers and writers of CIRR, FashionIQ, CIRCO, LLaVA chat.json and triplet files.
+"""Readers and writers of CIRR, FashionIQ, CIRCO, LLaVA's chat.json and one's own data: queries, galleries, pictures.
 
 A name in an annotation file is an id until an ImageStore finds its file. A mistake in a file is a UserError that names
 file and record."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from common.console import UserError, say
-from common.files import read_json, read_jsonl, write_json
-from common.images import ImageStore, check_report, open_store, safe_name, shown
+from common.files import read_json
+from common.images import (
+    ImageStore,
+    list_images,
+    open_store,
+    report_of,
+    safe_name,
+    shown,
+    unreadable,
+    write_faults,
+)
+from common.triplets import (
+    Triplet,
+    field_of,
+    held_out,
+    name_of,
+    read_triplets,
+    records_of,
+    require_unique,
+    split_paths,
+    texts_of,
+)
 
 SERVER_LIMIT = 5 * 10**6  # bytes of one upload to CIRR's server
 FASHIONIQ_CATEGORIES = ("dress", "shirt", "toptee")
@@ -31,17 +51,10 @@ OFFICIAL = {
 }
 
 
-@dataclass(frozen=True)
-class Triplet:
-    """Reference image, target image (None where hidden: CIRR test1, FashionIQ test) and modification text."""
-
-    reference: str
-    target: str | None
-    delta: str
-    id: int | str | None = None
-    members: tuple[str, ...] | None = None  # CIRR's image set, as listed: the reference and the target are among them
-    alternatives: tuple[str, ...] = ()  # FashionIQ: its two raw captions; a list of texts: those after the first
-    extra: dict | None = None
+def cirr_template(group: int = 6) -> list[tuple[int, int]]:
+    """CIRR's pairs of ranks within a subgroup: a ring, then the anchor with all but its neighbours in it; 9 for 6."""
+    ring = [(i, (i + 1) % group) for i in range(group)]
+    return ring + [(0, i) for i in range(2, group - 1)]
 
 
 @dataclass(frozen=True)
@@ -72,42 +85,6 @@ class Caption:
     id: str
 
 
-def _records(path: str, records: object) -> Iterable[tuple[str, dict]]:
-    """(where, record) of a list of objects; `where` opens every message about that record."""
-    if not isinstance(records, list):
-        raise UserError(f"{path}: found {shown(records)}, wanted a list of records")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, record {i}: found {shown(record)}, wanted an object")
-        yield f"{path}, record {i}", record
-
-
-def _get(record: dict, key: str, kind: type, where: str):
-    if key not in record:
-        raise UserError(f'{where}: has no "{key}" (found {", ".join(map(shown, record)) or "nothing"})')
-    if not isinstance(record[key], kind) or isinstance(record[key], bool):
-        raise UserError(f'{where}: "{key}" is {shown(record[key])}, wanted {kind.__name__}')
-    return record[key]
-
-
-def _name(record: dict, key: str, where: str) -> str:
-    return safe_name(_get(record, key, str, where), f'{where}: "{key}"')
-
-
-def _texts(values: object, where: str) -> tuple[str, ...]:
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise UserError(f"{where}: captions are {shown(values)}, wanted a list of strings")
-    return tuple(values)
-
-
-def _unique(values: Iterable, path: str, what: str) -> None:
-    seen = set()
-    for value in values:
-        if value in seen:
-            raise UserError(f"{path}: {what} {shown(value)} occurs twice")
-        seen.add(value)
-
-
 def _dataset_folder(root: str | os.PathLike, dataset: str, subfolders: tuple[str, ...]) -> str:
     """`root` if it holds captions/ and image_splits/, or the folder in it that is named after the dataset and does."""
     root = os.fspath(root)
@@ -128,9 +105,10 @@ def _annotation(folder: str, part: str, file: str) -> tuple[str, object]:
 def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) -> Benchmark:
     """CIRR rc2: captions/cap.rc2.{split}.json and image_splits/split.rc2.{split}.json, all of which is the gallery.
 
-    `root` holds captions/, or cirr/ that does. Pictures: `images`, or else img_raw/ beside or in that folder.
+    `root` holds captions/, or cirr/ that does. Pictures: `images`, or else img_raw/ or images/ beside or in that
+    folder, or train/, dev/ and test1/ beside it, as CLIP4Cir and SPRC keep them in cirr_dataset/.
     """
-    folder = _dataset_folder(root, "CIRR", ("cirr", "CIRR"))
+    folder = _dataset_folder(root, "CIRR", ("cirr", "CIRR", "cirr_dataset/cirr", "cirr_dataset"))
     table_path, table = _annotation(folder, "image_splits", f"split.rc2.{split}.json")
     if not isinstance(table, dict) or not table:
         raise UserError(f"{table_path}: found {shown(table)}, wanted an object of name: path")
@@ -140,14 +118,14 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
 
     path, records = _annotation(folder, "captions", f"cap.rc2.{split}.json")
     queries = []
-    for where, record in _records(path, records):
-        image_set = _get(record, "img_set", dict, where)
-        members = tuple(safe_name(name, f"{where}: member") for name in _get(image_set, "members", list, where))
+    for where, record in records_of(path, records):
+        image_set = field_of(record, "img_set", dict, where)
+        members = tuple(safe_name(name, f"{where}: member") for name in field_of(image_set, "members", list, where))
         query = Triplet(
-            reference=_name(record, "reference", where),
-            target=_name(record, "target_hard", where) if "target_hard" in record else None,
-            delta=_get(record, "caption", str, where),
-            id=_get(record, "pairid", int, where),
+            reference=name_of(record, "reference", where),
+            target=name_of(record, "target_hard", where) if "target_hard" in record else None,
+            delta=field_of(record, "caption", str, where),
+            id=field_of(record, "pairid", int, where),
             members=members,
             extra={"img_set": image_set, "target_soft": record.get("target_soft")},
         )
@@ -156,11 +134,12 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
             if name is not None and name not in table:
                 raise UserError(f"{where}: image {shown(name)} is not in {table_path}")
         queries.append(query)
-    _unique((query.id for query in queries), path, "pairid")
+    require_unique((query.id for query in queries), path, "pairid")
 
     beside = os.path.dirname(os.path.abspath(folder))
-    places = [os.path.join(beside, "img_raw"), os.path.join(folder, "img_raw"), os.path.join(folder, "images"), folder]
-    return Benchmark("cirr", split, None, tuple(queries), tuple(table), open_store(images, places, table))
+    places = [os.path.join(place, name) for name in ("img_raw", "images") for place in (beside, folder)]
+    store = open_store(images, [*places, folder, beside], table)
+    return Benchmark("cirr", split, None, tuple(queries), tuple(table), store)
 
 
 def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, list[str]]:
@@ -196,43 +175,6 @@ def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, l
     return lists
 
 
-def with_text(triplets: list[Triplet], file: str) -> list[Triplet]:
-    """Generated triplets that say something; empty deltas are counted and left out, flagged ones counted and kept."""
-    kept = [t for t in triplets if t.delta.strip()]
-    flagged = sum(bool((t.extra or {}).get("flags")) for t in kept)
-    if flagged or len(kept) < len(triplets):
-        empty = len(triplets) - len(kept)
-        say(
-            f"{file}: {empty:,} of {len(triplets):,} deltas are empty and left out; {flagged:,} kept are flagged"
-        )
-    return kept
-
-
-def write_cirr_captions(folder: str | os.PathLike, split: str, records: Iterable[dict]) -> None:
-    """Writes pseudo triplets in CIRR's layout, so that other CIR code trains on them unchanged:
-    captions/cap.rc2.{split}.json and image_splits/split.rc2.{split}.json, whose paths are the names themselves.
-
-    A record: reference, target, delta; and id (-> pairid), subgroup, members where known. Without members, those of a
-    subgroup are its images in the order in which they occur. Ranks are positions in members: 0 is the anchor.
-    """
-    records = list(records)
-    groups: dict[object, dict[str, None]] = {}  # a dict keeps the order of its keys
-    for i, record in enumerate(records):
-        names = record.get("members") or (record["reference"], record["target"])
-        groups.setdefault(record.get("subgroup", f"pair {i}"), {}).update(dict.fromkeys(names))
-    written = []
-    for i, record in enumerate(records):
-        members = list(record.get("members") or groups[record.get("subgroup", f"pair {i}")])
-        ranks = {f"{role}_rank": members.index(record[role]) for role in ("reference", "target")}
-        triplet = {"pairid": record.get("id", i), "reference": record["reference"], "target_hard": record["target"]}
-        image_set = {"id": record.get("subgroup", i), "members": members, **ranks}
-        soft = {record["target"]: 1.0}
-        written.append({**triplet, "target_soft": soft, "caption": record["delta"], "img_set": image_set})
-    names = dict.fromkeys(name for triplet in written for name in triplet["img_set"]["members"])
-    write_json(os.path.join(folder, "captions", f"cap.rc2.{split}.json"), written)
-    write_json(os.path.join(folder, "image_splits", f"split.rc2.{split}.json"), {name: f"./{name}" for name in names})
-
-
 def read_circo(root: str, split: str, images: str | Sequence[str] | None = None) -> Benchmark:
     """CIRCO: annotations/{val,test}.json over COCO's 123,403 unlabelled images of 2017, all of which is the gallery.
 
@@ -243,65 +185,80 @@ def read_circo(root: str, split: str, images: str | Sequence[str] | None = None)
     listing, info = _annotation(coco, "annotations", "image_info_unlabeled2017.json")
     if not isinstance(info, dict):
         raise UserError(f'{listing}: found {shown(info)}, wanted an object with "images"')
-    gallery = tuple(f"{_get(r, 'id', int, w):012d}" for w, r in _records(listing, info.get("images")))
-    _unique(gallery, listing, "image")
+    gallery = tuple(f"{field_of(r, 'id', int, w):012d}" for w, r in records_of(listing, info.get("images")))
+    require_unique(gallery, listing, "image")
     known = set(gallery)
     path, records = _annotation(root, "annotations", f"{split}.json")
     queries = []
-    for where, record in _records(path, records):
+    for where, record in records_of(path, records):
         ids = record.get("gt_img_ids", [])
         if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
             raise UserError(f'{where}: "gt_img_ids" is {shown(ids)}, wanted a list of image ids')
         truths = tuple(f"{i:012d}" for i in dict.fromkeys(ids))
-        target = f"{_get(record, 'target_img_id', int, where):012d}" if "target_img_id" in record else None
-        reference = f"{_get(record, 'reference_img_id', int, where):012d}"
+        target = f"{field_of(record, 'target_img_id', int, where):012d}" if "target_img_id" in record else None
+        reference = f"{field_of(record, 'reference_img_id', int, where):012d}"
         for name in (reference, *truths, *(() if target is None else (target,))):
             if name not in known:
                 raise UserError(f"{where}: image {name} is not in {listing}")
         if target is not None and target not in truths:
             raise UserError(f"{where}: target {target} is not among its gt_img_ids")
         extra = {"truths": truths, "shared_concept": record.get("shared_concept", "")}
-        delta, id = _get(record, "relative_caption", str, where), _get(record, "id", int, where)
+        delta, id = field_of(record, "relative_caption", str, where), field_of(record, "id", int, where)
         queries.append(Triplet(reference, target, delta, id, extra=extra))
-    _unique((query.id for query in queries), path, "id")
+    require_unique((query.id for query in queries), path, "id")
     return Benchmark(
         "circo", split, None, tuple(queries), gallery, open_store(images, [os.path.join(coco, "unlabeled2017")])
     )
 
 
-def join_captions(first: str, second: str) -> str:
-    """The two captions of a FashionIQ query as one text, as CLIP4Cir and its successors join them at test."""
-    return f"{first.strip('.?, ').capitalize()} and {second.strip('.?, ')}"
+def join_captions(*captions: str) -> str:
+    """The captions of a FashionIQ query as one text, as CLIP4Cir and its successors join them at test.
+
+    A blank one is left out: 13 of the train split and 3 of val are, each beside one that is not."""
+    said = [text.strip(".?, ") for text in captions]
+    first, *others = [text for text in said if text] or [""]
+    return " and ".join([first.capitalize(), *others])
 
 
 def read_fashioniq(
-    root: str, split: str, category: str, images: str | Sequence[str] | None = None, protocol: str = "original"
+    root: str,
+    split: str,
+    category: str,
+    images: str | Sequence[str] | None = None,
+    protocol: str = "original",
+    join: str = "forward",
 ) -> Benchmark:
     """FashionIQ, one category. Gallery: the split file ("original") or all candidates and targets ("val").
 
-    `delta` is both captions joined, `alternatives` the two raw ones. Pictures: `images`, or else images/ in `root`.
+    `delta` is both captions joined, the first one first (join "forward", as CLIP4Cir at test) or last ("reverse");
+    `alternatives` are the two raw ones. Pictures: `images`, or else images/ in `root`, or dress/, shirt/ and toptee/ in
+    those (CoVR). `root` holds captions/, or fashioniq/ or fashionIQ_dataset/ (CLIP4Cir, SPRC) that does.
     """
+    if join not in ("forward", "reverse"):
+        raise UserError(f'--join {shown(join)}: wanted "forward" or "reverse"')
     if protocol not in ("original", "val"):
         raise UserError(f'FashionIQ protocol is {shown(protocol)}, wanted "original" or "val"')
-    folder = _dataset_folder(root, "FashionIQ", ("fashioniq", "fashionIQ", "FashionIQ", "fashion-iq"))
+    subfolders = ("fashioniq", "fashionIQ", "FashionIQ", "fashion-iq", "fashionIQ_dataset")
+    folder = _dataset_folder(root, "FashionIQ", subfolders)
     split_path, gallery = _annotation(folder, "image_splits", f"split.{category}.{split}.json")
     if not isinstance(gallery, list) or not gallery:
         raise UserError(f"{split_path}: found {shown(gallery)}, wanted a list of names")
     known = {safe_name(name, f"{split_path}, entry {i}") for i, name in enumerate(gallery)}
-    _unique(gallery, split_path, "image")
+    require_unique(gallery, split_path, "image")
 
     path, records = _annotation(folder, "captions", f"cap.{category}.{split}.json")
-    queries = []
-    for where, record in _records(path, records):
-        captions = _texts(record.get("captions"), where)
+    queries, blank = [], 0
+    for where, record in records_of(path, records):
+        captions = texts_of(record.get("captions"), where)
         if len(captions) != 2:
             raise UserError(f"{where}: has {len(captions)} captions, wanted 2")
-        reference = _name(record, "candidate", where)
-        target = _name(record, "target", where) if "target" in record else None
+        reference = name_of(record, "candidate", where)
+        target = name_of(record, "target", where) if "target" in record else None
         for name in (reference, target):
             if name is not None and name not in known:
                 raise UserError(f"{where}: image {shown(name)} is not in {split_path}")
-        delta = join_captions(*captions)
+        delta = join_captions(*(captions if join == "forward" else captions[::-1]))
+        blank += sum(not text.strip(".?, ") for text in captions)
         queries.append(Triplet(reference, target, delta, f"{category}-{len(queries)}", alternatives=captions))
     if protocol == "val":
         names = [name for query in queries for name in (query.reference, query.target) if name is not None]
@@ -309,38 +266,41 @@ def read_fashioniq(
 
     beside = os.path.dirname(os.path.abspath(folder))
     places = [os.path.join(folder, "images"), os.path.join(folder, "img_raw"), os.path.join(beside, "images"), folder]
-    return Benchmark("fashioniq", split, category, tuple(queries), tuple(gallery), open_store(images, places))
+    store = open_store(images, places)
+    kinds = dict.fromkeys([category, *FASHIONIQ_CATEGORIES])  # its own folder first; a picture may lie in another's
+    below = [os.path.join(root, kind) for root in store.roots for kind in kinds]
+    store.roots += [folder for folder in below if os.path.isdir(folder)]
+    benchmark = Benchmark("fashioniq", split, category, tuple(queries), tuple(gallery), store)
+    if blank:
+        text = f"{benchmark.title}: {blank:,} of {2 * len(queries):,} captions are blank"
+        say(f"{text}; the other caption of the query stands alone")
+    return benchmark
 
 
-def write_fashioniq_captions(folder: str | os.PathLike, split: str, records: list[dict]) -> None:
-    """Deltas of FashionIQ's pairs in its layout. Readers want two captions of a query: the delta stands there twice."""
-    kinds: dict[str, list[dict]] = {}
-    for record in records:
-        kinds.setdefault(record["category"], []).append(record)
-    for kind, some in kinds.items():
-        captions = [
-            {"target": r["target"], "candidate": r["reference"], "captions": [r["delta"], r["delta"]]} for r in some
-        ]
-        names = sorted({name for r in some for name in (r["reference"], r["target"])})
-        write_json(os.path.join(folder, "captions", f"cap.{kind}.{split}.json"), captions)
-        write_json(os.path.join(folder, "image_splits", f"split.{kind}.{split}.json"), names)
+def read_benchmarks(
+    dataset: str, root: str, split: str, category: str, images: str, protocol: str, join: str = "forward"
+) -> list[Benchmark]:
+    """One benchmark of CIRR (protocol "split" or "references") or CIRCO, or one a category of FashionIQ.
 
-
-def read_benchmarks(dataset: str, root: str, split: str, category: str, images: str, protocol: str) -> list[Benchmark]:
-    """One benchmark of CIRR (protocol "split" or "references") or CIRCO, or one a category of FashionIQ."""
+    Queries without any text are counted and kept: CIRR's test1 has one (27098), which its server wants answered."""
     if not root:
         raise UserError("--root is empty; name the folder that holds the annotations")
     if dataset == "circo":
-        return [read_circo(root, split, images or None)]
-    if dataset == "fashioniq":
+        benchmarks = [read_circo(root, split, images or None)]
+    elif dataset == "fashioniq":
         chosen = FASHIONIQ_CATEGORIES if category == "all" else (category,)
-        return [read_fashioniq(root, split, one, images or None, protocol) for one in chosen]
-    benchmark = read_cirr(root, "test1" if split == "test" else split, images or None)
+        benchmarks = [read_fashioniq(root, split, one, images or None, protocol, join) for one in chosen]
+    else:
+        benchmarks = [read_cirr(root, "test1" if split == "test" else split, images or None)]
     if protocol == "references":
-        references = {query.reference for query in benchmark.queries}
-        gallery = tuple(name for name in benchmark.gallery if name in references)
-        benchmark = replace(benchmark, gallery=gallery)
-    return [benchmark]
+        references = {query.reference for query in benchmarks[0].queries}
+        gallery = tuple(name for name in benchmarks[0].gallery if name in references)
+        benchmarks = [replace(benchmarks[0], gallery=gallery)]
+    for benchmark in benchmarks:
+        if silent := [query.id for query in benchmark.queries if not query.delta.strip()]:
+            first = f"{len(silent):,} queries have no text, first {shown(silent[0])}"
+            say(f"{benchmark.title}: {first}; they are asked by their image alone")
+    return benchmarks
 
 
 def require_official(benchmark: Benchmark, protocol: str) -> None:
@@ -358,76 +318,206 @@ def require_official(benchmark: Benchmark, protocol: str) -> None:
 def read_chat(path: str | os.PathLike) -> list[Caption]:
     """LLaVA's chat.json: one picture, one instruction with <image> before or after it, one caption a record."""
     captions = []
-    for where, record in _records(os.fspath(path), read_json(path)):
-        turns = _get(record, "conversations", list, where)
+    for where, record in records_of(os.fspath(path), read_json(path)):
+        turns = field_of(record, "conversations", list, where)
         if len(turns) != 2 or [turn.get("from") for turn in turns if isinstance(turn, dict)] != ["human", "gpt"]:
             raise UserError(f"{where}: conversations are {shown(turns)}, wanted one turn of human and one of gpt")
-        question, text = (_get(turn, "value", str, where) for turn in turns)
+        question, text = (field_of(turn, "value", str, where) for turn in turns)
         question = question.strip()
         first, last = question.startswith("<image>"), question.endswith("<image>")
         if question.count("<image>") != 1 or not (first or last):
             raise UserError(f"{where}: instruction is {shown(question)}, wanted one <image> at its start or its end")
         prompt, id = question.replace("<image>", "").strip(), str(record.get("id", len(captions)))
-        captions.append(Caption(_name(record, "image", where), prompt, text, first, id))
+        captions.append(Caption(name_of(record, "image", where), prompt, text, first, id))
     return captions
 
 
-def read_triplets(path: str | os.PathLike) -> list[Triplet]:
-    """A .jsonl of {"reference", "target", "delta", ...}, or the VDG release's .json list with "caption".
-
-    Of a list of texts ([human, generated]) the first is the delta, the others are the alternatives. Other keys are kept
-    in `extra`.
-    """
-    path = os.fspath(path)
-    records = read_jsonl(path) if path.endswith(".jsonl") else read_json(path)
-    triplets = []
-    for where, record in _records(path, records):
-        key = "delta" if "delta" in record else "caption"
-        texts = _texts(record[key], where) if isinstance(record.get(key), list) else (_get(record, key, str, where),)
-        names = (safe_name(name, f"{where}: member") for name in record.get("members") or ())
-        reference, target = _name(record, "reference", where), _name(record, "target", where)
-        extra = {k: v for k, v in record.items() if k not in ("reference", "target", "members", "id", key)}
-        id = record.get("id", len(triplets))
-        triplets.append(Triplet(reference, target, texts[0], id, tuple(names) or None, texts[1:], extra))
-    return triplets
-
-
 def training_triplets(
-    dataset: str, root: str, split: str, category: str = "all", images: str | Sequence[str] | None = None
+    dataset: str,
+    root: str,
+    split: str,
+    category: str = "all",
+    images: str | Sequence[str] | None = None,
+    keys: str = "",
+    pool: str = "",
+    hold_out: float = 0,
 ) -> tuple[list[Triplet], ImageStore]:
-    """Triplets to train on, and their pictures. dataset: "cirr" | "fashioniq" | "jsonl" (`root` is then the file)."""
+    """Triplets to train on, and their pictures. dataset: "cirr" | "fashioniq" | "jsonl".
+
+    For "jsonl" `root` is a file or several (read_triplets, with its `keys` and `pool`), and `hold_out` as many are kept
+    for read_own. FashionIQ's queries without any text are left out."""
     if dataset == "cirr":
         benchmarks = [read_cirr(root, split, images)]
     elif dataset == "fashioniq":
         categories = FASHIONIQ_CATEGORIES if category == "all" else (category,)
         benchmarks = [read_fashioniq(root, split, name, images) for name in categories]
     elif dataset == "jsonl":
-        return read_triplets(root), open_store(images, [os.path.dirname(os.path.abspath(root))])
+        triplets = read_triplets(root, keys, pool)
+        trained, held = held_out(triplets, hold_out)
+        if held:
+            more = len(triplets) - len(trained) - len(held)
+            say(f"{root}: {len(held):,} of {len(triplets):,} triplets are held out, {more:,} more share their images")
+        return trained, _own_store(root, images)
     else:
         raise UserError(f'dataset is {shown(dataset)}, wanted "cirr", "fashioniq" or "jsonl"')
     triplets = [query for benchmark in benchmarks for query in benchmark.queries]
     if any(triplet.target is None for triplet in triplets):
         raise UserError(f"{dataset} {split}: its targets are hidden, so it cannot be trained on; take another split")
+    if dataset == "fashioniq" and (silent := sum(not triplet.delta for triplet in triplets)):
+        say(f"{dataset} {split}: {silent:,} queries without any text are left out")
+        triplets = [triplet for triplet in triplets if triplet.delta]
     return triplets, benchmarks[0].images
+
+
+# ---- one's own triplets as a benchmark ----
+def _own_store(path: str, images: str | Sequence[str] | None) -> ImageStore:
+    """Pictures of one's own files of triplets: the folder given, or those of the files. Photos may be large."""
+    beside = dict.fromkeys(os.path.dirname(os.path.abspath(file)) for file in split_paths(path))
+    return open_store(images, list(beside), own=True)
+
+
+def read_own(
+    path: str,
+    images: str | Sequence[str] | None = None,
+    gallery: str = "",
+    hold_out: float = 0,
+    part: str = "held",
+    keys: str = "",
+    pool: str = "",
+) -> Benchmark:
+    """One's own triplets as a benchmark, dataset "jsonl". Gallery: every picture of the image folder, or the names in
+    the file `gallery` (.txt, one a line, or a .json list).
+
+    hold_out: as many triplets as training with the same number left out; part: "held" those, "train" the others, "all".
+    A name without folder or suffix is the picture of the gallery that it finds. UserError for a target that the gallery
+    lacks: it could never be found."""
+    if part not in ("held", "train", "all"):
+        raise UserError(f'part is {shown(part)}, wanted "held", "train" or "all"')
+    triplets, store = read_triplets(path, keys, pool), _own_store(path, images)
+    if hold_out and part != "all":
+        trained, held = held_out(triplets, hold_out)
+        triplets = held if part == "held" else trained
+    names = _gallery_names(gallery, store)
+    known = set(names)
+
+    def in_gallery(name: str) -> str:
+        below = name if name in known else store.relative(name).removeprefix("./")
+        return below if below in known else name
+
+    queries = [replace(t, reference=in_gallery(t.reference), target=in_gallery(t.target)) for t in triplets]
+    stray = [t.target for t in queries if t.target not in known and store.find(t.target)]
+    if stray:
+        where = gallery or ", ".join(store.roots)
+        raise UserError(f"{path}: {len(stray):,} targets are not in the gallery {where}, first {shown(stray[0])}")
+    return Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
+
+
+def _gallery_names(gallery: str, store: ImageStore) -> list[str]:
+    if not gallery:
+        return list(dict.fromkeys(name for root in store.roots for name in list_images(root)))
+    if gallery.endswith(".json"):
+        names = list(texts_of(read_json(gallery), gallery))
+    elif gallery.endswith(".txt"):
+        with open(gallery, encoding="utf-8") as file:
+            names = [line.strip() for line in file.read().split("\n") if line.strip()]
+    else:
+        raise UserError(f"--gallery {gallery}: wanted a .txt (a name a line), a .json list, or none for the folder")
+    require_unique(names, gallery, "image")
+    return [safe_name(name, gallery) for name in names]
+
+
+# ---- pictures of a benchmark ----
+def images_of(query: Triplet) -> list[str]:
+    """Every image without which a query cannot be measured: reference, target, img_set, all right answers."""
+    truths = (query.extra or {}).get("truths", ())
+    names = (query.reference, query.target, *(query.members or ()), *truths)
+    return [name for name in names if name is not None]
 
 
 def names_of(benchmark: Benchmark) -> list[str]:
     """Every image of a benchmark, once: the gallery, then references, targets and members outside it."""
-    asked = [(q.reference, q.target, *(q.members or ())) for q in benchmark.queries]
-    return list(dict.fromkeys([*benchmark.gallery, *(name for names in asked for name in names if name is not None)]))
+    asked = (name for query in benchmark.queries for name in images_of(query))
+    return list(dict.fromkeys([*benchmark.gallery, *asked]))
 
 
-def check_benchmarks(benchmarks: list[Benchmark]) -> str:
-    """Prints expected, present and unreadable images; returns one line of complaint, empty when all are there."""
-    bad = []
+def without(benchmark: Benchmark, lost: Collection[str]) -> tuple[Benchmark, str]:
+    """The benchmark without some images and without the queries that need one of them; and how many those are."""
+    lost = set(lost)
+    queries = tuple(query for query in benchmark.queries if lost.isdisjoint(images_of(query)))
+    gallery = tuple(name for name in benchmark.gallery if name not in lost)
+    if not queries:
+        raise UserError(f"{benchmark.title}: every query needs an image that is missing; complete the folder")
+    counts = []
+    for what, all_, kept in (("queries", benchmark.queries, queries), ("gallery images", benchmark.gallery, gallery)):
+        counts.append(f"{len(all_) - len(kept):,} of {len(all_):,} {what}")
+    note = f"{benchmark.title}: {' and '.join(counts)} left out" if lost else ""
+    return replace(benchmark, queries=queries, gallery=gallery), note
+
+
+def without_missing(benchmark: Benchmark, share: float) -> tuple[Benchmark, str, dict[str, str]]:
+    """The benchmark without the images that are missing, empty or no pictures, if they are at most `share` of all.
+
+    -> benchmark, what its protocol line must say (empty if nothing is missing), image -> what is wrong with it.
+    With share 0 nothing is looked at and nothing left out: whoever measures then stops at a missing image."""
+    if not share:
+        return benchmark, "", {}
+    names = names_of(benchmark)
+    faults = unreadable(names, benchmark.images, decode=False)
+    if not faults:
+        return benchmark, "", {}
+    first = f"{len(faults):,} of {len(names):,} images are missing or unreadable, first {next(iter(faults.values()))}"
+    if len(faults) > share * len(names):
+        raise UserError(f"{benchmark.title}: {first}; that is more than --missing {share} allows")
+    if any(query.target is None for query in benchmark.queries):
+        raise UserError(f"{benchmark.title}: {first}; its server wants every query, so --missing cannot help")
+    benchmark, note = without(benchmark, faults)
+    return benchmark, f"{note}, not comparable with the full protocol", faults
+
+
+def all_without_missing(benchmarks: list[Benchmark], share: float, listing: str) -> tuple[list[Benchmark], str]:
+    """without_missing of each; their notes in one line; what is missing goes into the file `listing`."""
+    kept, notes, faults = [], [], {}
     for benchmark in benchmarks:
-        text, ok = check_report(names_of(benchmark), benchmark.images)
+        benchmark, note, missing = without_missing(benchmark, share)
+        kept.append(benchmark)
+        notes += [note] * bool(note)
+        faults |= missing
+    if share:
+        write_faults(faults.values(), listing)
+    return kept, "; ".join(notes)
+
+
+def without_unreadable(benchmark: Benchmark, listing: str, workers: int = 0) -> tuple[Benchmark, str]:
+    """For one's own pictures: the benchmark without those that cannot be decoded, all of which `listing` names."""
+    faults = unreadable(names_of(benchmark), benchmark.images, workers)
+    write_faults(faults.values(), listing)
+    benchmark, note = without(benchmark, faults)
+    if note:
+        say(f"{len(faults):,} pictures cannot be read, all in {listing}: {note}")
+    return benchmark, note
+
+
+def check_benchmarks(
+    benchmarks: list[Benchmark], share: float = 0.0, decode: bool = False, workers: int = 0, listing: str = ""
+) -> str:
+    """Prints expected, present and unreadable images; returns one line of complaint, empty when all are there, or when
+    at most `share` of a benchmark's images is not. All that is wrong goes into the file `listing`."""
+    bad, lines = [], {}
+    for benchmark in benchmarks:
+        names = names_of(benchmark)
+        faults = unreadable(names, benchmark.images, workers, decode)
+        lines |= faults
         counts = f"{len(benchmark.queries):,} queries, {len(benchmark.gallery):,} gallery images"
-        say(f"{benchmark.title}: {counts}; {text}")
-        if not ok:
-            bad.append((benchmark.title, benchmark.images.missing(names_of(benchmark))))
+        say(f"{benchmark.title}: {counts}; {report_of(len(names), faults, benchmark.images)}")
+        if len(faults) > share * len(names):
+            bad.append((benchmark.title, benchmark.images.missing(names)))
+        elif faults:
+            say(f"{without(benchmark, faults)[1]}, not comparable with the full protocol")
     if len(benchmarks) > 1:
         say(f"together: {sum(len(benchmark.queries) for benchmark in benchmarks):,} queries")
+    if listing:
+        write_faults(lines.values(), listing)
     named = "; ".join(f"{title}: " + (f"first {m[0]!r}" if m else "unreadable files") for title, m in bad)
     count = sum(len(missing) for _, missing in bad)
-    return f"{count:,} images missing ({named}); add them or name their folder with --images" if bad else ""
+    where = f", all in {listing}" if listing else ""
+    return f"{count:,} images missing ({named}){where}; add them or name their folder with --images" if bad else ""

@@ -3,15 +3,17 @@
 import functools
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets, with_text
-from common.console import UserError, say
-from common.images import ImageStore, check_report
-from common.ranks import World, any_rank, gather_objects, seeded_rng
+from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets
+from common.console import UserError, rank_size, say
+from common.images import ImageStore, check_report, leave_out, unreadable
+from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
+from common.triplets import with_text
 
 
 class Item(NamedTuple):
@@ -34,12 +36,13 @@ class Draw(NamedTuple):
 
 
 def human_deltas(triplet: Triplet, dataset: str) -> tuple[str, ...]:
-    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone."""
+    """What a human wrote; FashionIQ's two captions as CLIP4Cir trains on them: both, swapped, each alone that is not
+    blank."""
     if dataset != "fashioniq":
         return (triplet.delta,)
     one, two = triplet.alternatives
-    alone = (text.strip(".?, ").capitalize() for text in (one, two))
-    return join_captions(one, two), join_captions(two, one), *alone
+    texts = join_captions(one, two), join_captions(two, one), join_captions(one), join_captions(two)
+    return tuple(text for text in texts if text)
 
 
 def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
@@ -48,17 +51,22 @@ def backs(triplets: Iterable[Triplet]) -> tuple[str, ...]:
     return tuple(text for text in texts if isinstance(text, str) and text.strip())
 
 
-def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet], deltas: bool = True) -> list[Item]:
+def human_items(
+    triplets: list[Triplet], dataset: str, generated: list[Triplet], deltas: bool = True, alike: bool = False
+) -> list[Item]:
     """Human triplets; generated deltas of the same pairs are a second group (dagger: one of the two is drawn).
 
-    deltas: False takes only the reversed texts of what was generated."""
+    deltas: False takes only the reversed texts of what was generated. alike: several texts of a triplet count alike, as
+    in files of others; otherwise those after the first are generated ones."""
     also: dict[tuple[str, str], list[Triplet]] = {}
     for t in generated:
         also.setdefault((t.reference, t.target), []).append(t)
     items = []
     for t in triplets:
         groups, same = [human_deltas(t, dataset)], also.get((t.reference, t.target), [])
-        if dataset == "jsonl" and t.alternatives:
+        if dataset == "jsonl" and t.alternatives and alike:
+            groups = [(t.delta, *t.alternatives)]
+        elif dataset == "jsonl" and t.alternatives:
             groups.append(t.alternatives)  # the VDG release's [human, generated]: those after the human one
         if same and deltas:
             groups.append(tuple(other.delta for other in same))
@@ -71,35 +79,65 @@ def human_items(triplets: list[Triplet], dataset: str, generated: list[Triplet],
     return items
 
 
-def training_items(
+class Source(NamedTuple):
+    """One stream of triplets to train on, and where its images lie."""
+
+    images: ImageStore = ImageStore([])
+    items: Sequence[Item] = ()  # none: nothing of this stream is trained on
+
+
+_STREAMS = ("human", "auxiliary")
+
+
+def human_source(
     dataset: str,
     root: str,
     split: str,
     images: str,
-    same_pairs: str,
-    same_deltas: bool,
-    pseudo: str,
-    pseudo_images: str,
-    human: bool,
-) -> tuple[list[ImageStore], list[list[Item]]]:
-    """-> image stores and items of stream 0 (human) and stream 1 (auxiliary), either may be empty, not both."""
-    stores, streams = [ImageStore([]), ImageStore([])], [[], []]
-    if human:
-        if not root:
-            raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
-        triplets, stores[0] = training_triplets(dataset, root, split, "all", images or None)
-        same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
-        streams[0] = human_items(triplets, dataset, same, same_deltas)
-    if pseudo:
-        triplets, stores[1] = training_triplets("jsonl", pseudo, "", "all", pseudo_images or None)
-        kept = with_text(triplets, pseudo)
-        streams[1] = [Item((1, t.reference), (1, t.target), ((t.delta,),), backs([t])) for t in kept]
-    for wanted, items, file in ((human, streams[0], root), (pseudo, streams[1], pseudo)):
-        if wanted and not items:
-            raise UserError(f"{file} holds no triplet to train on")
-    if not human and not pseudo:
-        raise UserError("nothing to train on: --triplets true, or --pseudo with a pseudo.jsonl")
-    return stores, streams
+    same_pairs: str = "",
+    same_deltas: bool = True,
+    keys: str = "",
+    pool: str = "",
+    hold_out: float = 0,
+) -> Source:
+    """Stream 0, human triplets. same_pairs: a pseudo.jsonl of the same pairs, if not empty; same_deltas: False takes
+    only its reversed texts; keys, pool, hold_out: of training_triplets."""
+    if not root:
+        raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
+    triplets, store = training_triplets(dataset, root, split, "all", images or None, keys, pool, hold_out)
+    same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
+    if not triplets:
+        raise UserError(f"{root} holds no triplet to train on")
+    return Source(store, human_items(triplets, dataset, same, same_deltas, alike=bool(keys)))
+
+
+def pseudo_source(file: str, images: str, keys: str = "", pool: str = "") -> Source:
+    """Stream 1, auxiliary pseudo triplets: those that say something. keys, pool: of training_triplets."""
+    triplets, store = training_triplets("jsonl", file, "", "all", images or None, keys, pool)
+    kept = with_text(triplets, file)
+    if not kept:
+        raise UserError(f"{file} holds no triplet to train on")
+    items = [Item((1, t.reference), (1, t.target), ((t.delta, *t.alternatives),), backs([t])) for t in kept]
+    return Source(store, items)
+
+
+def _names(item: Item) -> tuple[str, str]:
+    return item.reference[1], item.target[1]
+
+
+def complete_sources(sources: list[Source], batch: int, ranks: int, out: str, workers: int) -> list[Source]:
+    """The same with only those triplets whose images are there; UserError if they do not make one batch a rank.
+
+    What cannot be read of one's own pictures is in out/unreadable-human.txt and unreadable-auxiliary.txt."""
+    complete = []
+    for source, what in zip(sources, _STREAMS, strict=True):
+        listing = f"{out}/unreadable-{what}.txt"
+        items = drop_missing(source.items, _names, source.images, f"{what} triplets", listing, workers)
+        complete.append(source._replace(items=items))
+    fewest = min(len(source.items) for source in complete if source.items)
+    if fewest < batch * ranks:
+        raise UserError(f"{fewest} triplets are fewer than {batch} on each of {ranks} ranks: lower --batch")
+    return complete
 
 
 def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> list[Draw]:
@@ -116,28 +154,121 @@ def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> li
     return draws
 
 
-def drop_missing(items: list, names_of: Callable, images: ImageStore, what: str) -> list:
+def steps_an_epoch(sources: list[Source], batch: int, ranks: int) -> int:
+    """One pass over the human triplets, or over the auxiliary ones where there are no others."""
+    items = next(source.items for source in sources if source.items)
+    return len(items) // (batch * ranks)
+
+
+def images_of(sources: list[Source]) -> list[tuple[int, str]]:
+    """Every image that is trained on, once, in one order."""
+    items = [item for source in sources for item in source.items]
+    return sorted({image for item in items for image in (item.reference, item.target)})
+
+
+def texts_of(sources: list[Source]) -> list[str]:
+    """Every text that may be drawn, once, in one order."""
+    items = [item for source in sources for item in source.items]
+    return sorted({text for item in items for group in (*item.deltas, item.back) for text in group})
+
+
+def say_backs(sources: list[Source]) -> None:
+    """How many triplets have a text that leads back; UserError if none has."""
+    have = [bool(item.back) for source in sources for item in source.items]
+    if not any(have):
+        raise UserError("--reversed_text delta: no triplet has a reverse_delta (gen_deltas.py --reverse)")
+    say(f"{sum(have):,} of {len(have):,} triplets have a reverse_delta; the others have no reversed loss")
+
+
+def sources_sha256(sources: list[Source]) -> str:
+    """A hash of all triplets: a resumed run must find those that it began with."""
+    return hashlib.sha256(json.dumps([source.items for source in sources]).encode()).hexdigest()
+
+
+class Batch(NamedTuple):
+    """The triplets of one step on all ranks, stream after stream, in each of them rank after rank."""
+
+    step: int
+    draws: list[Draw]
+    own: list[int]  # rows of this rank
+
+    @property
+    def own_draws(self) -> list[Draw]:
+        return [self.draws[i] for i in self.own]
+
+    @property
+    def own_deltas(self) -> list[str]:
+        return [d.delta for d in self.own_draws]
+
+    @property
+    def deltas(self) -> list[str]:
+        return [d.delta for d in self.draws]
+
+    @property
+    def targets(self) -> list[tuple[int, str]]:
+        return [d.target for d in self.draws]
+
+
+def draw_batch(sources: list[Source], step: int, batch: int, seed: int, world: World) -> Batch:
+    """`batch` triplets of every source that has any, for each rank; a function of the step, equal on all ranks."""
+    draws, own = [], []
+    for stream, source in enumerate(sources):
+        if source.items:
+            first = len(draws) + world.rank * batch
+            own += range(first, first + batch)
+            draws += draw(source.items, stream, step, batch * world.size, seed)
+    return Batch(step, draws, own)
+
+
+class Everyone(NamedTuple):
+    """What losses against all images want of all ranks: rows in the order of the batch, without gradients."""
+
+    x: Any  # Tensor (G, d) of the targets
+    c: Any  # Tensor (G, d) of the queries
+    tokens: Any  # Tensor (G, ...) of the targets
+
+
+def faults_of(names: Sequence[str], images: ImageStore, workers: int = 0) -> dict[str, str]:
+    """images.unreadable, each rank looking at its share of the pictures; the same answer on all of them."""
+    rank, size = rank_size()
+    parts = gather_objects(unreadable(names[rank::size], images, workers))
+    found = {name: text for part in parts for name, text in part.items()}
+    return {name: found[name] for name in names if name in found}
+
+
+def drop_missing(
+    items: list, names_of: Callable, images: ImageStore, what: str, listing: str = "", workers: int = 0
+) -> list:
     """The items (`what` they are) whose images are all there; says how many are not, UserError above one in a thousand.
 
-    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs."""
-    missing = set(images.missing(sorted({name for item in items for name in names_of(item)})))
-    kept = [item for item in items if not missing.intersection(names_of(item))]
-    if missing:
-        lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(missing)}"
+    For training alone: evaluation stops at the first missing image. names_of(item) -> the names it needs. With a file
+    `listing` pictures of one's own (images.own) are decoded too, on all ranks together: one item in ten may lack one,
+    since some are always broken, and all are in that file."""
+    names = sorted({name for item in items for name in names_of(item)})
+    if images.own and listing:
+        most, faults = 0.1, faults_of(names, images, workers)
+        leave_out(names, faults, listing, f"pictures of the {what}")
+    else:
+        most, faults = 0.001, dict.fromkeys(images.missing(names))
+    kept = [item for item in items if faults.keys().isdisjoint(names_of(item))]
+    if faults:
+        lost = f"{what}: {len(items) - len(kept):,} of {len(items):,} items lack an image, first {min(faults)}"
         lost += f" (looked in {', '.join(images.roots)})"
-        if len(items) - len(kept) > len(items) / 1000:
-            raise UserError(f"{lost}, more than 0.1 %; complete the folder or correct the flag that names it")
+        if len(items) - len(kept) > most * len(items):
+            remedy = "complete the folder or correct the flag that names it"
+            raise UserError(f"{lost}, more than {100 * most:g} %; {remedy}")
         say(f"{lost}: left out")
     return kept
 
 
-def check_items(stores: list[ImageStore], streams: list[list[Item]], benchmarks: list[Benchmark]) -> None:
+def check_items(sources: list[Source], benchmarks: list[Benchmark], decode: bool = False) -> None:
     """Prints what there is to train on and to measure; UserError if an image is missing or unreadable."""
-    reports = [check_report(names_of(benchmark), benchmark.images) for benchmark in benchmarks]
-    for items, store, what in zip(streams, stores, ("human", "auxiliary"), strict=True):
-        if items:
-            text, ok = check_report([name for item in items for _, name in (item.reference, item.target)], store)
-            reports.append((f"{what}: {len(items):,} triplets; {text}", ok))
+    reports = [check_report(names_of(benchmark), benchmark.images, decode) for benchmark in benchmarks]
+    for source, what in zip(sources, _STREAMS, strict=True):
+        if source.items:
+            names = [name for item in source.items for name in _names(item)]
+            text, ok = check_report(names, source.images, decode)
+            reports.append((f"{what}: {len(source.items):,} triplets; {text}", ok))
     say("\n".join(text for text, _ in reports))
     if not all(ok for _, ok in reports):
         raise UserError("images missing or unreadable, see above; fetch them or fix --images / --pseudo_images")
@@ -165,21 +296,33 @@ def rank_batches(order: Sequence[int], batch: int, rank: int = 0, size: int = 1)
     return parts
 
 
-def steps_of(groups: list[list[int]], epochs: int, items: int, seed: int, world: World, done: int):
-    """Yield (step, epoch, this rank's items) from step `done` on; a step has `items` on all ranks.
+class Step(NamedTuple):
+    """One optimiser step, as one rank sees it."""
+
+    step: int  # of the whole run, from 0
+    epoch: int
+    items: list[int]  # this rank's, by their index; none where the last batch of an epoch has fewer items than ranks
+
+
+def training_steps(
+    groups: list[list[int]], epochs: int, per_step: int, seed: int, world: World, done: int
+) -> Iterator[Step]:
+    """The steps of a run from number `done` on, each of `per_step` items on all ranks; the same after every resume.
 
     groups: items that keep together while the groups are shuffled; of one item each as a rule."""
-    per_epoch = math.ceil(sum(map(len, groups)) / items)
+    per_epoch = math.ceil(sum(map(len, groups)) / per_step)
     for epoch in range(done // per_epoch, epochs):
         order = [item for g in epoch_order(len(groups), seed, epoch) for item in groups[g]]
-        batches = rank_batches(order, items, world.rank, world.size)
-        for i, mine in enumerate(batches):
-            if epoch * per_epoch + i >= done:
-                yield epoch * per_epoch + i, epoch, mine
+        for i, items in enumerate(rank_batches(order, per_step, world.rank, world.size)):
+            step = epoch * per_epoch + i
+            if step >= done:
+                yield Step(step, epoch, items)
 
 
-def ahead(load, jobs):
-    """Yield (job, load(job)) while a thread loads the next; a user's mistake in load is yielded as its result."""
+def ahead(load: Callable[[Any], Any], jobs: Iterable) -> Iterator[tuple[Any, Any]]:
+    """Yields (job, load(job)) while a thread loads the next one; one job ahead, so that two are held at most.
+
+    A user's mistake in load is yielded as its result: stop_together tells the other ranks."""
 
     def attempt(job):
         try:
@@ -198,14 +341,39 @@ def ahead(load, jobs):
             yield waiting[0], waiting[1].result()
 
 
-def stop_together(result) -> None:
-    """All ranks stop when one loaded a fault: one that stops alone leaves the others waiting in a collective."""
-    found = isinstance(result, Exception)
-    if any_rank(found):
-        raise UserError(next(text for text in gather_objects(str(result) if found else "") if text))
+def stop_together(loaded: Any) -> None:
+    """All ranks stop, in one line, when one of them loaded a fault: one that stops alone leaves the others waiting."""
+    fault = (str(loaded) or type(loaded).__name__) if isinstance(loaded, Exception) else ""
+    if any_rank(bool(fault)):
+        raise UserError(next(text for text in gather_objects(fault) if text))
 
 
-def check_texts(texts, where: str, most: int) -> None:
+def stop_if_not_finite(value: float, batch: Batch, log: Log) -> None:
+    """All ranks stop before the optimiser steps: the last state saved is good. value: loss plus gradient norm."""
+    if any_rank(not math.isfinite(value)):
+        what, step = "loss or gradient not finite", batch.step + 1
+        items = [(d.reference[1], d.target[1], d.delta) for d in batch.draws]
+        log.write(step=step, error=what, value=float(value), items=items)
+        raise UserError(
+            f"{what} at step {step}: its items are in {log.path}, the last good state in last/ beside it;"
+            " take a lower --lr or a higher --tau, with another --out"
+        )
+
+
+def say_check(names: Iterable[str], images: ImageStore, what: str, decode: bool = False, workers: int = 0) -> None:
+    """The answer to --check, `what` in front; UserError where an image is missing or unreadable. decode: every one."""
+    report, well = check_report(names, images, decode, workers)
+    if not well:
+        raise UserError(f"{what}; {report}")
+    say(f"{what}; {report}")
+
+
+def slices(count: int, length: int) -> list[slice]:
+    """Slices that cut `count` items into parts of `length`, the last one shorter."""
+    return [slice(start, start + length) for start in range(0, count, length)]
+
+
+def check_texts(texts: Iterable[tuple[str, str]], where: str, most: int) -> None:
     """Stop at start-up over (id, text) that is blank (nothing to learn) or longer than `most` characters (memory)."""
     for name, text in texts:
         if not 0 < len(text.strip()) <= most:
@@ -225,3 +393,10 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
+
+
+def gather_dealt(mine: list) -> list:
+    """Every rank's results of items that were dealt out as items[rank :: ranks], in the items' order, on all ranks."""
+    shares = gather_objects(mine)
+    longest = len(shares[0])
+    return [share[i] for i in range(longest) for share in shares if i < len(share)]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
+
+QUIET = 30  # seconds between two lines of a bar that is written to a file or a pipe
+PATIENCE = 2  # seconds that a rank with an error waits for the first rank of its machine to say the same
 
 
 class UserError(ValueError):
     """A user's mistake in one line: what was found, what was wanted, how to fix it."""
+
+
+# ---- errors ----
 
 
 def run(main: Callable[[], None]) -> None:
@@ -17,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        main = record(main)  # without it torchrun's summary says only "exitcode: 1"
+        main = record(main)  # a bug's traceback for torchrun's summary; fail() puts one line in its place
     try:
         main()
     except (UserError, OSError) as error:
@@ -30,13 +41,57 @@ def run(main: Callable[[], None]) -> None:
 
 
 def fail(error: Exception) -> None:
+    """Prints the error as one line and exits with status 1. Of several ranks with the same error one speaks."""
+    rank = rank_size()[0]
+    line = _one_line(error)
+    if not _said_by_another(line):
+        who = f" (rank {rank})" if rank else ""
+        print(f"error{who}: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def _one_line(error: Exception) -> str:
+    """What to print of an error: for a file error its reason and its file, for a full disk which disk as well."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.strerror}: {error.filename}"
-    line = printable(" ".join(part.strip() for part in text.splitlines() if part.strip()))
-    who = f" (rank {rank_size()[0]})" if rank_size()[0] else ""
-    print(f"error{who}: {line or type(error).__name__}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+        text = f"{error.strerror}: {os.fsdecode(error.filename)}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += f" ({_disk(os.fsdecode(error.filename))}); make room and give the same command again"
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return printable(line) or type(error).__name__
+
+
+def _disk(path: str) -> str:
+    """ "disk mounted at /data, 0.0 of 250.0 GB free" for the disk that holds a path, there or not yet."""
+    import shutil  # not above: --help is instant
+
+    folder = Path(path).absolute()
+    while not (folder.exists() and folder.is_mount()) and folder != folder.parent:
+        folder = folder.parent
+    total, _, free = shutil.disk_usage(folder)
+    return f"disk mounted at {folder}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+
+
+def _said_by_another(line: str) -> bool:
+    """Under torchrun: leaves the line for torchrun's summary; True if the machine's first rank says the same line.
+
+    torchrun names each rank a file <folder>/<local rank>/error.json. All ranks read the same flags and files, so most
+    mistakes are found by all of them at about the same time."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own:
+        return False
+    start = f'{{"message": {{"message": {json.dumps(line)}'  # then the time, which differs by a moment
+    with contextlib.suppress(OSError):  # the full disk may be this one
+        Path(own).write_text(f'{start}, "extraInfo": {{"timestamp": "{time.time():.0f}"}}}}}}', encoding="utf-8")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    first = Path(own).parent.parent / "0" / Path(own).name
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        if first.exists() and first.read_text(encoding="utf-8").startswith(start):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def printable(text: str) -> str:
@@ -52,13 +107,33 @@ def rank_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), 1
 
 
-def progress(iterable: Iterable, desc: str, total: int | None = None) -> Iterable:
-    """A bar on rank 0; written to a file or a pipe it keeps quiet for 30 s and then speaks every 30 s."""
+# ---- progress and lines ----
+
+
+def progress(iterable: Iterable, desc: str, total: int | None = None, initial: int = 0) -> Any:
+    """A bar on rank 0 around an iterable; written to a file or a pipe it is silent for 30 s and speaks every 30 s.
+
+    total: steps of the whole run, initial: those done before (a resumed bar starts there). `bar.set_postfix(loss=1.2)`
+    shows numbers behind the bar from its next line on; it prints nothing by itself."""
     from tqdm import tqdm
 
-    quiet = 0.2 if sys.stderr.isatty() else 30
-    delay = 0 if quiet < 1 else quiet
-    return tqdm(iterable, desc, total, disable=rank_size()[0] != 0, mininterval=quiet, delay=delay, dynamic_ncols=True)
+    class Bar(tqdm):
+        def set_postfix(self, ordered_dict=None, refresh=False, **values):  # tqdm's own prints a line each call
+            super().set_postfix(ordered_dict, refresh=refresh, **values)
+
+    terminal = sys.stderr.isatty()
+    if total is None and initial and hasattr(iterable, "__len__"):
+        total = initial + len(iterable)
+    return Bar(
+        iterable,
+        desc,
+        total,
+        initial=initial,
+        disable=rank_size()[0] != 0,
+        mininterval=0.2 if terminal else QUIET,
+        delay=0 if terminal else QUIET,
+        dynamic_ncols=True,
+    )
 
 
 def say(*text: Any) -> None:
@@ -73,5 +148,6 @@ def say(*text: Any) -> None:
 
 
 def warn(text: str) -> None:
+    """One line on standard error, from rank 0."""
     if rank_size()[0] == 0:
         print(f"WARNING: {printable(text)}", file=sys.stderr, flush=True)

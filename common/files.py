@@ -1,4 +1,6 @@
-"""Files that survive a kill and are believed only when whole: JSON, jsonl, checkpoints, a run's state, its lock."""
+"""Files that survive a kill and are believed only when whole: JSON, jsonl, checkpoints, a run's state, its lock.
+
+It owns what our files say and when they are believed; common/disk.py owns how they get onto the disk."""
 
 from __future__ import annotations
 
@@ -10,38 +12,53 @@ import math
 import os
 import pickle
 import re
-import shutil
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common.console import UserError, rank_size, warn
+from common.console import UserError, rank_size, say, warn
+from common.disk import UNSUPPORTED, fresh, naming, open_regular, remove, sync, torch_save, warn_once, whole
 
 # Constants whose change leaves the weights as they are: a run may be resumed with other values of these.
 MAY_CHANGE = frozenset({"OUT", "DEVICE", "CHECK", "WORKERS", "SAVE_EVERY", "LOG_EVERY"})
 JSON_LIMIT = 2 << 30  # bytes; LLaVA's chat.json, the largest file read, has 0.2 GB
+SMALL_JSON = 16 << 20  # bytes; of config.json, manifests and the like
+JSON_MEMORY = 2 << 30  # bytes that one JSON document may take once read; chat.json takes about 1 GB
+HASH_LIMIT = 256 << 30  # bytes; no file of weights is larger, a sparse file may be
 _locks: dict[Path, Any] = {}  # the open files: closing one would unlock it
 
+# ---- writing ----
 
-def sync(path: str | Path) -> None:
-    """Down to the disk: without it a power cut leaves a renamed file of zeros. Works on folders too."""
-    handle = os.open(path, os.O_RDONLY)
+
+def _utf8(text: str, path: str | Path) -> bytes:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:  # a file name that is not UTF-8, half an emoji
+        near = text[max(0, error.start - 30) : error.end + 30]
+        raise UserError(f"{path} cannot be written: {near!r} is not Unicode; rename or correct it") from None
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Atomic: a kill leaves the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(text.encode("utf-8"))
-    sync(aside)
-    os.replace(aside, path)
-    sync(path.parent)
+    data = _utf8(text, path)
+    with whole(path) as aside:
+        aside.write_bytes(data)
+
+
+def write_tensors(path: str | Path, tensors: dict) -> None:
+    """A safetensors file, atomic as write_text; the tensors may lie anywhere and need not be contiguous."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as aside:
+        try:
+            save_file(tensors, aside, metadata={"format": "pt"})
+        except SafetensorError as error:  # "I/O error: No space left on device (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
@@ -52,6 +69,27 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
     """One record a line; the old file or the new one, never a part."""
     write_text(path, "".join(map(json_line, records)))
+
+
+# ---- JSON ----
+
+
+def _memory(data: bytes) -> int:
+    """About the bytes that a JSON text takes once read, within a factor of two or so (measured, CPython 3.11).
+
+    56 for a list, 160 for a dict and 72 for another entry of either; the text itself in bytes, decoded, and in its
+    strings. The 3 bytes of "[]," take 27 times as many."""
+    text = len(data) * (3 if data.isascii() else 6)
+    return 56 * data.count(b"[") + 160 * data.count(b"{") + 72 * data.count(b",") + text
+
+
+def _fits(data: bytes, where: str, limit: int) -> bytes:
+    if (wanted := _memory(data)) > limit:
+        raise UserError(
+            f"{where}: would take about {wanted / 1e9:.1f} GB of memory, more than the {limit / 1e9:.1f} GB allowed; "
+            "split it, or leave out what no stage reads"
+        )
+    return data
 
 
 def _parse(data: bytes, where: str) -> Any:
@@ -74,9 +112,15 @@ def _parse(data: bytes, where: str) -> Any:
     if data.startswith(b"\xef\xbb\xbf"):
         raise UserError(f"{where}: starts with a byte order mark; save it as UTF-8 without BOM")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # surrogates come in pairs: half of one can never be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except UserError:
         raise
+    except UnicodeEncodeError as error:
+        near = ascii(error.object[max(0, error.start - 20) : error.end + 20])
+        raise UserError(f"{where}: half a character (a lone surrogate) near {near}; correct that text") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -86,52 +130,61 @@ def _parse(data: bytes, where: str) -> Any:
 
 
 def _read_bytes(path: str | Path, limit: int) -> bytes:
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):
-        raise UserError(f"{path}: not a regular file")
-    if info.st_size > limit:
-        raise UserError(f"{path}: {info.st_size:,} bytes, more than the limit of {limit:,}")
-    return Path(path).read_bytes()
+    with open_regular(path, limit) as file:
+        return file.read()
 
 
-def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
-    """Strict JSON of at most `limit` bytes; UserError names the file and the place."""
-    return _parse(_read_bytes(path, limit), str(path))
+def read_json(path: str | Path, limit: int = JSON_LIMIT, memory: int = JSON_MEMORY) -> Any:
+    """Strict JSON of at most `limit` bytes, and about `memory` bytes once read; UserError names the file and the place.
+
+    limit=SMALL_JSON fits a config, a manifest or an index of weights."""
+    return _parse(_fits(_read_bytes(path, limit), str(path), memory), str(path))
 
 
-def read_jsonl(path: str | Path, limit: int = JSON_LIMIT) -> list[dict]:
+def read_jsonl(path: str | Path, limit: int = JSON_LIMIT, memory: int | None = None) -> list[dict]:
     """One JSON object a line, blank lines skipped; UserError names a bad line. Lines end with LF alone: a caption may
-    hold U+2028, at which str.splitlines would cut."""
+    hold U+2028, at which str.splitlines would cut.
+
+    memory: bytes that all records may take; by default half of the machine's."""
+    if memory is None:
+        memory = max(JSON_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     records = []
-    for number, line in enumerate(_read_bytes(path, limit).split(b"\n"), 1):
+    for number, line in enumerate(_fits(_read_bytes(path, limit), str(path), memory).split(b"\n"), 1):
         if line.strip():
-            records.append(_parse(line, f"{path} line {number}"))
+            records.append(_parse(_fits(line, f"{path} line {number}", JSON_MEMORY), f"{path} line {number}"))
             if not isinstance(records[-1], dict):
                 raise UserError(f"{path} line {number}: wanted a JSON object, found {type(records[-1]).__name__}")
     return records
 
 
+# ---- jsonl that is appended to ----
+
+
 def json_line(record: dict) -> str:
+    """A record as one line of jsonl, with its end; ValueError for NaN."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def append_line(path: Path, record: dict) -> None:
     """One whole line or none: a full disk writes a part of it without raising, which is then cut off again."""
-    data = json_line(record).encode("utf-8")
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        before = os.fstat(handle).st_size
-        if os.write(handle, data) != len(data):
-            os.ftruncate(handle, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(handle)
+    data = _utf8(json_line(record), path)
+    with naming(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            before = os.fstat(handle).st_size
+            if os.write(handle, data) != len(data):
+                os.ftruncate(handle, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)
 
 
 def repair_jsonl(path: str | Path) -> list[dict]:
     """The records of a file that a kill may have torn: whatever follows the last whole line that parses is cut off."""
     path = Path(path)
-    data = path.read_bytes() if path.exists() else b""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link; it is written to, so wanted a file of its own: move the file here")
+    data = _read_bytes(path, JSON_LIMIT) if path.exists() else b""
     keep = data.rfind(b"\n") + 1
     while keep:
         start = data.rfind(b"\n", 0, keep - 1) + 1
@@ -160,7 +213,7 @@ class JsonlAppender:
         meta = self.path.with_name(self.path.name + ".meta.json")
         fingerprint = json.loads(json.dumps(fingerprint))
         if self.path.exists() and self.path.stat().st_size:
-            found = read_json(meta) if meta.exists() else {}
+            found = read_json(meta, SMALL_JSON) if meta.exists() else {}
             if found != fingerprint:
                 raise UserError(
                     f"{self.path} was written with other settings ({_difference(found, fingerprint)}); "
@@ -171,6 +224,7 @@ class JsonlAppender:
         self.done = repair_jsonl(self.path)
 
     def append(self, record: dict) -> None:
+        """One whole line or, on a full disk, none and an OSError."""
         append_line(self.path, record)
 
 
@@ -181,9 +235,12 @@ def _difference(found: dict, wanted: dict) -> str:
     return "; ".join(f"{name}: {then.get(name, 'absent')} there, {now.get(name, 'absent')} now" for name in names)
 
 
-def file_sha256(path: str | Path) -> str:
-    """The hex digest of a file's bytes."""
-    with open(path, "rb") as file:
+# ---- hashes and manifests ----
+
+
+def file_sha256(path: str | Path, limit: int = HASH_LIMIT) -> str:
+    """The hex digest of a file's bytes; UserError for anything but a regular file of at most `limit` bytes."""
+    with open_regular(path, limit) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -204,10 +261,12 @@ def _digest(path: Path) -> dict:
 
 def _verify(path: Path) -> dict:
     """The manifest beside a file, once the file is found to be the one it was written for; else UserError."""
-    manifest = read_json(path.parent / "manifest.json")
+    manifest = read_json(path.parent / "manifest.json", SMALL_JSON)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{path.parent}/manifest.json is not a manifest")
-    if _digest(path) != manifest["files"].get(path.name):
+    wanted = manifest["files"].get(path.name)
+    size = path.stat().st_size
+    if not isinstance(wanted, dict) or wanted.get("bytes") != size or wanted != _digest(path):  # the quick one first
         raise UserError(f"{path} is damaged: it does not match the sha256 and size in manifest.json")
     return manifest
 
@@ -220,11 +279,7 @@ def _write_manifest(folder: Path, more: dict) -> None:
     write_json(folder / "manifest.json", {"files": files, **more}, indent=1)
 
 
-def _fresh(folder: Path) -> Path:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder
+# ---- a stage's result ----
 
 
 def save_folder(path: str | Path, tensors: dict[str, dict], texts: dict[str, str | dict]) -> None:
@@ -234,19 +289,16 @@ def save_folder(path: str | Path, tensors: dict[str, dict], texts: dict[str, str
     files move over one by one, the manifest first and the tensors last: load_tensors sees a kill in between."""
     if rank_size()[0] != 0:
         return
-    from safetensors.torch import save_file
-
     path = Path(path)
-    aside = _fresh(path.with_name(path.name + ".tmp"))
-    for name, value in texts.items():
-        if isinstance(value, str):
-            write_text(aside / name, value)
-        else:
-            write_json(aside / name, value, indent=2)
-    for name, entries in tensors.items():
-        entries = {key: tensor.detach().cpu().contiguous() for key, tensor in entries.items()}
-        save_file(entries, aside / name, metadata={"format": "pt"})
-    _write_manifest(aside, {})
+    with fresh(path.with_name(path.name + ".tmp")) as aside:
+        for name, value in texts.items():
+            if isinstance(value, str):
+                write_text(aside / name, value)
+            else:
+                write_json(aside / name, value, indent=2)
+        for name, entries in tensors.items():
+            write_tensors(aside / name, entries)
+        _write_manifest(aside, {})
     if path.exists():
         for name in ("manifest.json", *texts, *tensors):
             os.replace(aside / name, path / name)
@@ -273,6 +325,9 @@ def load_tensors(folder: str | Path, file: str) -> dict:
         raise UserError(f"{path} is not a whole safetensors file ({error}); write it again") from None
 
 
+# ---- a run's state ----
+
+
 def _steps(out: str | Path) -> list[Path]:
     """The step-N folders of a run, newest first; step-N.tmp of a killed save is none of them."""
     found = [p for p in (Path(out) / "last").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
@@ -289,17 +344,16 @@ def save_state(out: str | Path, step: int, state: dict, constants: dict) -> None
     state: tensors, numbers, strings, dicts, lists (what weights_only=True reads). A resume must agree on constants."""
     if rank_size()[0] != 0:
         return
-    import torch
-
     constants = json.loads(json.dumps(constants))
     last = Path(out) / "last"
     last.mkdir(parents=True, exist_ok=True)
     for stray in last.glob("*.tmp"):  # of a save that was killed
-        shutil.rmtree(stray)
+        remove(stray)
     final = last / f"step-{step}"
-    aside = _fresh(last / f"step-{step}.tmp")
-    torch.save({"step": step, "constants": json.dumps(constants), "state": state}, aside / "state.pt")
-    _write_manifest(aside, {"step": step, "constants_sha256": _hash(constants)})
+    with fresh(last / f"step-{step}.tmp") as aside:
+        saved = {"step": step, "constants": json.dumps(constants), "state": state, "machine": _machine()}
+        torch_save(saved, aside / "state.pt")
+        _write_manifest(aside, {"step": step, "constants_sha256": _hash(constants)})
     if final.exists():  # left unverified by load_state, or written by the run that this one repeats
         os.rename(final, last / f"step-{step}.old.tmp")
     os.rename(aside, final)
@@ -309,7 +363,7 @@ def save_state(out: str | Path, step: int, state: dict, constants: dict) -> None
     for old in newer + [p for p in known if p not in newer][2:]:
         os.rename(old, last / f"{old.name}.old.tmp")  # a half-removed folder must not look like a checkpoint
     for stray in last.glob("*.tmp"):
-        shutil.rmtree(stray)
+        remove(stray)
 
 
 def load_state(out: str | Path, constants: dict, may_change: Iterable[str] = MAY_CHANGE) -> tuple[int, dict] | None:
@@ -320,7 +374,7 @@ def load_state(out: str | Path, constants: dict, may_change: Iterable[str] = MAY
     damage = []
     for folder in _steps(out):
         try:
-            step, state, then = _load_step(folder)
+            step, state, then, machine = _load_step(folder)
         except (UserError, OSError) as error:
             damage.append(str(error))
             warn(f"checkpoint {folder} does not verify ({error}); trying the one before")
@@ -335,6 +389,8 @@ def load_state(out: str | Path, constants: dict, may_change: Iterable[str] = MAY
                 f"{folder} was saved with other constants ({difference}); "
                 "resume with those, or start anew with another --out"
             )
+        if machine and (difference := _difference(machine, _machine())):
+            warn(f"{folder} comes from another machine ({difference}): the last digits of the weights will differ")
         return step, state
     if damage:
         raise UserError(
@@ -344,39 +400,82 @@ def load_state(out: str | Path, constants: dict, may_change: Iterable[str] = MAY
     return None
 
 
-def _load_step(folder: Path) -> tuple[int, dict, dict]:
-    """(step, state, constants); the manifest's own entries are compared too, as a bit can flip there as well."""
+def _load_step(folder: Path) -> tuple[int, dict, dict, dict]:
+    """(step, state, constants, machine); the manifest's own entries are compared too: a bit can flip there as well."""
     import torch
 
     manifest = _verify(folder / "state.pt")
     try:
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         step, state, constants = saved["step"], saved["state"], json.loads(saved["constants"])
+        machine = saved.get("machine", {})
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}/state.pt is not a training state ({str(error).splitlines()[0]})") from None
     vouched = (f"step-{manifest.get('step')}", manifest.get("constants_sha256"))
     if folder.name != f"step-{step}" or vouched != (folder.name, _hash(constants)):
         raise UserError(f"{folder}: its step or constants differ from manifest.json")
-    return step, state, constants
+    return step, state, constants, machine
 
 
-def lock_folder(out: str | Path) -> None:
-    """Makes the output folder and holds it until this process ends; a second run on it stops. Rank 0 locks."""
+def is_finished(out: str, file: str, done: int, steps: int) -> bool:
+    """Whether an earlier run took all its steps and wrote its result, which must be whole; says so."""
+    finished = done >= steps and os.path.exists(os.path.join(out, file))
+    if finished:
+        load_tensors(out, file)
+        say(f"{out} is finished ({steps} steps); for another run take another --out")
+    return finished
+
+
+def _machine() -> dict:
+    """What besides constants and data decides the last bits of a result."""
+    import torch
+
+    found = {"torch": str(torch.__version__)}
+    if torch.cuda.is_available():
+        return found | {"gpu": torch.cuda.get_device_name()}
+    return found | {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+# ---- the lock ----
+
+
+def lock_folder(out: str | Path, stage: str = "") -> None:
+    """Makes the output folder and holds it until this process ends; a second run on it stops. Rank 0 locks.
+
+    stage: as in config.json. A folder with the result of another stage is refused on every rank."""
     folder = Path(out).resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out} is a file; wanted a folder")
+    if stage:
+        _refuse_other_stage(folder, stage, out)
     if rank_size()[0] != 0 or folder in _locks:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")
+    path = folder / ".lock"
+    if path.is_symlink():
+        raise UserError(f"{path} is a link; remove it")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    file = os.fdopen(handle, "r+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read(20).strip() or "unknown"
+        owner = file.read(20).decode(errors="replace").strip() or "unknown"
         file.close()
         raise UserError(f"{out} is in use by another run (process {owner}); wait for it or use another --out") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(f"the disk of {folder} has no locks ({error.strerror}): see to it that no second run writes there")
+    with naming(path):
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
     _locks[folder] = file
+
+
+def _refuse_other_stage(folder: Path, stage: str, out: str | Path) -> None:
+    """Also where last/ is gone: what another stage finished is not overwritten."""
+    path = folder / "config.json"
+    found = read_json(path, SMALL_JSON) if path.is_file() else {}
+    other = found.get("stage", stage) if isinstance(found, dict) else stage
+    if other != stage:
+        raise UserError(f"--out {out} holds what stage {other!r} wrote, this is {stage!r}; use another --out")

@@ -1,4 +1,6 @@
-"""A script's constants as flags: --help, and one line for a wrong one. Nothing here imports torch: it is instant."""
+"""A script's constants as flags: --help, and one line for a wrong one. Nothing here imports torch: it is instant.
+
+A tuple of numbers wants as many values as its default has (--betas 0.9,0.99); any other tuple takes any number."""
 
 from __future__ import annotations
 
@@ -11,11 +13,14 @@ import re
 import sys
 import textwrap
 import tokenize
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.console import UserError, fail, rank_size
+
+# ---- a script's flags ----
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,9 @@ def read_flags(file: str | Path) -> list[Flag]:
         group = max((n for n in groups if n < node.lineno), default=None)
         flags.append(Flag(target.id, default, " ".join(text).strip(), groups.get(group, "")))
     return flags
+
+
+# ---- the command line ----
 
 
 def parse_flags(flags: list[Flag], argv: list[str]) -> dict[str, Any]:
@@ -124,9 +132,12 @@ def _convert(text: str, default: Any) -> Any:
         parts = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
         parts = [part.strip().strip("'\"") for part in parts]
         try:
-            return type(default)(_convert(part, element) for part in parts if part)
+            values = type(default)(_convert(part, element) for part in parts if part)
         except ValueError as error:
             raise ValueError(f"a list such as {_show(default) or 'a,b'} ({error} each)") from None
+        if isinstance(element, int | float) and len(values) != len(default):
+            raise ValueError(f"{len(default)} numbers such as {_show(default)}")
+        return values
     if default is None:
         if text.lower() == "none":
             return None
@@ -200,8 +211,42 @@ def constants_of(constants: dict[str, Any]) -> dict[str, Any]:
     return {flag.name: constants[flag.name] for flag in read_flags(constants["__file__"])}
 
 
+# ---- values: each of these raises UserError with one line that names the flag ----
+
+
 def at_least(constants: dict[str, Any], **lowest: float) -> None:
-    """`at_least(globals(), BATCH=1, TAU=1e-4)`: UserError naming the first constant below its lowest value."""
+    """`at_least(globals(), BATCH=1, TAU=1e-4)`: none may lie below its lowest value."""
     for name, low in lowest.items():
-        if not constants[name] >= low:  # so is NaN
-            raise UserError(f"--{name.lower()} {constants[name]}: wanted {low} or more")
+        _each(constants, name, lambda value, low=low: value >= low, f"{low} or more")
+
+
+def below(constants: dict[str, Any], **end: float) -> None:
+    """`below(globals(), COMBINER_DROPOUT=1)`: each must be less than the number."""
+    for name, high in end.items():
+        _each(constants, name, lambda value, high=high: value < high, f"less than {high}")
+
+
+def within(constants: dict[str, Any], **bounds: tuple[float, float]) -> None:
+    """`within(globals(), HELD_OUT=(0, 1), BETAS=(0, 1))`: from low to high, both allowed; so is each of a tuple."""
+    for name, (low, high) in bounds.items():
+        _each(constants, name, lambda value, low=low, high=high: low <= value <= high, f"{low} to {high}")
+
+
+def _each(constants: dict[str, Any], name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    """NaN holds nowhere."""
+    value = constants[name]
+    every = value if isinstance(value, tuple | list) else (value,)
+    if not all(map(holds, every)):
+        raise UserError(f"--{name.lower()} {_show(value)}: wanted {wanted}{' each' if len(every) > 1 else ''}")
+
+
+def one_of(constants: dict[str, Any], **choices: Iterable[str]) -> None:
+    """`one_of(globals(), MODEL=("combiner", "blip_tdm"))`: each must be one of its words."""
+    for name, words in choices.items():
+        words = list(words)
+        value = str(constants[name])
+        if value in words:
+            continue
+        wanted = " or ".join(filter(None, [", ".join(map(_show, words[:-1])), _show(words[-1])]))
+        near = difflib.get_close_matches(value.lower(), words, n=1)
+        raise UserError(f"--{name.lower()} {_show(value)}: wanted {wanted}" + "".join(f"; meant {w}?" for w in near))

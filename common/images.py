@@ -1,18 +1,19 @@
 """Pictures: a name -> a safe path -> pixels, as the checkpoint wants them; and the augmentation of training.
 
-No name leaves the folders that were given. One function, open_image, decodes for every stage."""
+A name from a file never leaves the folders that were given. Links that lie in those folders are the user's own and are
+followed wherever they lead: data sets are linked from other disks, and a snapshot of the hub is nothing but links."""
 
+import errno
 import functools
+import itertools
 import math
 import os
 import re
 import stat
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -20,28 +21,15 @@ from PIL import Image, ImageEnhance, ImageOps
 if TYPE_CHECKING:
     import torch
 
-from common.console import UserError
-from common.files import read_json
+from common.console import UserError, printable, progress, rank_size, say, warn
+from common.files import read_json, write_text
+from common.hub import checkpoint_file
+from common.pixels import check_image, open_image, reason_of, regular_file, verify_image
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow reads 40 more, some of them by running other programs (EPS)
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # tried in this order behind a name that has none
-MAX_PIXELS = 64_000_000  # a 65-byte PNG can claim 400 million
-MAX_ASPECT = 20  # a 1 x 5000 picture becomes 250 million pixels when its shortest edge is resized to 224
+# Suffixes that a picture may have, tried in this order behind a name that has none. HEIC is here to be counted.
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".heic", ".heif")
 MAX_NAME = 1024  # characters of a name in an annotation file
 GREY = (128, 128, 128)  # what rotation and translation uncover
-# EXIF orientation -> the transpose that makes the picture upright
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# what Pillow's three decoders raise on damaged bytes
-DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, struct.error)
-DAMAGED += (zlib.error, Image.DecompressionBombError)
 # processor class -> (keeps the aspect ratio, mean, std, size) where the file is silent: what transformers assumes then
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROCESSORS = {
@@ -79,164 +67,260 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """Decodes a JPEG, PNG or WEBP file (first frame) to an upright RGB picture; transparency is laid on white."""
-    with _opened(path) as image:
-        try:
-            image.load()
-            orientation = image.getexif().get(0x0112, 1)
-            image = _rgb(image)
-        except DAMAGED as error:
-            raise UserError(f"{path}: cannot be decoded ({reason_of(error)}); replace or remove the file") from None
-    # applied here and nowhere else: the stored pixels of a phone's photograph lie on their side
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def verify_image(path: str | os.PathLike) -> None:
-    """A quick look: header, size, and checksums where the format has them; does not decode. UserError if bad."""
-    with _opened(path) as image:
-        try:
-            image.verify()
-        except DAMAGED as error:
-            raise UserError(f"{path}: is damaged ({reason_of(error)}); replace or remove the file") from None
-
-
-def _opened(path: str | os.PathLike) -> Image.Image:
-    """The file's header, read and judged; pixels are not decoded yet."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for ever
-        raise UserError(f"{path}: is not a regular file, wanted a picture ({', '.join(FORMATS)})")
-    try:
-        image = Image.open(path, formats=FORMATS)
-    except DAMAGED as error:
-        raise UserError(f"{path}: is no readable {', '.join(FORMATS)} picture ({reason_of(error)})") from None
-    width, height = image.size
-    reason = None
-    if width * height > MAX_PIXELS:
-        reason = f"more than {MAX_PIXELS // 1_000_000} million pixels"
-    elif max(width, height) > MAX_ASPECT * min(width, height):
-        reason = f"longer than {MAX_ASPECT} times its width"
-    if reason:
-        image.close()
-        raise UserError(f"{path}: is {width} x {height}, {reason}; resize or crop it")
-    return image
-
-
-def reason_of(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error)) or type(error).__name__
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
 class ImageStore:
     """Finds the file of an image name below one or several root folders.
 
-    `roots`: a folder, several joined by os.pathsep, or a list. `table`: name -> path below a root, as in CIRR's split
-    files. Under each root a name is tried as the table says, as it is, and with each of EXTENSIONS.
+    `roots`: a folder, several joined by os.pathsep ("a:b"), or a list; the first that has the picture wins. `table`:
+    name -> path below a root, as in CIRR's split files. Under each root a name is tried as the table says, as it is,
+    and with each of EXTENSIONS, in capitals too. `own`: pictures of one's own, not a benchmark's, of which some are
+    always too large (they are read small) or broken (batches.drop_missing leaves them out).
     """
 
-    def __init__(self, roots: str | os.PathLike | Sequence[str], table: dict[str, str] | None = None):
+    def __init__(
+        self, roots: str | os.PathLike | Sequence[str], table: dict[str, str] | None = None, own: bool = False
+    ):
         if isinstance(roots, (str, os.PathLike)):
             roots = os.fspath(roots)
             roots = [roots] if os.path.isdir(roots) else [part for part in roots.split(os.pathsep) if part]
         self.roots = [os.fspath(root) for root in roots]
-        self.homes = [os.path.realpath(root) for root in self.roots]
         self.table = table or {}
-        self._found: dict[str, str] = {}
+        self.own = own
+        self.large = "reduce" if own else "refuse"  # what open_image does with a picture that is too large
+        self._found: dict[str, tuple[str, str]] = {}  # name -> (root, path below it)
+        self._listed: dict[str, dict[str, list[str]]] = {}  # folder -> stem -> suffixes of the pictures in it
 
     def find(self, name: str) -> str | None:
-        """Path of the image, or None. UserError for a name or a link that leaves the root."""
-        if name in self._found:
-            return self._found[name]
-        candidates = [safe_name(name)] + [name + extension for extension in EXTENSIONS]
+        """Path of the image, or None; UserError for a name that would leave the root or a folder that is closed."""
+        place = self._place(name)
+        return None if place is None else os.path.join(*place)
+
+    def _place(self, name: str) -> tuple[str, str] | None:
+        if name not in self._found:
+            candidates = self._candidates(safe_name(name))
+            places = ((root, self._look(root, *candidate)) for root in self.roots for candidate in candidates)
+            place = next((place for place in places if place[1]), None)
+            if place is None:
+                return None
+            self._found[name] = place
+        return self._found[name]
+
+    def _candidates(self, name: str) -> list[tuple[str, tuple[str, ...]]]:
+        """Paths below a root with the suffixes that may follow them; without any, the path as it is."""
+        candidates = [(name, ()), (name, EXTENSIONS)]
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in EXTENSIONS:
+            candidates.append((stem, (suffix.lower(),)))  # x.jpg that is called x.JPG
         if name in self.table:
-            entry = safe_name(self.table[name])
-            stem = os.path.splitext(entry)[0]  # copies of CIRR converted from .png to .jpg are common
-            candidates = [entry] + [stem + extension for extension in EXTENSIONS] + candidates
-        for root, home in zip(self.roots, self.homes, strict=True):
-            for candidate in candidates:
-                path = os.path.join(root, candidate)
-                if os.path.exists(path) and not os.path.isdir(path):
-                    if os.path.commonpath([os.path.realpath(path), home]) != home:
-                        raise UserError(f"{path}: is a link out of {root}; give the folder it points to instead")
-                    self._found[name] = path
-                    return path
-        return None
+            entry = os.path.normpath(safe_name(self.table[name])).replace(os.sep, "/")  # CIRR: ./train/34/x.png
+            *folders, file = entry.split("/")
+            # NLVR2's train/ may lie flat, and --images may name the folder of the split
+            places = [entry, "/".join([*folders[:-1], file]), "/".join([*folders[1:], file])]
+            either = [[(path, ()), (os.path.splitext(path)[0], EXTENSIONS)] for path in dict.fromkeys(places)]
+            candidates = [*itertools.chain(*either), *candidates]  # copies of CIRR converted from .png are common
+        return candidates
+
+    def _look(self, root: str, path: str, suffixes: tuple[str, ...]) -> str:
+        """The path below `root` of the file, empty if there is none."""
+        names = [path]
+        if suffixes:
+            folder, stem = os.path.split(path)
+            there = self._suffixes(os.path.join(root, folder)).get(stem, ())
+            names = [path + suffix for wanted in suffixes for suffix in there if suffix.lower() == wanted]
+        return next((name for name in names if _is_file(os.path.join(root, name))), "")
+
+    def _suffixes(self, folder: str) -> dict[str, list[str]]:
+        """Stem -> suffixes of the pictures in a folder, which is listed once."""
+        if folder not in self._listed:
+            stems: dict[str, list[str]] = {}
+            for name in _listed(folder) if os.path.isdir(folder) else ():
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in EXTENSIONS:
+                    stems.setdefault(stem, []).append(suffix)
+            self._listed[folder] = stems
+        return self._listed[folder]
 
     def path(self, name: str) -> str:
-        """Path of the image; FileNotFoundError names the image and the folders that were searched."""
+        """Path of the image, a regular file; FileNotFoundError names the image and the folders that were searched."""
         path = self.find(name)
         if path is None:
             searched = ", ".join(self.roots) or "no folder"
-            raise FileNotFoundError(f"image {shown(name)} not found in {searched}; add it or give the folder it is in")
-        return path
+            text = f"image {shown(name)} not found in {searched}; add it or give the folder it is in"
+            if dead := next((path for root in self.roots if os.path.islink(path := os.path.join(root, name))), None):
+                text = f"{dead}: is a link to {os.readlink(dead)}, where nothing is; mend or remove it"
+            raise FileNotFoundError(text)
+        return regular_file(path)
 
-    def open(self, name: str) -> Image.Image:
-        return open_image(self.path(name))
+    def relative(self, name: str) -> str:
+        """Where the image lies below its root: as the table says, or with the suffix with which it was found.
+
+        For files that others read, who join it with the folder of the images."""
+        if name in self.table:
+            return self.table[name]
+        below = self._found[name][1] if self.find(name) else safe_name(name)
+        return "./" + os.path.normpath(below).replace(os.sep, "/")
+
+    def open(self, name: str, then: Callable[[Image.Image], Any] | None = None) -> Any:
+        return open_image(self.path(name), self.large, then)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if self.find(name) is None]
 
 
+def _mode(path: str, absent: tuple[int, ...] = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)) -> int:
+    """st_mode of what is there, links followed; 0 for nothing, which is also a link that leads nowhere or in a circle.
+
+    UserError for what cannot be looked at: no permission, or a path longer than the system takes."""
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in absent:
+            return 0
+        where = path if len(path) < 300 else f"...{path[-200:]}"
+        text = f"{where}: cannot be looked at ({error.strerror}), so pictures would be missing"
+        raise UserError(f"{text}; correct the permissions, shorten the path, or take it out") from None
+
+
+def _is_file(path: str) -> bool:
+    """Is anything there but a folder? A name out of a file may be longer than a file's can be: it is not there."""
+    mode = _mode(path, (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
+    return bool(mode) and not stat.S_ISDIR(mode)
+
+
 def list_images(root: str | os.PathLike) -> list[str]:
-    """Names of all pictures below `root`, relative to it, with "/", sorted."""
-    root, names = os.fspath(root), []
+    """Names of all pictures below `root`, relative to it, with "/", sorted: every file with one of EXTENSIONS.
+
+    Links to folders are followed, each real folder is listed once: a loop ends. Hidden files and folders are passed
+    over (macOS leaves ._x.jpg beside x.jpg). UserError for a folder that cannot be read: what lies in it would be
+    missing in silence."""
+    root = os.fspath(root)
     if not os.path.isdir(root):
         raise UserError(f"image folder {root} not found")
-    for folder, subfolders, files in os.walk(root):
-        for subfolder in subfolders:
-            link = os.path.join(folder, subfolder)
-            if os.path.islink(link):  # os.walk would skip its pictures in silence
-                raise UserError(f"{link}: is a link to a folder; copy it or give it as image folder by itself")
-        for file in files:
-            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):  # macOS leaves ._x.jpg beside x.jpg
-                names.append(os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/"))
+    names, dead, seen = [], [], set()
+    folders, links = [""], []  # links come last: a picture is named after the real folder where it has one in `root`
+    while folders or links:
+        below = folders.pop() if folders else links.pop(0)
+        folder = os.path.join(root, below)
+        if (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        for name in _listed(folder):
+            path = os.path.join(below, name)
+            mode = _mode(os.path.join(root, path))
+            if stat.S_ISDIR(mode):
+                (links if os.path.islink(os.path.join(root, path)) else folders).append(path)
+            elif name.lower().endswith(EXTENSIONS):
+                names.append(path.replace(os.sep, "/"))
+            elif not mode:
+                dead.append(os.path.join(root, path))
+    if dead:
+        warn(f"{len(dead):,} links in {root} lead nowhere, first {dead[0]}; is a disk missing?")
     if not names:
         raise UserError(f"image folder {root} holds no {'/'.join(EXTENSIONS)} file")
     return sorted(safe_name(name, f"file in {root}") for name in names)
 
 
-def open_store(images: str | Sequence[str] | None, places: list[str], table: dict | None = None) -> ImageStore:
+def _listed(folder: str) -> list[str]:
+    """What a folder holds and does not hide."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        text = f"{folder}: cannot be read ({error.strerror}), so pictures would be missing"
+        raise UserError(f"{text}; correct the permissions or take it out") from None
+
+
+def open_store(
+    images: str | Sequence[str] | None, places: list[str], table: dict | None = None, own: bool = False
+) -> ImageStore:
     """The folders that the user gives, which must exist; else the usual places."""
     if not images:
-        return ImageStore(places, table)
-    store = ImageStore(images, table)
+        return ImageStore(places, table, own)
+    store = ImageStore(images, table, own)
     for root in store.roots:
         if not os.path.isdir(root):
             raise UserError(f"image folder {root} not found")
     return store
 
 
-def check_report(names: Iterable[str], images: ImageStore) -> tuple[str, bool]:
+def unreadable(names: Iterable[str], images: ImageStore, workers: int = 0, decode: bool = True) -> dict[str, str]:
+    """Name -> what is wrong with it, for every picture that is missing, empty, damaged, too large or no picture.
+
+    decode: False looks at headers and checksums only, and misses a JPEG that is cut short."""
+    look = check_image if decode else verify_image
+
+    def fault(name: str) -> str:
+        try:
+            look(images.path(name), images.large)
+        except (UserError, OSError) as error:
+            return reason_of(error)
+        return ""
+
+    names = list(dict.fromkeys(names))
+    found = progress(_pool(workers).map(fault, names) if workers else map(fault, names), "looking", len(names))
+    return {name: text for name, text in zip(names, found, strict=True) if text}
+
+
+def leave_out(names: Sequence[str], faults: dict[str, str], listing: str, what: str = "pictures") -> list[str]:
+    """The names without a fault; says how many others there are and writes all of them into the file `listing`.
+
+    For folders of one's own. A benchmark counts only with all its pictures: see annotations.without_missing."""
+    kept = [name for name in names if name not in faults]
+    lost = [faults[name] for name in names if name in faults]
+    write_faults(lost, listing)
+    if lost:
+        text = f"{len(lost):,} of {len(names):,} {what} cannot be read and are left out, all in {listing}"
+        say(f"{text}; first: {lost[0]}")
+    return kept
+
+
+def write_faults(lines: Iterable[str], listing: str) -> None:
+    """One line a fault; without any, a list that an earlier run left is removed."""
+    if rank_size()[0] != 0:
+        return
+    if text := "".join(f"{line}\n" for line in lines):
+        write_text(listing, printable(text))
+    elif os.path.exists(listing):
+        os.unlink(listing)
+
+
+def check_report(
+    names: Iterable[str],
+    images: ImageStore,
+    decode: bool = False,
+    workers: int = 0,
+    listing: str = "",
+) -> tuple[str, bool]:
     """One line for --check: images expected, present, unreadable, missing, with first names; and whether all is well.
 
-    Looks at headers and checksums only: a JPEG that is cut short shows when it is decoded.
+    Without `decode` it looks at headers and checksums only: a JPEG that is cut short shows when it is decoded. All that
+    is wrong is written into the file `listing`, if one is named.
     """
-    names, missing, unreadable = list(dict.fromkeys(names)), [], []
-    for name in names:
-        try:
-            path = images.find(name)
-            if path is None:
-                missing.append(name)
-            else:
-                verify_image(path)
-        except (UserError, OSError) as error:
-            unreadable.append(reason_of(error))
-    present = len(names) - len(missing) - len(unreadable)
-    text = f"images: {len(names):,} expected, {present:,} present"
-    text += f", {len(unreadable):,} unreadable, {len(missing):,} missing"
+    names = list(dict.fromkeys(names))
+    faults = unreadable(names, images, workers, decode)
+    text = report_of(len(names), faults, images)
+    if listing:
+        write_faults(faults.values(), listing)
+        text += f"; all in {listing}" if faults else ""
+    return text, not faults
+
+
+def report_of(count: int, faults: dict[str, str], images: ImageStore) -> str:
+    """check_report's line about `count` images with these faults."""
+    missing = [name for name in faults if _absent(images, name)]
+    damaged = [text for name, text in faults.items() if name not in set(missing)]
+    text = f"images: {count:,} expected, {count - len(faults):,} present"
+    text += f", {len(damaged):,} unreadable, {len(missing):,} missing"
     if missing:
         text += f"; first missing: {', '.join(map(shown, missing[:3]))} (looked in {', '.join(images.roots)})"
-    if unreadable:
-        text += f"; first unreadable: {unreadable[0]}"
-    return text, not missing and not unreadable
+    if damaged:
+        text += f"; first unreadable: {damaged[0]}"
+    return text
+
+
+def _absent(images: ImageStore, name: str) -> bool:
+    try:
+        return images.find(name) is None
+    except UserError:  # a name that leaves the root, a folder that is closed
+        return False
 
 
 @dataclass(frozen=True)
@@ -324,24 +408,13 @@ def _side(size: object, path: str, key: str) -> int:
 
 
 def _processor_file(name: str, use: str) -> str:
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        if os.path.isdir(name):
-            path = os.path.join(name, file)
-            if os.path.isfile(path):
+    try:
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            if path := checkpoint_file(name, file):
                 return path
-        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
-            from transformers.utils import cached_file
-
-            try:
-                path = cached_file(name, file)
-            except OSError:  # not there, or the hub cannot be reached
-                continue
-            if path is not None:
-                return path
-    raise UserError(
-        f"{use} {shown(name)}: no preprocessor_config.json; wanted a model folder that holds one, "
-        "or a hub id that is cached or can be downloaded"
-    )
+    except UserError as fault:
+        raise UserError(f"{use}: no preprocessor_config.json ({fault})") from None
+    raise UserError(f"{use} {shown(name)}: no preprocessor_config.json; wanted a model folder or hub id that holds one")
 
 
 def random_resized_crop(
@@ -416,4 +489,4 @@ def load_pixels(
     transforms = [transform] * len(names) if callable(transform) else transform
     assert len(transforms) == len(names) > 0
     run = _pool(workers).map if workers > 0 else map
-    return torch.stack(list(run(lambda name, to_pixels: to_pixels(images.open(name)), names, transforms)))
+    return torch.stack(list(run(images.open, names, transforms)))

@@ -1,5 +1,6 @@
 """The frozen LLaMA: loading (bf16, int8, NF4), its tokenizer, and its layers spelled out."""
 
+import logging
 import os
 import re
 from typing import NamedTuple
@@ -8,53 +9,50 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpointed
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from common.console import UserError
-from common.pretrained import checkpoint_file, read_config, read_tensors
+from common.console import UserError, warn
+from common.hub import has_file, shown
+from common.pretrained import build_empty, read_config, read_exactly
+from common.tokenizer import read_tokenizer
 
 LLAMA2 = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "70b": (8192, 28672, 80, 8)}
 
 
-def load_llm(name: str, dtype: torch.dtype, device: torch.device | str, quantize: str = ""):
+def load_llm(name: str, dtype: torch.dtype, device: torch.device | str, quantize: str = "", flag: str = "--llm"):
     """LLaMA from a folder or hub id -> (model in eval mode, frozen; tokenizer). quantize: "" | "int8" | "nf4".
 
     Weights stream from the files to the device, one tensor at a time: no accelerate, and no copy in host memory."""
     if quantize not in ("", "int8", "nf4"):
         raise UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
-    tokenizer = load_tokenizer(name)
-    config = read_config(name, ("llama",))
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    tokenizer = load_tokenizer(name, flag)
+    config = read_config(name, ("llama",), flag)
+    how = {"attn_implementation": "sdpa", "dtype": dtype, "trust_remote_code": False}
+    llm = build_empty(AutoModelForCausalLM.from_config, name, flag, config, **how)
+    shapes = {key: weight.shape for key, weight in llm.named_parameters()}  # a tied lm_head.weight is not listed
+    tied = {"lm_head.weight": shapes["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
     convert = quantizer(llm, quantize, dtype, device) if quantize else None
-    missing = {n for n, _ in llm.named_parameters()}  # a tied lm_head.weight is not listed
-    for key, tensor in read_tensors(name):
-        if key not in missing:
-            if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings):
-                continue  # older checkpoints store them
-            raise UserError(f"{name}: {key} is not a weight of the LLaMA that config.json describes")
+    head = None  # older checkpoints store a tied one as well, and inv_freq
+    for key, tensor in read_exactly(name, shapes, optional=tied, ignored=("rotary_emb.inv_freq",), flag=flag):
+        tensor = tensor.to(device).to(dtype)  # in this order: a GPU converts in no time, one thread of the host in 30 s
+        if key in tied:
+            head = tensor
+            continue
         path, leaf = key.rsplit(".", 1)
         module = llm.get_submodule(path)
-        shape = (
-            (module.out_features, module.in_features) if isinstance(module, nn.Linear) else getattr(module, leaf).shape
-        )
-        if tensor.shape != tuple(shape):
-            raise UserError(f"{name}: {key} is {tuple(tensor.shape)} in the file, {tuple(shape)} by config.json")
-        tensor = tensor.to(dtype)
         weight = convert(module, leaf, tensor) if convert else None
-        module._parameters[leaf] = nn.Parameter(tensor.to(device)) if weight is None else weight
-        missing.discard(key)
+        module._parameters[leaf] = nn.Parameter(tensor) if weight is None else weight
+    if head is not None and not torch.equal(head, llm.get_input_embeddings().weight):
+        wanted = 'set "tie_word_embeddings" to false, or remove lm_head.weight'
+        raise UserError(f"{shown(name, flag)}: config.json ties lm_head to the embeddings, its files do not: {wanted}")
     llm.tie_weights()
-    if missing:
-        raise UserError(f"{name}: {len(missing)} weights are not in the files, first {min(missing)}")
     llm.model.rotary_emb = type(llm.model.rotary_emb)(config).to(device)  # its buffers are in no file, fp32
     return llm.requires_grad_(False).eval(), tokenizer
 
 
 def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.device | str):
     """Swap the linears (all but lm_head) for bitsandbytes' -> function (module, leaf, tensor) -> weight or None."""
-    import bitsandbytes as bnb  # lazily: optional, and its CPU backend logs at import
-
+    bnb = bitsandbytes()
     for name, linear in list(llm.named_modules()):
         if type(linear) is nn.Linear and name != "lm_head":
             size = (linear.in_features, linear.out_features, linear.bias is not None)
@@ -65,7 +63,7 @@ def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.d
                     # are no multiple of 64; without it every kind of CPU gives the same
                     swap.support_avx512bf16_for_cpu = False
                 else:
-                    swap = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+                    swap = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False, threshold=6.0)  # [HF]
             llm.set_submodule(name, swap)
 
     def convert(module: nn.Module, leaf: str, tensor: torch.Tensor) -> nn.Parameter | None:
@@ -79,16 +77,32 @@ def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.d
     return convert
 
 
-def load_tokenizer(name: str):
+def bitsandbytes(flag: str = "--quantize"):
+    """The library, imported when a flag wants it: it is optional."""
+    # it would advise a package that nobody needs, and say at every int8 product that it computes in fp16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ImportError as fault:
+        raise UserError(f"{flag} wants bitsandbytes ({fault}): pip install bitsandbytes") from None
+    return bitsandbytes
+
+
+def load_tokenizer(name: str, flag: str = "--llm"):
     """Tokenizer of a LLaMA folder or hub id; it must have the fast form, a start and an end token."""
-    if checkpoint_file(name, "tokenizer.json") is None:
+    if not has_file(name, "tokenizer.json", flag):
         raise UserError(
-            f"{name}: no tokenizer.json (tokenizer.model alone cannot be read); "
+            f"{shown(name, flag)}: no tokenizer.json (tokenizer.model alone cannot be read); "
             "where sentencepiece is installed, AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
+    config = read_config(name, ("llama",), flag)
+    tokenizer = read_tokenizer(name, config, config.vocab_size, flag)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: its tokenizer_config.json sets no bos_token or no eos_token")
+        raise UserError(f"{shown(name, flag)}: its tokenizer_config.json sets no bos_token or no eos_token")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in ends:
+        own = f"{tokenizer.eos_token} ({tokenizer.eos_token_id})"
+        warn(f"{shown(name, flag)}: texts end with the tokenizer's {own}, config.json says {config.eos_token_id}")
     return tokenizer
 
 
@@ -158,13 +172,13 @@ class Shape(NamedTuple):
         return attention | {"gate_proj": (d, m), "up_proj": (d, m), "down_proj": (m, d)}
 
 
-def llm_shape(name: str) -> Shape:
+def llm_shape(name: str, flag: str = "--llm") -> Shape:
     """From config.json; that of Llama 2, by its name on the hub, is known without a download."""
     known = re.search(r"llama-?2-(7b|13b|70b)", name.lower())
     if known and not os.path.isdir(name):
         width, mlp, layers, heads = LLAMA2[known[1]]
         return Shape(width, mlp, layers, heads * 128, 32000)
-    c = read_config(name, ("llama",))
+    c = read_config(name, ("llama",), flag)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv = c.num_key_value_heads * head
     return Shape(c.hidden_size, c.intermediate_size, c.num_hidden_layers, kv, c.vocab_size)

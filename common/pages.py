@@ -15,9 +15,11 @@ import math
 import os
 import unicodedata
 from functools import lru_cache
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from common.files import whole, write_text
+from common.images import ImageStore, open_image
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #626b75; --line: #dfe3e7; --paper: #fbfbfa; --card: #ffffff;
@@ -90,17 +92,9 @@ def escape(text: object) -> Html:
     return Html(html.escape(line, quote=True))
 
 
-def join(*parts: object) -> Html:
-    """Parts one after the other; text is escaped."""
-    return Html("".join(escape(part) for part in parts))
-
-
 def _open(image: str | os.PathLike | Image.Image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    from common.images import open_image  # here: a page of tables needs no pictures
-
-    return open_image(image)
+    """Only a thumbnail is made of it: a very large photograph is read small."""
+    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(image, "reduce")
 
 
 def _encode(image: Image.Image, size: int) -> str:
@@ -151,6 +145,15 @@ def panel(query, text: object, ranked: list, right: int | None = None, note: obj
     below = f'<p class="note">{escape(note)}</p>' if note else ""
     ask = f'<div class="ask">{figure(image, label, 300, "query")}</div>'
     return Html(f'<div class="panel">{ask}<div class="found">{words}{below}{strip(items, right)}</div></div>')
+
+
+def delta_panel(images: ImageStore, reference: str, target: str, delta: str, notes: list[str]) -> Html:
+    """One triplet: the reference, the text that changes it, the target, and what else is to be said of them.
+
+    images: where the two names are looked up; notes: joined by a dot; an empty delta shows as (nothing)."""
+    query = (images.path(reference), f"reference {reference}")
+    found = [(images.path(target), f"target {target}")]
+    return panel(query, delta or "(nothing)", found, note=" · ".join(notes))
 
 
 def table(rows: list, headers: list) -> Html:
@@ -298,14 +301,8 @@ def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: s
                     fits += 1
                 write((left, top + cell + 3 + 16 * n), " ".join(words[:fits]), font, cell, (98, 107, 117))
                 words = words[fits:]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        sheet.save(file, "PNG", optimize=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with whole(path) as aside:
+        sheet.save(aside, "PNG", optimize=False)
 
 
 def write_answer(reference: str | os.PathLike, text: str, found: list, out: str | os.PathLike, where: str) -> None:
@@ -313,4 +310,4 @@ def write_answer(reference: str | os.PathLike, text: str, found: list, out: str 
     cells = [(reference, "reference"), *found]
     contact_sheet([cells[i : i + 6] for i in range(0, len(cells), 6)], f"{out}/query.png", title=text)
     body = page("What the model found", [(where, panel((reference, "reference"), text, found))])
-    Path(out, "query.html").write_text(body, encoding="utf-8")
+    write_text(f"{out}/query.html", body)

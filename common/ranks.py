@@ -20,6 +20,8 @@ from common.files import append_line, json_line, repair_jsonl, write_text
 
 _stop = {"time": None, "installed": False}
 
+# ---- the group ----
+
 
 @dataclass(frozen=True)
 class World:
@@ -63,6 +65,9 @@ def init_world(device: str = "auto") -> World:
     return World(rank, size, local_rank, here)
 
 
+# ---- collectives: every rank must call them ----
+
+
 @functools.cache
 def _gather_function():
     """The autograd function of gather_with_grad, made on first use because its base class needs torch."""
@@ -100,6 +105,13 @@ def gather_with_grad(x):
     return x if rank_size()[1] == 1 else _gather_function().apply(x)
 
 
+def gather_parts(rows, part: int):
+    """(n, ...) of each rank -> (ranks n, ...): each `part` rows of all ranks in turn, as draw_batch orders a batch."""
+    import torch
+
+    return torch.cat([gather_with_grad(some) for some in rows.split(part)])
+
+
 def all_reduce_gradients(parameters: Iterable) -> None:
     """Sums .grad over the ranks, in place; the loss was already divided by the global count. No .grad counts as 0."""
     if rank_size()[1] == 1:
@@ -116,6 +128,13 @@ def all_reduce_gradients(parameters: Iterable) -> None:
         torch.distributed.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
+
+
+def gradient_norm(parameters: Iterable) -> float:
+    """L2 norm of all gradients; no .grad counts as 0."""
+    import torch
+
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 def all_sum(x):
@@ -154,6 +173,9 @@ def barrier() -> None:
     any_rank(False)
 
 
+# ---- dtype and log ----
+
+
 def pick_dtype(dtype: str, device):
     """--dtype to torch's: "auto" is bf16 on CUDA and fp32 on CPU."""
     import torch
@@ -184,11 +206,21 @@ class Log:
                     write_text(self.path, "".join(json_line(record) for record in kept))
 
     def write(self, **record: Any) -> None:
+        """One record; NaN and infinity as words."""
         if rank_size()[0] == 0:
             for key, value in record.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     record[key] = str(value)  # JSON has no NaN
             append_line(self.path, record)
+
+
+def pace(began: float, done: int, left: int, items: int) -> dict[str, float]:
+    """For the log: since `began` (time.perf_counter()) there were `done` steps of `items`; `left` are to come."""
+    seconds = time.perf_counter() - began
+    return {"items_per_s": round(done * items / seconds, 2), "eta_s": round(seconds / done * left)}
+
+
+# ---- seeds: functions of their keys, so that a resumed run draws what an unbroken one does ----
 
 
 def _seed(*keys: Any) -> int:
@@ -215,6 +247,9 @@ def seeded_generator(*keys: Any):
     import torch
 
     return torch.Generator().manual_seed(_seed(*keys))
+
+
+# ---- signals ----
 
 
 def stop_requested() -> bool:

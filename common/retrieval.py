@@ -5,13 +5,16 @@ order. Scores are cosines in float32 (TF32 off). A target outside the gallery is
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from common.annotations import Benchmark
-from common.console import UserError, progress
-from common.images import ImageStore, load_pixels
+from common.annotations import Benchmark, all_without_missing, read_benchmarks, read_own
+from common.batches import chunks
+from common.console import UserError, say
+from common.encoding import Compute, encode
+from common.images import ImageStore
 from common.ranks import gather_objects
 
 CIRR_KS, SUBSET_KS, FASHIONIQ_KS, CIRCO_KS = (1, 5, 10, 50), (1, 2, 3), (10, 50), (5, 10, 25, 50)
@@ -63,13 +66,13 @@ def score_blocks(
     """queries (N, D) @ images (M, D).T in float32, some rows at a time: (rows, (n, M)).
 
     first (N, K): columns that a re-ranking put ahead of all others, best first."""
-    size = max(1, min(512, 2**25 // max(1, len(images))))  # 128 MiB of scores at most
+    block = max(1, min(512, 2**25 // max(1, len(images))))  # 128 MiB of scores at most
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 keeps 10 bits: near ties would change places
     try:
         with torch.autocast(queries.device.type, enabled=False):
-            for start in range(0, len(queries), size):
-                rows = slice(start, min(start + size, len(queries)))
+            for start in range(0, len(queries), block):
+                rows = slice(start, min(start + block, len(queries)))
                 scores = queries[rows].float() @ images.float().T
                 if first is not None:
                     above = 3 - torch.arange(first.shape[1], device=scores.device) / first.shape[1]  # cosines end at 1
@@ -96,20 +99,20 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
     """Names to rows; UserError for a gallery with duplicates, targets for some only, or an odd img_set."""
     if not benchmark.queries or not benchmark.gallery:
         raise UserError(f"{benchmark.title}: no queries or no gallery")
-    at = {name: i for i, name in enumerate(benchmark.gallery)}
-    size = len(at)
-    if size < len(benchmark.gallery):
+    place = {name: i for i, name in enumerate(benchmark.gallery)}
+    count = len(place)
+    if count < len(benchmark.gallery):
         raise UserError(f"{benchmark.title}: a name stands twice in the gallery; list each once")
     for query in benchmark.queries:
         for name in (query.reference, *(query.members or ())):
-            at.setdefault(name, len(at))
-    inside = [at[q.reference] if at[q.reference] < size else -1 for q in benchmark.queries]
+            place.setdefault(name, len(place))
+    inside = [place[q.reference] if place[q.reference] < count else -1 for q in benchmark.queries]
     hidden = [q.target is None for q in benchmark.queries]
     if any(hidden) and not all(hidden):
         raise UserError(f"{benchmark.title}: query {hidden.index(True)} has no target, others have one")
     target = None
     if not any(hidden):
-        target = torch.tensor([at.get(q.target, -1) for q in benchmark.queries])
+        target = torch.tensor([place.get(q.target, -1) for q in benchmark.queries])
     others = None
     if benchmark.dataset == "cirr":
         rows = []
@@ -120,15 +123,16 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
                     f"{benchmark.title}: img_set of pairid {query.id} must be six images, the reference and the"
                     f" target among them; found {list(query.members or ())}"
                 )
-            rows.append(sorted(at[name] for name in members))  # in gallery order: that is the tie rule of `rank`
+            rows.append(sorted(place[name] for name in members))  # in gallery order: that is the tie rule of `rank`
         others = torch.tensor(rows)
-    excluded = None if benchmark.dataset != "cirr" and keep_reference else torch.tensor(inside)
-    reference = torch.tensor([at[q.reference] for q in benchmark.queries])
+    kept = keep_reference and benchmark.dataset in ("fashioniq", "circo")
+    excluded = None if kept else torch.tensor(inside)
+    reference = torch.tensor([place[q.reference] for q in benchmark.queries])
     truths = None
     if benchmark.dataset == "circo" and target is not None:
-        rows = [[at[name] for name in q.extra["truths"]] for q in benchmark.queries]
+        rows = [[place[name] for name in q.extra["truths"]] for q in benchmark.queries]
         truths = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
-    return Indices(tuple(at), size, reference, target, others, excluded, truths)
+    return Indices(tuple(place), count, reference, target, others, excluded, truths)
 
 
 def require_images(benchmark: Benchmark, names: tuple[str, ...]) -> None:
@@ -139,23 +143,6 @@ def require_images(benchmark: Benchmark, names: tuple[str, ...]) -> None:
             f"{benchmark.title}: {len(missing):,} of {len(names):,} images missing, the first is {missing[0]!r};"
             " recall over fewer is not reported: add them, or name their folder with --images"
         )
-
-
-def encode(model: torch.nn.Module, images: ImageStore, names: list, batch: int, device, dtype, workers, what: str):
-    """(rows, tokens, targets) of the pictures, a batch at a time, in eval mode and autocast; dealt to the ranks."""
-    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-    place, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
-    modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
-    model.eval()
-    try:
-        for start in progress(range(0, len(names), batch)[place::size], what):
-            rows = range(start, min(start + batch, len(names)))
-            pixels = load_pixels(images, [names[i] for i in rows], model.preprocess, workers).to(device)
-            with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-                yield rows, *model.image(pixels)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def asked(places: list[list[int]]) -> dict[int, list[int]]:
@@ -169,29 +156,31 @@ def asked(places: list[list[int]]) -> dict[int, list[int]]:
 
 @torch.no_grad()
 def embed(
-    model: torch.nn.Module,
-    benchmark: Benchmark,
-    at: Indices,
-    batch: int,
-    device,
-    dtype: torch.dtype = torch.float32,
-    workers: int = 0,
-    backward: bool = False,
+    model: torch.nn.Module, benchmark: Benchmark, at: Indices, compute: Compute, backward: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> queries (N, D), images (len(at.names), D), float32, normalised, on every rank.
 
     Each image is encoded once: the queries of a reference are composed with the batch that holds it, so that patch
     tokens never outlive their batch. Batches are dealt to the ranks; call it on all of them."""
     asks, images, queries = asked(at.reference[:, None].tolist()), [], []  # (row, embedding)
-    how = (batch, device, dtype, workers, f"embedding {benchmark.title}")
-    for rows, tokens, targets in encode(model, benchmark.images, at.names, *how):
+    for rows, tokens, targets in encode(model, benchmark.images, at.names, compute, f"embedding {benchmark.title}"):
         images += zip(rows, targets.float().cpu(), strict=True)
         pairs = [(i - rows.start, query) for i in rows for query in asks.get(i, ())]
-        for first in range(0, len(pairs), batch):
-            where, which = zip(*pairs[first : first + batch], strict=True)
-            composed = model.compose(tokens[list(where)], [benchmark.queries[i].delta for i in which], backward)
+        for part in chunks(pairs, compute.batch):
+            where, which = zip(*part, strict=True)
+            deltas = [benchmark.queries[i].delta for i in which]
+            with compute.autocast():
+                composed = model.compose(tokens[list(where)], deltas, backward)
             queries += zip(which, composed.float().cpu(), strict=True)
-    return tuple(_merge(rows, what, benchmark).to(device) for what, rows in (("query", queries), ("image", images)))
+    queries, images = _merge(queries, "query", benchmark.title), _merge(images, "image", benchmark.title)
+    return queries.to(compute.device), images.to(compute.device)
+
+
+class Shortlist(NamedTuple):
+    """The best columns of the gallery for each query, best first."""
+
+    columns: torch.Tensor  # (N, K)
+    scores: torch.Tensor  # (N, K): cosines, or above all those the places that a re-ranking gave
 
 
 @torch.no_grad()
@@ -200,33 +189,31 @@ def rerank(
     images: ImageStore,
     names: list,
     deltas: list[str],
-    cosines: torch.Tensor,
-    top: torch.Tensor,
-    tau: float,
+    top: Shortlist,
     weight: float,
-    how: tuple,
+    compute: Compute,
 ) -> torch.Tensor:
-    """The columns `top` (N, K) of the gallery `names`, ordered by cosine / tau + weight * log p(matched) [ours].
+    """The columns (N, K) of the gallery `names`, ordered by cosine / tau + weight * log p(matched) [ours].
 
-    cosines (N, K). The tdm head sees a candidate's patch tokens and the delta; each candidate is encoded once more,
-    with all the queries that found it. how: batch, device, dtype, workers. Call it on all ranks."""
-    found, asks = [], asked(top.tolist())
+    The tdm head sees a candidate's patch tokens and the delta; each candidate is encoded once more, with all the
+    queries that found it. Call it on all ranks."""
+    found, asks = [], asked(top.columns.tolist())
     wanted = sorted(asks)
-    batch = how[0]
-    for rows, tokens, _ in encode(model, images, [names[i] for i in wanted], *how, "re-ranking"):
+    for rows, tokens, _ in encode(model, images, [names[i] for i in wanted], compute, "re-ranking"):
         pairs = [(i - rows.start, query) for i in rows for query in asks[wanted[i]]]
-        for first in range(0, len(pairs), batch):
-            where, which = zip(*pairs[first : first + batch], strict=True)
-            logits = model.match(tokens[list(where)], [deltas[i] for i in which]).log_softmax(1)[:, 1]
+        for part in chunks(pairs, compute.batch):
+            where, which = zip(*part, strict=True)
+            with compute.autocast():
+                logits = model.match(tokens[list(where)], [deltas[i] for i in which])
             columns = [wanted[rows.start + i] for i in where]
-            found += zip(which, columns, logits.tolist(), strict=True)
+            found += zip(which, columns, logits.log_softmax(1)[:, 1].tolist(), strict=True)
     matched = {(query, column): value for part in gather_objects(found) for query, column, value in part}
-    logs = torch.tensor([[matched[i, j] for j in row] for i, row in enumerate(top.tolist())])
-    order = (cosines.cpu() / tau + weight * logs).sort(dim=1, descending=True, stable=True).indices
-    return top.cpu().gather(1, order)
+    logs = torch.tensor([[matched[i, j] for j in row] for i, row in enumerate(top.columns.tolist())])
+    order = (top.scores.cpu() / model.tau.item() + weight * logs).sort(dim=1, descending=True, stable=True).indices
+    return top.columns.cpu().gather(1, order)
 
 
-def _merge(rows: list, what: str, benchmark: Benchmark) -> torch.Tensor:
+def _merge(rows: list, what: str, title: str) -> torch.Tensor:
     """(row, embedding) of all ranks -> (rows, D) in order, normalised; every row must be there once and finite."""
     mine = (torch.tensor([i for i, _ in rows]), torch.stack([x for _, x in rows]) if rows else None)
     parts = [(index, x) for index, x in gather_objects(mine) if x is not None]
@@ -236,26 +223,33 @@ def _merge(rows: list, what: str, benchmark: Benchmark) -> torch.Tensor:
     x = x[order]
     bad = (~torch.isfinite(x).all(1)).nonzero().flatten().tolist()
     if bad:
-        raise UserError(f"{benchmark.title}: {len(bad)} {what} embeddings are not finite, first {bad[0]}")
+        raise UserError(f"{title}: {len(bad)} {what} embeddings are not finite, first {bad[0]}")
     return F.normalize(x, dim=1)
 
 
 def shortlist(
     queries: torch.Tensor, images: torch.Tensor, at: Indices, k: int, first: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns (N, K) of the best of the gallery and their scores: cosines, or above all those the places of `first`."""
-    parts = []
+) -> Shortlist:
+    """The k best of the gallery for each query; first: columns that a re-ranking put ahead, as in score_blocks."""
+    columns, values = [], []
     for rows, scores in score_blocks(queries, images, first):
         scores = scores[:, : at.gallery]
         top = best(scores, k, None if at.excluded is None else at.excluded[rows].to(scores.device))
-        parts.append((top.cpu(), scores.gather(1, top).cpu()))
-    return torch.cat([top for top, _ in parts]), torch.cat([cosines for _, cosines in parts])
+        columns.append(top.cpu())
+        values.append(scores.gather(1, top).cpu())
+    return Shortlist(torch.cat(columns), torch.cat(values))
 
 
-def measure(
-    queries: torch.Tensor, images: torch.Tensor, at: Indices, first: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Ranks in the gallery (N,); for CIRR among the other members of img_set (N,); for CIRCO of all answers (N, G)."""
+class Ranks(NamedTuple):
+    """Where the right images of N queries stand, from 1."""
+
+    target: torch.Tensor  # (N,) in the gallery; NEVER if it is not there
+    subset: torch.Tensor | None = None  # CIRR: (N,) among the other members of img_set
+    truths: torch.Tensor | None = None  # CIRCO: (N, G) of all right answers, -1 where a query has fewer
+
+
+def measure(queries: torch.Tensor, images: torch.Tensor, at: Indices, first: torch.Tensor | None = None) -> Ranks:
+    """Ranks of every query's right images; first: columns that a re-ranking put ahead, as in score_blocks."""
     ranks, subset, truths = [], [], []
     for rows, scores in score_blocks(queries, images, first):  # (n, names)
         target = at.target[rows].to(scores.device)
@@ -269,38 +263,84 @@ def measure(
         if at.truths is not None:
             each = [rank(scores, t, excluded).cpu() for t in at.truths[rows].to(scores.device).T]
             truths.append(torch.where(at.truths[rows] >= 0, torch.stack(each, dim=1), -1))
-    return torch.cat(ranks), torch.cat(subset) if subset else None, torch.cat(truths) if truths else None
+    return Ranks(torch.cat(ranks), torch.cat(subset) if subset else None, torch.cat(truths) if truths else None)
 
 
-def recalls(
-    ranks: torch.Tensor, subset: torch.Tensor | None = None, truths: torch.Tensor | None = None
-) -> dict[str, float]:
-    """Percent. With subset ranks CIRR's R@K, Rs@K and Avg = (R@5 + Rs@1) / 2; with truths CIRCO's mAP@K and R@K of the
-    target; without either FashionIQ's R@10 and R@50."""
-    if truths is not None:
-        result = {f"mAP@{k}": 100.0 * average_precision(truths, k).double().mean().item() for k in CIRCO_KS}
-        return result | {f"R@{k}": recall(ranks, k) for k in CIRCO_KS}
-    if subset is None:
-        return {f"R@{k}": recall(ranks, k) for k in FASHIONIQ_KS}
-    result = {f"R@{k}": recall(ranks, k) for k in CIRR_KS} | {f"Rs@{k}": recall(subset, k) for k in SUBSET_KS}
+def recalls(ranks: Ranks, dataset: str = "") -> dict[str, float]:
+    """Percent. CIRR: R@K, Rs@K and Avg = (R@5 + Rs@1) / 2; CIRCO: mAP@K, and R@K of the target; FashionIQ: R@10, 50;
+    one's own ("jsonl"): R@1, 5, 10, 50."""
+    if ranks.truths is not None:
+        result = {f"mAP@{k}": 100.0 * average_precision(ranks.truths, k).double().mean().item() for k in CIRCO_KS}
+        return result | {f"R@{k}": recall(ranks.target, k) for k in CIRCO_KS}
+    if ranks.subset is None:
+        return {f"R@{k}": recall(ranks.target, k) for k in (CIRR_KS if dataset == "jsonl" else FASHIONIQ_KS)}
+    result = {f"R@{k}": recall(ranks.target, k) for k in CIRR_KS}
+    result |= {f"Rs@{k}": recall(ranks.subset, k) for k in SUBSET_KS}
     return result | {"Avg": (result["R@5"] + result["Rs@1"]) / 2}
 
 
 def evaluate(
-    model: torch.nn.Module,
-    benchmark: Benchmark,
-    batch: int,
-    device,
-    dtype: torch.dtype = torch.float32,
-    keep_reference: bool = True,
-    workers: int = 0,
+    model: torch.nn.Module, benchmark: Benchmark, compute: Compute, keep_reference: bool = True
 ) -> dict[str, float]:
     """Recall in percent of a labelled benchmark; on all ranks together, each encoding its share of the images."""
     at = index(benchmark, keep_reference)
     if at.target is None:
         raise UserError(f"{benchmark.title} has no labels: nothing to measure")
     require_images(benchmark, at.names)
-    return recalls(*measure(*embed(model, benchmark, at, batch, device, dtype, workers), at))
+    queries, images = embed(model, benchmark, at, compute)
+    return recalls(measure(queries, images, at), benchmark.dataset)
+
+
+class Validation(NamedTuple):
+    """What a run measures itself by while it trains."""
+
+    benchmarks: list[Benchmark]  # of FashionIQ one a category; empty: none
+    says: str = ""  # the protocol and the counts in one line
+
+
+def read_validation(
+    dataset: str, root: str, split: str, images: str, keys: str = "", hold_out: float = 0
+) -> Validation:
+    """The labelled benchmarks of --val_split, "" for none; UserError for a split that cannot be measured.
+
+    keys, hold_out: of one's own triplets (read_own), whose split is "held"."""
+    if not split:
+        return Validation([])
+    if dataset == "jsonl":
+        if split != "held" or not hold_out:
+            raise UserError(f"--val_split {split}: of --dataset jsonl it is held, with --hold_out N triplets")
+        protocol = "all pictures"
+        benchmarks = [read_own(root, images, hold_out=hold_out, keys=keys)]
+    else:
+        protocol = "original" if dataset == "fashioniq" else "split"
+        benchmarks = read_benchmarks(dataset, root, split, "all", images, protocol)
+    if any(query.target is None for benchmark in benchmarks for query in benchmark.queries):
+        raise UserError(f"--val_split {split}: its targets are hidden; take a split with labels")
+    counts = [f"{len(b.queries):,} queries, {len(b.gallery):,} gallery images" for b in benchmarks]
+    return Validation(benchmarks, f"{protocol_of(dataset, protocol, True, ())}: {'; '.join(counts)}")
+
+
+def begin_validation(validation: Validation, split: str, share: float, out: str) -> Validation:
+    """Says what will be measured; UserError for a missing gallery image: a run must not find out after hours.
+
+    share: of its images that may be missing; they are left out, in out/missing.txt, and the protocol says so."""
+    benchmarks, note = all_without_missing(validation.benchmarks, share, f"{out}/missing.txt")
+    validation = Validation(benchmarks, "; ".join(filter(None, (validation.says, note))))
+    for benchmark in benchmarks:
+        if missing := benchmark.images.missing(benchmark.gallery):
+            raise UserError(f"--val_split {split}: {len(missing):,} images missing, first {missing[0]!r}")
+    if validation.benchmarks:
+        say(f"validation on {split}, {validation.says}")
+    return validation
+
+
+def validate(model: torch.nn.Module, validation: Validation, compute: Compute) -> dict[str, float]:
+    """Recall in percent, of FashionIQ the mean of its categories; "score" is the mean by which steps are compared:
+    R@1, 5 and 10 of CIRR and of one's own, R@10 and 50 of FashionIQ [ours]."""
+    found = [evaluate(model, benchmark, compute) for benchmark in validation.benchmarks]
+    mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    chosen = ("R@10", "R@50") if validation.benchmarks[0].dataset == "fashioniq" else ("R@1", "R@5", "R@10")
+    return {"score": sum(mean[name] for name in chosen) / len(chosen)} | mean
 
 
 def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[str, ...]) -> str:
@@ -308,6 +348,8 @@ def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[s
     if dataset == "cirr":
         which = {"split": "every image of the split", "references": "only the images that are a query's reference"}
         says = f'protocol "{protocol}": gallery = {which[protocol]}, minus the query\'s own reference'
+    elif dataset == "jsonl":
+        says = f"one's own triplets: gallery = {protocol}, minus the query's own reference"
     else:
         which = {"original": "the category's split file", "val": "candidates and targets of the category's captions"}
         which["unlabeled2017"] = "COCO's unlabelled images"

@@ -32,19 +32,19 @@ JOBS = 2  # runs at a time, one thread each
 ALPHA = 0.5  # weight of the reversed loss; [Bi] takes 0.4 and 0.5 on FashionIQ
 SIZES = "--steps 80 --batch 48 --lr 5e-4 --tau 0.05 --views 2 --val_split dev --val_every 10"  # of every training run
 
-BACK = "--bidirectional {alpha} "
-VDG = "--reversed_text delta --same_deltas false --same_pairs {folder}/train/pseudo.jsonl "  # human forward, VDG back
-(STAGE2,) = ("--train_text false --start {folder}/cir/",)  # the Combiner behind stage I's text encoder, as in [Bi]
+_BACK = "--bidirectional {alpha} "
+_VDG = "--reversed_text delta --same_deltas false --same_pairs {folder}/train/pseudo.jsonl "  # human forward, VDG back
+_STAGE2 = "--train_text false --start {folder}/cir/"  # the Combiner behind stage I's text encoder, as in [Bi]
 RUNS = {  # row of the table, model, flags; on the human triplets alone
     "sum": ("sum, forward only", "sum", ""),
-    "combiner": ("combiner, forward only", "combiner", STAGE2 + "sum"),
-    "combiner-bank": ("combiner, forward only, bank of negatives", "combiner", "--bank " + STAGE2 + "sum"),
-    "sum-token": ("sum, bi-directional, [BACKWARD] + human text", "sum", BACK),
-    "combiner-token": ("combiner, bi-directional, [BACKWARD] + human text", "combiner", BACK + STAGE2 + "sum-token"),
-    "sum-vdg": ("sum, bi-directional, VDG's reversed text", "sum", BACK + VDG),
-    "combiner-vdg": ("combiner, bi-directional, VDG's reversed text", "combiner", BACK + VDG + STAGE2 + "sum-vdg"),
+    "combiner": ("combiner, forward only", "combiner", _STAGE2 + "sum"),
+    "combiner-bank": ("combiner, forward only, bank of negatives", "combiner", "--bank " + _STAGE2 + "sum"),
+    "sum-token": ("sum, bi-directional, [BACKWARD] + human text", "sum", _BACK),
+    "combiner-token": ("combiner, bi-directional, [BACKWARD] + human text", "combiner", _BACK + _STAGE2 + "sum-token"),
+    "sum-vdg": ("sum, bi-directional, VDG's reversed text", "sum", _BACK + _VDG),
+    "combiner-vdg": ("combiner, bi-directional, VDG's reversed text", "combiner", _BACK + _VDG + _STAGE2 + "sum-vdg"),
 }
-CHAINS = [("sum", "combiner", "combiner-bank"), ("sum-token", "combiner-token"), ("sum-vdg", "combiner-vdg")]
+_CHAINS = [("sum", "combiner", "combiner-bank"), ("sum-token", "combiner-token"), ("sum-vdg", "combiner-vdg")]
 QUERIES = {"forward": "", "backward": "--reversed", "vdg": "--reversed --reverse_text {folder}/val/pseudo.jsonl"}
 RERANKED = {"plain": "", "reranked": "--rerank 50"}
 
@@ -119,7 +119,7 @@ def main() -> None:
         folder = f"{OUT}/{os.path.basename(demo)}-{stands_on(demo, blip)}"
         reversed_texts(demo, folder, seed)
         with ThreadPoolExecutor(JOBS) as pool:
-            chains = [pool.submit(one_chain, names, demo, folder, seed) for names in CHAINS]
+            chains = [pool.submit(one_chain, names, demo, folder, seed) for names in _CHAINS]
             ranked = {
                 name: pool.submit(evaluation, blip, demo, f"{folder}/eval/{name}", how)
                 for name, how in RERANKED.items()

@@ -7,27 +7,32 @@ Reads the folders that demo.sh wrote; writes OUT/metrics.json, OUT/index.html an
 
 import os
 import sys
+from collections.abc import Iterator
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import pages  # noqa: E402
+from common import pages
+from common.annotations import read_cirr
 from common.console import run
 from common.files import read_json, read_jsonl, write_json, write_text
 from common.flags import override
-from demo import world  # noqa: E402
+from common.images import ImageStore
+from demo import world
 
 OUT = "out/demo"  # folder of the demo
 WORLD = "out/demo/world"  # folder written by demo/world.py
 
-MODELS = ("combiner", "blip_tdm")
+_MODELS = ("combiner", "blip_tdm")
 ROWS = {
     "supervised": "supervised",
     "same": "supervised + VDG deltas",
     "auxiliary": "supervised + VDG deltas + auxiliary",
     "only": "auxiliary only",
 }
-RECALLS = ("R@1", "R@5", "R@10", "R@50", "Rs@1")
+_RECALLS = ("R@1", "R@5", "R@10", "R@50", "Rs@1")
+_SHOWN = 8  # deltas, and queries of each model, on the page
 
 
+# ---- numbers ----
 def judge(records: list[dict], attributes: dict) -> dict:
     """Precision: of what the deltas name, the share that truly changed and is named with the right value. Recall: of
     what changed, the share rightly named. Percent; a human delta names one or two changes on purpose."""
@@ -51,154 +56,129 @@ def judge(records: list[dict], attributes: dict) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
-    lines = [f"{'model':10s}{'trained on':38s}" + "".join(f"{k:>8s}" for k in RECALLS) + "    mean of R@1, 5, 10"]
+def row_of(model: str, key: str) -> dict:
+    """A row of the table: one model on one training set."""
+    metrics = read_json(f"{OUT}/eval/{model}-{key}/metrics.json")["metrics"]
+    config = read_json(f"{OUT}/cir/{model}-{key}/config.json")
+    row = {"model": model, "name": ROWS[key]} | {name: metrics[name] for name in _RECALLS}
+    return row | {"mean": sum(metrics[name] for name in _RECALLS[:3]) / 3, "step": config.get("step")}
+
+
+def print_tables(rows: list[dict], deltas: dict[str, dict]) -> None:
+    print(f"{'model':10s}{'trained on':38s}" + "".join(f"{k:>8s}" for k in _RECALLS) + "    mean of R@1, 5, 10")
     for row in rows:
-        lines.append(
-            f"{row['model']:10s}{row['name']:38s}"
-            + "".join(f"{row[k]:8.1f}" for k in RECALLS)
-            + f"{row['mean']:14.1f}   (step {row['step']})"
+        recalls = "".join(f"{row[name]:8.1f}" for name in _RECALLS)
+        print(f"{row['model']:10s}{row['name']:38s}{recalls}{row['mean']:14.1f}   (step {row['step']})")
+    print("\ndeltas: precision = named changes that are true, recall = true changes that are named (percent)")
+    for name, score in deltas.items():
+        shares = f"precision {score['precision']:5.1f}   recall {score['recall']:5.1f}"
+        print(f"  {name:28s} {shares}   {score['pairs']:,} pairs")
+
+
+# ---- the page ----
+def evenly(records: list[dict]) -> list[dict]:
+    """About _SHOWN of them, spread evenly: nobody picked."""
+    return records[:: max(1, len(records) // _SHOWN)]
+
+
+def number_sections(rows: list[dict], deltas: dict[str, dict]) -> Iterator[tuple]:
+    numbers = [[row["model"], row["name"], *(float(row[k]) for k in _RECALLS), float(row["mean"])] for row in rows]
+    told = "One backbone, four training sets. Recall in percent on val; the step was chosen on dev."
+    headers = ["model", "trained on", *_RECALLS, "mean R@1, 5, 10"]
+    yield "What the generated deltas are worth", told, pages.table(numbers, headers)
+
+    numbers = [[name, float(s["precision"]), float(s["recall"]), s["pairs"]] for name, s in deltas.items()]
+    yield "Precision and recall of the deltas", pages.table(numbers, ["", "precision", "recall", "pairs"])
+
+
+def delta_sections(held_out: list[dict], human: list[dict], auxiliary: list[dict], images, gallery) -> Iterator[tuple]:
+    """Deltas beside their two pictures; held-out pairs with what a human-like text says of them."""
+    spoken = {(r["reference"], r["target"]): r["delta"] for r in human}
+    panels = []
+    for r in evenly(held_out):
+        notes = ["human: " + spoken.get((r["reference"], r["target"]), "")]
+        panels.append(pages.delta_panel(images, r["reference"], r["target"], r["delta"], notes))
+    yield "Deltas for held-out pairs", *panels
+
+    panels = [pages.delta_panel(gallery, r["reference"], r["target"], r["delta"], []) for r in evenly(auxiliary)]
+    yield "Deltas for pairs mined from unlabelled pictures", *panels
+
+
+def retrieval_section(model: str, images: ImageStore) -> tuple:
+    """What a model trained on everything found for some of the human queries, the right picture framed."""
+    panels = []
+    for r in evenly(read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl"))[:_SHOWN]:
+        names = r["top"][:6]
+        panels.append(
+            pages.panel(
+                (images.path(r["reference"]), "reference"),
+                r["delta"],
+                [(images.path(name), str(place)) for place, name in enumerate(names, 1)],
+                right=names.index(r["target"]) if r["target"] in names else None,
+                note=f"the right one is at rank {r['rank']:,}",
+                answer=(images.path(r["target"]), "right"),
+            )
         )
-    return "\n".join(lines)
+    return f"Retrievals of {model}, {ROWS['auxiliary']}: human queries, taken evenly", *panels
+
+
+def log_of(folder: str, value: str) -> list[tuple[int, float]]:
+    """(step, value) of a run's log, where a line has the value."""
+    return [(line["step"], line[value]) for line in read_jsonl(f"{OUT}/{folder}/log.jsonl") if value in line]
+
+
+def curve_sections() -> Iterator[tuple]:
+    losses = {name: log_of(name, "loss") for name in ("align", "vdg")}
+    yield "Alignment and tuning", pages.curve(losses, y_label="loss")
+    for model in _MODELS:
+        losses = {name: log_of(f"cir/{model}-{key}", "loss") for key, name in ROWS.items()}
+        scores = {name: log_of(f"cir/{model}-{key}", "score") for key, name in ROWS.items()}
+        yield f"{model}: loss", pages.curve(losses, y_label="loss")
+        yield f"{model}: recall on dev while training", pages.curve(scores, y_label="mean of R@1, 5, 10")
+
+
+def link_section() -> tuple:
+    links = []
+    for model in _MODELS:
+        for key, name in ROWS.items():
+            links.append(f'<a href="eval/{model}-{key}/index.html">{model}, {pages.escape(name)}</a>')
+    links.append('<a href="mined/subgroups.html">mined subgroups</a>')
+    return "More retrievals", pages.Html("<p>" + " · ".join(links) + "</p>")
+
+
+def write_picture(auxiliary: list[dict], gallery: ImageStore) -> None:
+    """OUT/deltas.png: eight mined pairs in two rows, the delta under each target."""
+    cells = []
+    for r in evenly(auxiliary)[:8]:
+        cells += [(gallery.path(r["reference"]), "turn this into"), (gallery.path(r["target"]), r["delta"])]
+    pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200, lines=2)
 
 
 def main() -> None:
     attributes = read_json(f"{WORLD}/attributes.json")
-    rows, curves = [], {model: {} for model in MODELS}
-    for model in MODELS:
-        for key, name in ROWS.items():
-            metrics = read_json(f"{OUT}/eval/{model}-{key}/metrics.json")["metrics"]
-            config = read_json(f"{OUT}/cir/{model}-{key}/config.json")
-            log = read_jsonl(f"{OUT}/cir/{model}-{key}/log.jsonl")
-            curves[model][name] = [(r["step"], r["score"]) for r in log if "score" in r]
-            rows.append(
-                {
-                    "model": model,
-                    "name": name,
-                    **{k: metrics[k] for k in RECALLS},
-                    "mean": sum(metrics[k] for k in RECALLS[:3]) / 3,
-                    "step": config.get("step"),
-                }
-            )
-    held_out = read_jsonl(f"{OUT}/heldout/pseudo.jsonl")
-    auxiliary = read_jsonl(f"{OUT}/pseudo/pseudo.jsonl")
-    same = read_jsonl(f"{OUT}/same/pseudo.jsonl")
-    human = [
-        {"reference": r["reference"], "target": r["target_hard"], "delta": r["caption"]}
-        for r in read_json(f"{WORLD}/cirr/captions/cap.rc2.val.json")
-    ]
-    deltas = {
-        name: judge(records, attributes)
-        for name, records in (
-            ("VDG, held-out pairs", held_out),
-            ("VDG, auxiliary pairs", auxiliary),
-            ("VDG, the human train pairs", same),
-            ("human-like, held-out pairs", human),
-        )
+    val, gallery = read_cirr(f"{WORLD}/cirr", "val"), ImageStore(f"{WORLD}/aux")
+    held_out, auxiliary, same = (read_jsonl(f"{OUT}/{name}/pseudo.jsonl") for name in ("heldout", "pseudo", "same"))
+    human = [{"reference": q.reference, "target": q.target, "delta": q.delta} for q in val.queries]
+
+    # recall of each model on each training set, and how true the deltas are
+    rows = [row_of(model, key) for model in _MODELS for key in ROWS]
+    judged = {
+        "VDG, held-out pairs": held_out,
+        "VDG, auxiliary pairs": auxiliary,
+        "VDG, the human train pairs": same,
+        "human-like, held-out pairs": human,
     }
+    deltas = {name: judge(records, attributes) for name, records in judged.items()}
     write_json(f"{OUT}/metrics.json", {"rows": rows, "deltas": deltas}, indent=1)
-    print(table(rows))
-    print("\ndeltas: precision = named changes that are true, recall = true changes that are named (percent)")
-    for name, score in deltas.items():
-        print(
-            f"  {name:28s} precision {score['precision']:5.1f}   recall {score['recall']:5.1f}"
-            f"   {score['pairs']:,} pairs"
-        )
+    print_tables(rows, deltas)
 
-    root = f"{WORLD}/cirr/img_raw"
-    places = read_json(f"{WORLD}/cirr/image_splits/split.rc2.val.json")
-
-    def sample(records, place):
-        parts = []
-        for record in records:
-            parts.append(
-                pages.panel(
-                    (place(record["reference"]), "reference"),
-                    record["delta"],
-                    [(place(record["target"]), "target")],
-                    note=record.get("note", ""),
-                )
-            )
-        return parts
-
-    spoken = {(r["reference"], r["target"]): r["delta"] for r in human}
-    shown = [
-        {**r, "note": "human: " + spoken.get((r["reference"], r["target"]), "")}
-        for r in held_out[:: max(1, len(held_out) // 8)]
-    ]
-    sections = [
-        (
-            "What the generated deltas are worth",
-            "One backbone, four training sets. Recall in percent on val; the step was chosen on dev.",
-            pages.table(
-                [[r["model"], r["name"], *(float(r[k]) for k in RECALLS), float(r["mean"])] for r in rows],
-                ["model", "trained on", *RECALLS, "mean R@1, 5, 10"],
-            ),
-        ),
-        (
-            "Precision and recall of the deltas",
-            pages.table(
-                [[name, float(s["precision"]), float(s["recall"]), s["pairs"]] for name, s in deltas.items()],
-                ["", "precision", "recall", "pairs"],
-            ),
-        ),
-        ("Deltas for held-out pairs", *sample(shown, lambda name: os.path.join(root, places[name]))),
-        (
-            "Deltas for pairs mined from unlabelled pictures",
-            *sample(auxiliary[:: max(1, len(auxiliary) // 8)], lambda name: os.path.join(WORLD, "aux", name)),
-        ),
-    ]
-    picked = auxiliary[:: max(1, len(auxiliary) // 8)][:8]
-    cells = []
-    for record in picked:
-        for key in ("reference", "target"):
-            text = record["delta"] if key == "target" else "turn this into"
-            cells.append((os.path.join(WORLD, "aux", record[key]), text))
-    pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200, lines=2)
-    for model in MODELS:
-        found = read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl")
-        shown = []
-        for r in found[:: max(1, len(found) // 8)][:8]:
-            names = r["top"][:6]
-            top = [(os.path.join(root, places[name]), str(n)) for n, name in enumerate(names, 1)]
-            shown.append(
-                pages.panel(
-                    (os.path.join(root, places[r["reference"]]), "reference"),
-                    r["delta"],
-                    top,
-                    right=names.index(r["target"]) if r["target"] in names else None,
-                    note=f"the right one is at rank {r['rank']:,}",
-                    answer=(os.path.join(root, places[r["target"]]), "right"),
-                )
-            )
-        sections.append((f"Retrievals of {model}, {ROWS['auxiliary']}: human queries, taken evenly", *shown))
-
-    def losses_of(runs: dict[str, str]) -> dict:
-        logs = {name: read_jsonl(f"{OUT}/{folder}/log.jsonl") for name, folder in runs.items()}
-        return {name: [(r["step"], r["loss"]) for r in log if "loss" in r] for name, log in logs.items()}
-
-    sections.append(("Alignment and tuning", pages.curve(losses_of({"align": "align", "vdg": "vdg"}), y_label="loss")))
-    for model in MODELS:
-        runs = {name: f"cir/{model}-{key}" for key, name in ROWS.items()}
-        sections.append((f"{model}: loss", pages.curve(losses_of(runs), y_label="loss")))
-        sections.append(
-            (f"{model}: recall on dev while training", pages.curve(curves[model], y_label="mean of R@1, 5, 10"))
-        )
-    sections.append(
-        (
-            "More retrievals",
-            pages.Html(
-                "<p>"
-                + " · ".join(
-                    f'<a href="eval/{m}-{k}/index.html">{m}, {pages.escape(n)}</a>'
-                    for m in MODELS
-                    for k, n in ROWS.items()
-                )
-                + ' · <a href="mined/subgroups.html">mined subgroups</a></p>'
-            ),
-        )
-    )
+    # the page to look at, and the picture of the README
+    sections = [*number_sections(rows, deltas)]
+    sections += delta_sections(held_out, human, auxiliary, val.images, gallery)
+    sections += [retrieval_section(model, val.images) for model in _MODELS]
+    sections += [*curve_sections(), link_section()]
     write_text(f"{OUT}/index.html", pages.page("VDG on the embedded world", sections))
+    write_picture(auxiliary, gallery)
     print(f"\n{OUT}/index.html is the page to look at; {OUT}/metrics.json holds the table")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common.annotations import cirr_template
 from common.console import progress, run
 from common.files import write_json
 from common.flags import override
@@ -87,8 +88,8 @@ CHANGE = {
     "neck": 0.12,
     "background": 0.17,
 }
-RING = ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4))  # CIRR's nine pairs of a subgroup
-SIZE = 128  # pixels of a written picture; drawn at twice that
+RING = cirr_template(6)  # CIRR's nine pairs of a subgroup
+_SIZE = 128  # side of a written picture in pixels; drawn at twice that
 
 
 # ---- garments ----
@@ -228,7 +229,7 @@ def _outline(garment):
     return shapes, cut, seams, flaps, top, hem
 
 
-def draw(garment: dict, rng, size: int = SIZE) -> Image.Image:
+def draw(garment: dict, rng, size: int = _SIZE) -> Image.Image:
     """One picture, (size, size) RGB; the nuisances (place, scale, tilt, light, folds) come from `rng`."""
     side = 2 * size  # supersampled
     cx, cy = 0.5 + rng.normal(0, 0.022, 2)
@@ -428,16 +429,9 @@ def claims(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def judge(text: str, a: dict, b: dict) -> tuple[int, int, set[str], list[str]]:
-    """-> (claims made, claims that are a true change named with the right value, the attributes rightly named,
-    the attributes that changed). A pattern and the colour of its print named together are one claim."""
-    verdicts, truth = judged(text, a, b), changed(a, b)
-    right = [key for key, good in verdicts if good]
-    return len(verdicts), len(right), set(right), truth
-
-
 def judged(text: str, a: dict, b: dict) -> list[tuple[str, bool]]:
-    """Each claim of a delta: its attribute ("?": a clause that says nothing we know), and whether it is right."""
+    """Each claim of a delta: its attribute ("?": a clause that says nothing we know), and whether it is a true change
+    named with the right value. A pattern and the colour of its print named together are one claim."""
     truth, verdicts = changed(a, b), []
     found = claims(text)
     spoken = dict(reversed([(k, v) for k, v in found if k in ("pattern", "print")]))  # the first of each

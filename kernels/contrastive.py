@@ -554,6 +554,15 @@ def _vectors(terms: list[tuple[Tensor, Tensor]], beta: float, detach_weights: bo
     return torch.stack(found).unflatten(0, (2, 3))
 
 
+class _Term(NamedTuple):
+    """What the backward wants of one term with n anchors; tensors, so that autograd can save them."""
+
+    row_shares: Tensor  # (n,) h, the share of the negatives in the denominator of each row's loss
+    column_shares: Tensor  # (n,) the same of the columns' losses
+    row_sums: Tensor  # (3, R) o, S and T of each row
+    column_sums: Tensor  # (3, M) and of each column
+
+
 class _Contrast(torch.autograd.Function):
     """Losses of rows and of columns for each term: the first group, where it is a term of its own, then the whole.
 
@@ -576,17 +585,16 @@ class _Contrast(torch.autograd.Function):
             column_parts = _all_reduce_sums(column_parts, beta)
         s_own = (rows[k:].to(work) * columns[label].to(work)).sum(1) * scale
         whole = _merge(row_parts, beta), _merge(column_parts, beta), len(x)
-        terms = [(row_parts[0], column_parts[0], first[0]), whole][-len(counts) :]
-        losses, saved = [], []
-        for (of_rows, of_columns, n), (row_count, column_count) in zip(terms, counts, strict=True):
+        sums = [(row_parts[0], column_parts[0], first[0]), whole][-len(counts) :]
+        losses, terms = [], []
+        for (row_sums, column_sums, n), (row_count, column_count) in zip(sums, counts, strict=True):
             own, at = s_own[:n], label[:n]
             column_count = column_count[at] if column_count.ndim else column_count
-            for sums, count in ((of_rows[:, k : k + n], row_count), (of_columns[:, at], column_count)):
-                loss, share = _anchors(sums, count.to(work), own, alpha, beta)
-                losses.append(loss)
-                saved.append(share)
-            saved += [of_rows, of_columns]
-        ctx.save_for_backward(rows, columns, tau, *shape[:1], scale, *saved)
+            row_loss, row_shares = _anchors(row_sums[:, k : k + n], row_count.to(work), own, alpha, beta)
+            column_loss, column_shares = _anchors(column_sums[:, at], column_count.to(work), own, alpha, beta)
+            losses += [row_loss, column_loss]
+            terms += _Term(row_shares, column_shares, row_sums, column_sums)
+        ctx.save_for_backward(rows, columns, tau, *shape[:1], scale, *terms)
         ctx.shape, ctx.places, ctx.detach_weights = shape[1:4], places, detach_weights
         ctx.beta, ctx.types, ctx.columns = beta, (x.dtype, c.dtype), len(c)
         return tuple(losses)
@@ -595,20 +603,20 @@ class _Contrast(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         rows, columns, tau, label, scale, *saved = ctx.saved_tensors
+        terms = [_Term(*saved[i : i + len(_Term._fields)]) for i in range(0, len(saved), len(_Term._fields))]
         k = ctx.shape[0]
         n = len(rows) - k
         own = scale.new_zeros(n)
         # h of each column's anchors times their incoming gradients, by term
-        weights = scale.new_zeros(len(saved) // 4, len(columns))
+        weights = scale.new_zeros(len(terms), len(columns))
         of_rows, of_columns = [], []
-        for term in range(len(weights)):
-            row_share, column_share, row_sums, column_sums = saved[4 * term : 4 * term + 4]
-            row_share, column_share = row_share * grads[2 * term], column_share * grads[2 * term + 1]
-            m = len(row_share)
-            own[:m] -= row_share + column_share
-            weights[term].index_add_(0, label[k : k + m], column_share)  # anchors may share a column
-            of_rows.append((row_sums, torch.nn.functional.pad(row_share, (k, n - m))))
-            of_columns.append((column_sums, weights[term]))
+        for term, weight, of_losses in zip(terms, weights, zip(grads[::2], grads[1::2], strict=True), strict=True):
+            row_shares, column_shares = term.row_shares * of_losses[0], term.column_shares * of_losses[1]
+            m = len(row_shares)
+            own[:m] -= row_shares + column_shares
+            weight.index_add_(0, label[k : k + m], column_shares)  # anchors may share a column
+            of_rows.append((term.row_sums, torch.nn.functional.pad(row_shares, (k, n - m))))
+            of_columns.append((term.column_sums, weight))
         if ctx.places is not None:
             dist.all_reduce(weights)
         vectors = [_vectors(terms, ctx.beta, ctx.detach_weights) for terms in (of_rows, of_columns)]

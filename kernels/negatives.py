@@ -5,23 +5,32 @@ normalised. All is drawn on the CPU from the generator given, over the global ba
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 
+class Negatives(NamedTuple):
+    """Rows (U,) that have any negative, and one hard target and one hard delta of each, as rows."""
+
+    rows: torch.Tensor
+    targets: torch.Tensor
+    deltas: torch.Tensor
+
+
 @torch.no_grad()
-def draw_negatives(target, c, images: list, tau: float, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Hard negatives as in ALBEF, over the global batch: rows (U,) that have any, a target (U,) and a delta (U,) each.
+def draw_negatives(target, c, images: list, tau: float, generator: torch.Generator) -> Negatives:
+    """Hard negatives as in ALBEF, over the global batch.
 
     Multinomial from the softmax of similarity / tau; the feature of a delta is c, which Eq. 2 has computed anyway
     [ours]. Two rows with the same target image are no negatives of each other. Over B and B' together [ours]."""
     z = similarity(target, c, images, tau)  # (B, B): target i, delta j
     rows = (z > -math.inf).any(1).nonzero().flatten()  # a batch of one single target has none
     if len(rows) == 0:
-        return rows, rows, rows
+        return Negatives(rows, rows, rows)
     hard_target = torch.multinomial(z.T[rows].softmax(1), 1, generator=generator).flatten()
     hard_delta = torch.multinomial(z[rows].softmax(1), 1, generator=generator).flatten()
-    return rows, hard_target, hard_delta
+    return Negatives(rows, hard_target, hard_delta)
 
 
 def similarity(target, c, images: list, tau: float) -> torch.Tensor:

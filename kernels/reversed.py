@@ -75,12 +75,18 @@ def _sum(reference, text, target, positive, scale: float):
     target_length = target.square().sum(1)  # (M,)
     for part in _blocks(len(text), len(target)):
         r, t = reference[part], text[part]  # (n, D)
+
+        # the logits s_ij of a block
         square = torch.addmm(t.square().sum(1, keepdim=True) + target_length, t, target.T, alpha=2)  # (n, M)
         length = square.clamp_(min=1e-12).sqrt_()  # t = -T: rounding could leave less than nothing
         cos = torch.addmm((r * t).sum(1, keepdim=True), r, target.T).div_(length)
+
+        # their loss, and g = dL/ds
         part_loss, g = _cross_entropy(cos * scale, positive[part])
         loss += part_loss
         d_scale += (g * cos).sum()
+
+        # the gradients by A and Q, as above
         a = g.mul_(scale).div_(length)  # dL / d(R . (T + t))
         q = (a * cos).div_(length).neg_()  # dL / d(n^2), twice
         d_reference[part] = a @ target + a.sum(1, keepdim=True) * t
@@ -99,12 +105,16 @@ def _combiner(reference, text, target, a, c, e, f, w_out, b_out, w_gate, b_gate,
     m, h = c.shape
     for part in _blocks(len(text), m * h):
         r, t = reference[part, None], text[part, None]  # (n, 1, D)
+
+        # compose every pair: z = W_o u + b_o + lam t_i + (1 - lam) T_j
         gate = (e[part, None] + f).relu_()  # (n, M, h)
         lam = torch.sigmoid((gate @ w_gate).to(work) + b_gate)[..., None]  # (n, M, 1)
         u = (a[part, None] + c).relu_()  # (n, M, h)
         z = (u @ w_out.T).to(work) + b_out  # (n, M, D)
         z += target
         z.addcmul_(lam, t - target)
+
+        # the cosines with R_i, the loss, and g = dL/ds
         length = torch.linalg.vector_norm(z, dim=2, keepdim=True).clamp_(min=1e-12)  # (n, M, 1)
         y = z.div_(length)
         cos = y @ r.mT  # (n, M, 1)
@@ -113,11 +123,15 @@ def _combiner(reference, text, target, a, c, e, f, w_out, b_out, w_gate, b_gate,
         g = g[..., None]  # (n, M, 1)
         d_scale += (g * cos).sum()
         g *= scale
+
+        # back through the cosine and the sum
         d_reference[part] = (g * y).sum(1)
         dz = torch.addcmul(r, cos, y, value=-1).mul_(g / length)  # (n, M, D)
         d_b_out += dz.sum((0, 1))
         d_text[part] = (lam * dz).sum(1)
         d_target += ((1 - lam) * dz).sum(0)
+
+        # back through the gate lam
         d_logit = (dz * (t - target)).sum(2, keepdim=True) * lam * (1 - lam)  # (n, M, 1)
         d_b_gate += d_logit.sum()
         thin = d_logit.to(gate.dtype)
@@ -125,6 +139,8 @@ def _combiner(reference, text, target, a, c, e, f, w_out, b_out, w_gate, b_gate,
         open_ = gate.sign_()  # (n, M, h): 1 where the hidden unit is on
         d_e[part] = (thin.mT @ open_)[:, 0] * w_gate
         d_f += (open_.mul_(thin).sum(0)) * w_gate
+
+        # back through the hidden layer u
         thin = dz.flatten(0, 1).to(u.dtype)  # (n M, D)
         d_w_out += thin.T @ u.flatten(0, 1)
         du = (thin @ w_out).view_as(u).mul_(u.sign_())

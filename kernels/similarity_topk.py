@@ -108,6 +108,7 @@ def _propose_kernel(
     own = tl.load(exclude + row, mask=in_rows, other=-1)
     first = tl.program_id(1) * per_split
     for start in range(first, tl.minimum(first + per_split, m), COLUMNS):
+        # a tile of scores
         column = start + tl.arange(0, COLUMNS)
         in_columns = column < m
         at_column = column.to(tl.int64) * d
@@ -122,6 +123,8 @@ def _propose_kernel(
             if UPCAST:
                 q, g = q.to(tl.float32), g.to(tl.float32)
             s = tl.dot(q, g, s, input_precision="ieee")
+
+        # put its best into the lists, one of each row a round
         s = tl.where(in_columns[None, :] & (column[None, :] != own[:, None]), s, float("-inf"))
         top = tl.max(s, 1)
         while tl.max((top > kth).to(tl.int32), 0) > 0:  # as many rounds as the busiest row needs; most tiles none
@@ -187,6 +190,7 @@ def _gamma(n: int) -> float:
 
 def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: bool) -> None:
     """Puts what the scores s of columns start.. have to offer into the lists (rows, K') of these rows, in place."""
+    # which scores are offered: those above the last of their row's list
     kth = values[:, -1]
     if transposed:  # s[j, i]: the rows of the lists are its columns
         column, row = (s > kth).nonzero(as_tuple=True)
@@ -198,6 +202,8 @@ def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: 
         offered = s[row, column]
     if len(row) == 0:
         return
+
+    # the lists of those rows, with a slot for each offer behind
     count = torch.bincount(row, minlength=len(values))
     some = count.nonzero()[:, 0]
     slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
@@ -208,6 +214,8 @@ def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: 
     names = torch.nn.functional.pad(columns[some], (0, more), value=-1)
     both[at[row], width + slot] = offered
     names[at[row], width + slot] = column + start
+
+    # the best of both stay
     values[some], order = both.topk(width, dim=1)
     columns[some] = names.gather(1, order)
 
@@ -227,12 +235,16 @@ def _propose(
     for i, j in progress(order):
         rows, others = slice(i, min(i + tile, n)), slice(j, min(j + tile, m))
         shape = rows.stop - i, others.stop - j
+
+        # the scores of a tile
         s = buffer[: shape[0] * shape[1]].view(shape)
         torch.mm(queries[rows], gallery[others].T, out=s)
         if exclude is not None and (not symmetric or i == j):
             own = exclude[rows]
             at = ((own >= j) & (own < others.stop)).nonzero()[:, 0]
             s[at, own[at] - j] = -torch.inf
+
+        # each serves its rows and, where queries and gallery are one, its columns
         if values[i, 0] == -torch.inf and shape[1] > width:  # nothing yet: all of s would pass
             values[rows], columns[rows] = s.topk(width, dim=1)
             columns[rows] += j
@@ -302,6 +314,7 @@ def exact_topk(
     """similarity_topk with the float64 scores. Give the gallery itself as queries where it is: half the work on CPU.
 
     tile: rows and columns of a tile of scores on CPU. progress: wraps the list of tiles (a progress bar)."""
+    # what was given
     if queries.ndim != 2 or gallery.ndim != 2 or queries.size(1) != gallery.size(1) or queries.size(1) == 0:
         raise ValueError(f"queries (N, D) and gallery (M, D) wanted, found {(*queries.shape,)} and {(*gallery.shape,)}")
     if k < 1:
@@ -317,6 +330,7 @@ def exact_topk(
         if len(bad):
             raise ValueError(f"{name} row {int(bad[0])} holds NaN or infinity ({len(bad)} such rows)")
 
+    # the answer, filled with what a row of too few columns keeps
     n, m = len(queries), len(gallery)
     scores = torch.full((n, k), -torch.inf, dtype=torch.float64, device=queries.device)
     indices = torch.full((n, k), -1, dtype=torch.int64, device=queries.device)
@@ -327,6 +341,8 @@ def exact_topk(
         symmetric = queries is gallery and (exclude is None or torch.equal(exclude, itself))
         fp32 = _gamma(queries.size(1) + 8) * lengths[0] * lengths[1].max()  # (N,)
         narrow = queries.float(), gallery.float()
+
+        # propose K' of each row, decide by exact scores, and scan the rows that have no certificate
         with full_precision(queries.device):
             if queries.is_cuda or INTERPRET:
                 proposal, columns, bound = _propose_triton(*narrow, wide, exclude, symmetric)

@@ -36,6 +36,14 @@ def written_out(x, c, positive, tau, alpha, beta, detach=False):
     return torch.stack(rows), torch.stack(columns)
 
 
+def errors(found, wanted) -> list[float]:
+    """The largest error of each tensor, relative to its largest entry."""
+    found, wanted = ([t.detach().double().cpu() for t in tensors] for tensors in (found, wanted))
+    largest = [float((got - want).abs().max() / want.abs().max()) for got, want in zip(found, wanted, strict=True)]
+    assert all(map(math.isfinite, largest))
+    return largest
+
+
 def fixture():
     c = torch.arange(1, 13, dtype=torch.float64).reshape(4, 3) % 5 - 2
     t = (torch.arange(12, dtype=torch.float64).reshape(4, 3) * 3) % 7 - 3
@@ -69,14 +77,15 @@ def test_equals_the_formula_and_its_autograd(n, m, seed, alpha, beta, tau, detac
         return rows, columns, *torch.autograd.grad((weight[0] * rows).sum() + (weight[1] * columns).sum(), (x, c, t))
 
     wanted = run(written_out, torch.float64)
+    plain = max(errors(run(hn_nce_reference, torch.float32), wanted))  # what fp32 itself loses, on this machine
     for function, dtype, tolerance in (
         (hn_nce_reference, torch.float64, 1e-10),
         (hn_nce, torch.float64, 1e-10),
-        (hn_nce, torch.float32, 1e-5),
+        (hn_nce, torch.float32, 1e-5 + 4 * plain),
     ):
-        for got, want in zip(run(function, dtype), wanted, strict=True):
-            assert got.dtype == dtype
-            assert (got - want).abs().max() <= tolerance * want.abs().max()
+        found = run(function, dtype)
+        assert all(got.dtype == dtype for got in found)
+        assert max(errors(found, wanted)) <= tolerance
 
 
 def test_l_tcc_is_two_terms_and_one_without_auxiliary():
@@ -97,10 +106,10 @@ def two_terms(x, c, n_human, tau, alpha, beta, detach=False, bank=None):
         for i in range(n):
             for values in (s[i], s[:, i]):
                 others = torch.cat([values[:i], values[i + 1 :]])
-                weights = len(others) * torch.softmax(beta * others, 0)
+                weights = torch.log_softmax(beta * others, 0) + math.log(max(1, len(others)))
                 weights = weights.detach() if detach else weights
-                own = torch.exp(values[i])
-                total = total - torch.log(own / (alpha * own + (weights * torch.exp(others)).sum())) / n
+                own = values[i : i + 1]  # by logarithms: fp32 has no exp(100)
+                total = total + (torch.cat([own + math.log(alpha), weights + others]).logsumexp(0) - own[0]) / n
     return total
 
 
@@ -114,19 +123,19 @@ def value_and_gradients(loss, *inputs):
 )
 def test_both_terms_and_the_bank_in_one_pass(alpha, beta, tau, n_human, k, detach, monkeypatch):
     monkeypatch.setattr(contrastive, "BLOCK", 3 * 12)
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        bank = normalized(k, 6, 2) if k else None
 
-        def inputs(dtype):
-            x, c = (normalized(12, 6, seed, dtype).requires_grad_() for seed in (30, 31))
-            return x, c, torch.tensor(tau, dtype=dtype, requires_grad=True)
+    def run(function, dtype):
+        x, c = (normalized(12, 6, seed, dtype).requires_grad_() for seed in (30, 31))
+        t = torch.tensor(tau, dtype=dtype, requires_grad=True)
+        bank = normalized(k, 6, 2, dtype) if k else None
+        return value_and_gradients(function(x, c, n_human, t, alpha, beta, detach, bank), x, c, t)
 
-        x, c, t = inputs(torch.float64)
-        wanted = value_and_gradients(two_terms(x, c, n_human, t, alpha, beta, detach, bank), x, c, t)
-        x, c, t = inputs(dtype)
-        loss = l_tcc(x, c, n_human, t, alpha, beta, detach, None if bank is None else bank.to(dtype))
-        for got, want in zip(value_and_gradients(loss, x, c, t), wanted, strict=True):
-            assert got.dtype == dtype and (got - want).abs().max() <= tolerance * want.abs().max()
+    wanted = run(two_terms, torch.float64)
+    plain = max(errors(run(two_terms, torch.float32), wanted))  # what fp32 itself loses, on this machine
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5 + 4 * plain)):
+        found = run(l_tcc, dtype)
+        assert all(got.dtype == dtype for got in found)
+        assert max(errors(found, wanted)) <= tolerance
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 import mine_pairs
+from common.annotations import cirr_template
 from common.console import UserError
 from common.files import read_json
 from common.flags import constants_of, override
@@ -84,7 +86,8 @@ def stage_rule(embeddings, top_k, max_score, min_gap, group, max_shared, block=1
     found = []
     for cut in range(cuts):
         rows = range(n * cut // cuts, n * (cut + 1) // cuts)
-        found += mine_pairs.candidates(embeddings, rows, top_k, max_score, min_gap, group, block)[0]
+        rule = mine_pairs.Rule(top_k, max_score, min_gap, group, max_shared)
+        found += mine_pairs.candidates(embeddings, rows, rule, block)[0]
     return mine_pairs.drop_overlapping(found, max_shared)
 
 
@@ -115,10 +118,10 @@ def test_gap_is_measured_from_the_last_added_and_duplicates_are_dropped():
 
 
 def test_template_is_cirrs(shared):
-    assert mine_pairs.template(6) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4)]
+    assert cirr_template(6) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (0, 2), (0, 3), (0, 4)]
     records = json.loads((shared / "data/cirr/captions/cap.rc2.val.json").read_text())
     ranks = {(r["img_set"]["reference_rank"], r["img_set"]["target_rank"]) for r in records}
-    assert ranks == set(mine_pairs.template(6))
+    assert ranks == set(cirr_template(6))
 
 
 def test_end_to_end(zoo, gallery, tmp_path):
@@ -179,6 +182,18 @@ def test_ranks_and_blocks_change_no_byte(zoo, gallery, tmp_path):
     for name in OUTPUTS:
         for other in ("blocks", "two", "three"):
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / other / name).read_bytes(), (other, name)
+
+
+def test_ranks_wait_for_the_one_that_writes(zoo, gallery, tmp_path, monkeypatch):
+    """One that leaves ends the process group under the rank that still works."""
+    real = mine_pairs.write_results
+    monkeypatch.setattr(mine_pairs, "write_results", lambda *given: time.sleep(2) or real(*given))
+
+    def work():
+        mine(zoo, gallery, tmp_path / "out")
+        return (tmp_path / "out/subgroups.html").exists()
+
+    assert run_ranks(2, work) == [True, True]
 
 
 def embedded(monkeypatch, fail_after=math.inf):
@@ -371,8 +386,10 @@ def test_other_mistakes(zoo, gallery, tmp_path, capsys):
     (copy / "bad.png").write_bytes(b"")
     with pytest.raises(UserError, match="1 unreadable"):
         mine(zoo, copy, tmp_path / "out", check="true")
-    with pytest.raises(UserError, match="bad.png"):
-        mine(zoo, copy, tmp_path / "out")
+    mine(zoo, copy, tmp_path / "out")  # a folder of one's own: left out, counted and listed
+    assert "bad.png: is empty" in (tmp_path / "out" / "unreadable.txt").read_text()
+    counts = read_json(tmp_path / "out" / "stats.json")["counts"]
+    assert (counts["images"], counts["unreadable"], counts["anchors"]) == (73, 1, 72)
     with pytest.raises(UserError, match="is in --images"):
         mine(zoo, copy, copy / "out")
     with pytest.raises(UserError, match="group of 3 or more"):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from common import pages
+from common.images import ImageStore
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -159,3 +161,42 @@ def test_contact_sheet(tmp_path):
     assert {(250, 0, 0), (0, 250, 0), (0, 0, 250)} <= colours
     assert sheet.width == 2 * 110 + 10 and [p.name for p in (tmp_path / "deep").iterdir()] == ["sheet.png"]
     pages.contact_sheet([], tmp_path / "empty.png")
+
+
+def test_delta_panel_shows_reference_delta_target_and_notes(tmp_path):
+    for name, shade in (("a", 10), ("b<i>", 200)):
+        colour(shade, 0, 0).save(tmp_path / f"{name}.png")
+    images = ImageStore(str(tmp_path))
+    seen = Elements(pages.delta_panel(images, "a", "b<i>", "is <b>red</b>", ["pair 3", "human: 'x' & y"]))
+    assert seen.text == "reference ais <b>red</b>pair 3 · human: 'x' & ytarget b<i>" and not seen.open
+    assert {tag for tag, _ in seen.tags} <= ALLOWED
+    shades = []
+    for tag, attributes in seen.tags:
+        if tag == "img":
+            data = base64.b64decode(attributes["src"].split(",")[1])
+            shades.append(Image.open(io.BytesIO(data)).getpixel((5, 5))[0])
+    assert shades == pytest.approx([10, 200], abs=4)
+    silent = Elements(pages.delta_panel(images, "a", "a", "", []))
+    assert silent.text == "reference a(nothing)target a" and not [a for _, a in silent.tags if a.get("class") == "note"]
+    with pytest.raises(FileNotFoundError, match="'c'"):
+        pages.delta_panel(images, "a", "c", "is red", [])
+
+
+def test_an_answer_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    pages.write_answer(colour(9, 9, 9), "is <red>", [(colour(250, 0, 0), "1 · a.jpg")], out, "In pictures")
+    assert sorted(path.name for path in out.iterdir()) == ["query.html", "query.png"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert b"is &lt;red&gt;" in before["query.html"] and "1 · a.jpg".encode() in before["query.html"]
+    replace = os.replace
+    for part in ("query.png", "query.html"):  # the disk is full when this one is to be replaced
+
+        def full(source, target, part=part):
+            if str(target).endswith(part):
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            pages.write_answer(colour(9, 9, 9), "another", [], out, "In pictures")
+        assert (out / part).read_bytes() == before[part]

@@ -23,8 +23,7 @@ pytest.importorskip("uvicorn", reason="the page needs requirements-search.txt")
 from search_server import index, serving, site_of
 
 import search
-from common.annotations import read_triplets
-from common.batches import training_items
+from common.annotations import read_triplets, training_triplets
 from common.console import UserError
 from common.files import read_jsonl, write_jsonl
 from common.gallery import Engine, Query, find, recall_of, vectors, vision_digest
@@ -426,9 +425,8 @@ def test_marks_become_triplets(server, site, zoo, folder, tmp_path):
         assert server.ask("api/undo", {"what": "marks"}).status == 200
     assert server.ask("api/undo", {"what": "marks"}).json["error"] == "nothing to undo"
     mark(5, 6, True)
-    given = ("jsonl", str(out / "marks.jsonl"), "", str(folder), "", True, "", "", True)  # as train_cir.py reads it
-    stores, (items, _) = training_items(*given)
-    assert items[0].deltas == (("red",),) and stores[0].path(items[0].reference[1]) == str(folder / "0-005.png")
+    triplets, images = training_triplets("jsonl", str(out / "marks.jsonl"), "", "all", str(folder))  # as train_cir.py
+    assert triplets[0].delta == "red" and images.path(triplets[0].reference) == str(folder / "0-005.png")
 
 
 def test_all_marks_of_a_reference_stand_on_one_side(site):

@@ -13,8 +13,9 @@ import zoo as writer
 from safetensors.torch import load_file, save_file
 
 import train_cir
+from common import batches, retrieval
 from common.annotations import Triplet, read_triplets
-from common.batches import Item, draw, drop_missing, human_items, training_items
+from common.batches import Item, draw, drop_missing, human_items, human_source, pseudo_source
 from common.console import UserError
 from common.files import read_json, write_json
 from common.flags import constants_of, override
@@ -228,13 +229,13 @@ def reversed_by_hand(model, reference, texts, target, candidates, tau):
 def test_reversed_loss_equals_composing_every_pair(zoo, model):
     torch.manual_seed(0)
     backbone = str(zoo / ("blip" if model == "blip_tdm" else "clip"))
-    ours = train_cir.build_cir(model, backbone, p=6, h=9, directions=True).eval()
+    ours = train_cir.build_cir(model, backbone, p=6, h=9, directions=True, tau=0.1).eval()
     with torch.no_grad():
         target, reference = (ours.tokens(pixels_of(ours, 5, seed)) for seed in (1, 2))
     own = torch.tensor([2, 0, 4])
     candidates = [[j, *(k for k in range(5) if k != j)] for j in own.tolist()]
     given = torch.tensor(candidates) if model == "blip_tdm" else own
-    loss = ours.reversed_loss(reference[:3], WORDS[:3], target, given, 0.1)
+    loss = ours.reversed_loss(reference[:3], WORDS[:3], target, given)
     wanted = reversed_by_hand(ours, reference[:3], WORDS[:3], target, candidates, 0.1)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     parameters = [p for p in ours.parameters() if p.requires_grad]
@@ -425,17 +426,17 @@ def test_the_bank_is_every_other_image(world, zoo, tmp_path, monkeypatch):
     """What L_tcc gets: the plain embeddings of all training images but the targets of this batch."""
     given, real = [], train_cir.l_tcc_ranks
     monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *a, **k: given.append((a, k["bank"])) or real(*a, **k))
-    drawn, draw = [], train_cir.draw
-    monkeypatch.setattr(train_cir, "draw", lambda *a: drawn.append((a[2], draw(*a))) or draw(*a))
+    drawn, draw = [], batches.draw
+    monkeypatch.setattr(batches, "draw", lambda *a: drawn.append((a[2], draw(*a))) or draw(*a))
     train(arguments(world, zoo, tmp_path, "combiner", bank=True, steps=2))
     model = train_cir.build_cir("combiner", str(zoo / "clip")).eval()
     stores = [ImageStore(str(world / "img_raw" / "train")), ImageStore(str(world / "aux"))]
     for step in (0, 1):
         targets = {d.target for at, draws in drawn if at == step for d in draws}
-        _, items = training_items(
-            "cirr", str(world / "cirr"), "train", "", "", True, str(world / "pseudo.jsonl"), str(world / "aux"), True
-        )
-        images = {image for stream in items for item in stream for image in (item.reference, item.target)} - targets
+        human = human_source("cirr", str(world / "cirr"), "train", "")
+        auxiliary = pseudo_source(str(world / "pseudo.jsonl"), str(world / "aux"))
+        items = [*human.items, *auxiliary.items]
+        images = {image for item in items for image in (item.reference, item.target)} - targets
         files = [
             stores[s].path(name.removeprefix("train-") if s else f"1-{int(name[6:]):03d}.png") for s, name in images
         ]
@@ -490,13 +491,27 @@ def test_reversed_training_teaches_reversed_queries(world, zoo, tmp_path):
     assert (model.compose(tokens, ["a"]) - model.compose(tokens, ["a"], backward=True)).abs().max() > 1e-3
 
 
-def test_steps_and_what_is_trained_on(world, zoo, tmp_path, capsys):
-    train(arguments(world, zoo, tmp_path / "a", "combiner", steps=0, epochs=2, pseudo=""))
-    assert [r["step"] for r in log_of(tmp_path / "a")][-1] == 2 * (24 // 6)
-    train(arguments(world, zoo, tmp_path / "b", "combiner", steps=0, epochs=1, triplets=False))
-    assert [r["step"] for r in log_of(tmp_path / "b")][-1] == 20 // 6
-    rates = [r["lr"] for r in log_of(tmp_path / "a")]
+@pytest.mark.parametrize(
+    "more, steps",
+    [
+        ({"epochs": 2, "pseudo": ""}, 2 * (24 // 6)),
+        ({"epochs": 1}, 24 // 6),  # an epoch is one of the human triplets
+        ({"epochs": 1, "triplets": False}, 20 // 6),  # without them, of the auxiliary ones
+        ({"epochs": 3, "steps": 2}, 2),
+    ],
+)
+def test_epochs_and_steps(world, zoo, tmp_path, more, steps):
+    train(arguments(world, zoo, tmp_path, "combiner", **{"steps": 0} | more))
+    assert [r["step"] for r in log_of(tmp_path)] == list(range(1, steps + 1))
+
+
+def test_the_learning_rate_is_a_cosine(world, zoo, tmp_path):
+    train(arguments(world, zoo, tmp_path, "combiner", steps=8, pseudo=""))
+    rates = [r["lr"] for r in log_of(tmp_path)]
     assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * s / 8)) for s in range(8)])
+
+
+def test_too_few_triplets_are_refused(world, zoo, tmp_path):
     with pytest.raises(UserError, match="nothing to train on"):
         train(arguments(world, zoo, tmp_path / "c", "combiner", triplets=False, pseudo=""))
     with pytest.raises(UserError, match="fewer than 32"):
@@ -504,15 +519,43 @@ def test_steps_and_what_is_trained_on(world, zoo, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="no triplet"):
         train(arguments(world, zoo, tmp_path / "c", "combiner", pseudo=tmp_path / "empty.jsonl"))
-    capsys.readouterr()
-    train(arguments(world, zoo, tmp_path / "d", "combiner", steps=1, text_length=8))
-    assert "exceeds 8 tokens" in capsys.readouterr().out
 
 
-def test_a_learned_temperature_stays_in_its_bounds(world, zoo, tmp_path):
-    train(arguments(world, zoo, tmp_path, "combiner", steps=1, learn_tau=True, lr=1.0))  # Adam's first step is +-lr
-    assert log_of(tmp_path)[0]["tau"] in (pytest.approx(0.001), 0.5)
-    assert "tau" not in load_file(tmp_path / "model.safetensors")
+def test_texts_that_are_cut_are_counted(world, zoo, tmp_path, capsys):
+    train(arguments(world, zoo, tmp_path, "combiner", steps=1, text_length=8))
+    said = capsys.readouterr().out
+    assert "exceeds 8 tokens" in said and "lose" in said
+
+
+def test_a_learned_temperature_goes_where_its_gradient_says_and_stays_in_its_bounds(world, zoo, tmp_path):
+    """Adam's first step is -lr times the sign of the gradient, which two runs that learn nothing tell."""
+    slope = []
+    for i, tau in enumerate((0.099, 0.101)):
+        train(arguments(world, zoo, tmp_path / f"{i}", "combiner", steps=1, lr=0.0, tau=tau))
+        slope.append(log_of(tmp_path / f"{i}")[0]["tcc"])
+    down = slope[1] > slope[0]
+    for lr, wanted in ((0.01, 0.09 if down else 0.11), (1.0, 0.001 if down else 0.5)):
+        out = tmp_path / f"lr-{lr}"
+        train(arguments(world, zoo, out, "combiner", steps=1, learn_tau=True, lr=lr))
+        assert log_of(out)[0]["tau"] == pytest.approx(wanted, rel=1e-4)
+        assert read_json(out / "config.json")["tau"] == log_of(out)[0]["tau"]
+        assert train_cir.load_cir(str(out)).tau.item() == log_of(out)[0]["tau"]
+        assert "tau" not in load_file(out / "model.safetensors")
+
+
+def test_only_a_learned_temperature_is_clamped_and_it_does_not_decay(zoo, monkeypatch):
+    learned = train_cir.build_cir("sum", str(zoo / "clip"), learn_tau=True)
+    for value, wanted in ((-3.0, 0.001), (0.2, 0.2), (9.0, 0.5)):
+        learned.tau.data.fill_(value)
+        learned.clamp_tau()
+        assert learned.tau.item() == pytest.approx(wanted)
+    given = train_cir.build_cir("sum", str(zoo / "clip"), tau=1e-4)
+    given.clamp_tau()
+    assert given.tau.item() == pytest.approx(1e-4) and "tau" not in train_cir.get_trained(given)
+    monkeypatch.setattr(train_cir, "LEARN_TAU", True)
+    weights, tau = train_cir.make_optimizer(learned).param_groups
+    assert weights["weight_decay"] == 0.05 and not any(p is learned.tau for p in weights["params"])
+    assert tau["weight_decay"] == 0 and tau["params"] == [learned.tau]
 
 
 def test_wrong_flags_are_one_line(world, zoo, tmp_path):
@@ -523,6 +566,10 @@ def test_wrong_flags_are_one_line(world, zoo, tmp_path):
         ({"steps": -5}, "--steps -5: wanted 0 or more"),
         ({"tau": -0.01}, "--tau -0.01: wanted 0.0001 or more"),
         ({"log_every": 0}, "--log_every 0: wanted 1 or more"),
+        ({"combiner_dropout": 1.0}, "--combiner_dropout 1.0: wanted less than 1"),
+        ({"flip": 1.5}, "--flip 1.5: wanted 0 to 1"),
+        ({"crop_scale": "0.5,1.2"}, "--crop_scale 0.5,1.2: wanted 0 to 1 each"),
+        ({"betas": "0.9,1.0"}, "--betas 0.9,1.0: wanted less than 1 each"),
     ):
         with pytest.raises(UserError, match=words):
             train(arguments(world, zoo, tmp_path, **{"model": "combiner"} | flags))
@@ -566,9 +613,40 @@ def test_views_are_the_same_images_encoded_once(world, zoo, tmp_path, monkeypatc
         assert a["tcc"] == pytest.approx(b["tcc"], rel=1e-4) and a["tdm"] == pytest.approx(b["tdm"], rel=1e-4)
     opened = []
     there = ImageStore.open
-    monkeypatch.setattr(ImageStore, "open", lambda self, name: opened.append(name) or there(self, name))
+    monkeypatch.setattr(ImageStore, "open", lambda self, name, *then: opened.append(name) or there(self, name, *then))
     train(arguments(world, zoo, tmp_path / "views", views=3))
     assert len(opened) == 3 * len(set(opened)) and len(set(opened)) <= 22
+
+
+def test_views_are_dealt_over_the_ranks(world, zoo, tmp_path, monkeypatch):
+    """Each rank encodes its share of the views and has them all: no more pictures are opened, the weights are equal."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr))
+    flags = {"views": 3, "steps": 2, "lr": 0.1}
+    train(arguments(world, zoo, tmp_path / "one", "combiner", **flags))
+
+    def two() -> list[str]:
+        opened, there = [], ImageStore.open
+        ImageStore.open = lambda self, name, *more: opened.append(name) or there(self, name, *more)
+        train(arguments(world, zoo, tmp_path / "two", "combiner", batch=3, **flags))
+        return opened
+
+    first, second = ranks.run_ranks(2, two)
+    images = set(first + second)
+    assert sorted(first + second) == sorted([*images] * 3) and abs(len(first) - len(second)) <= 3
+    one, both = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], both[name], atol=5e-6, rtol=1e-4)
+
+
+def test_a_picture_that_one_rank_cannot_read_stops_all(world, zoo, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    for path in sorted((tmp_path / "world" / "aux").iterdir())[:4]:
+        path.write_bytes(path.read_bytes()[:100])
+    flags = arguments(tmp_path / "world", zoo, tmp_path / "out", "combiner", batch=3, triplets=False)
+    with pytest.raises(RuntimeError) as fault:
+        ranks.run_ranks(2, train, flags)
+    said = [line for line in str(fault.value).splitlines() if "UserError: " in line]
+    assert len(said) == 2 and said[0] == said[1] and "aux/3-00" in said[0]
 
 
 def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
@@ -578,7 +656,7 @@ def test_the_best_measured_step_is_saved(world, zoo, tmp_path, monkeypatch):
         seen.append(train_cir.get_trained(model))
         return {"R@1": next(scores), "R@5": 1.0, "R@10": 2.0}
 
-    monkeypatch.setattr(train_cir, "evaluate", evaluate)
+    monkeypatch.setattr(retrieval, "evaluate", evaluate)
     more = {"learn_tau": True, "log_every": 1}
     train(arguments(world, zoo, tmp_path, "combiner", steps=5, val_split="val", val_every=2, **more))
     saved = load_file(tmp_path / "model.safetensors")

@@ -17,10 +17,12 @@ from zoo import draw
 import vdg_align
 from common import images, ranks
 from common.annotations import Caption
+from common.batches import gather_dealt
 from common.console import UserError
 from common.flags import override
 from common.images import load_pixels
 from common.llama import answer_ids, load_llm, load_tokenizer, tokenize
+from common.pretrained import copy_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -339,7 +341,7 @@ def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, capsys):
         stage("vdg_align", *argv, "--lr", "0.5")
 
 
-def test_images_encoded_once_give_the_same_run(whole, flags, tmp_path, monkeypatch):
+def test_images_encoded_once_give_the_same_run(whole, flags, tmp_path, monkeypatch, capsys):
     module = fresh("vdg_align", *flags, "--batch", "4", "--keep", "true", "--out", str(tmp_path / "kept"))
     shown, queries = [], module.VisionProjector.queries
     monkeypatch.setattr(
@@ -347,6 +349,7 @@ def test_images_encoded_once_give_the_same_run(whole, flags, tmp_path, monkeypat
     )
     module.main()
     assert sum(shown) == 10  # 20 without: two epochs of ten images
+    assert "GiB  Q-Former outputs of 10 images, in host memory" in capsys.readouterr().out
     a, b = (load_file(folder / "projection.safetensors") for folder in (whole, tmp_path / "kept"))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=5e-6)
@@ -381,6 +384,56 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, monkey
     assert sorted(p.name for p in (tmp_path / "out" / "last").iterdir()) == ["step-1", "step-2"]
 
 
+def test_the_projection_starts_alike_on_every_device_and_rank():
+    """The draw is the CPU generator's wherever the projection lies; rank 0's values are everyone's."""
+    drawn = []
+    for device in ("cpu", "meta"):
+        projection = torch.nn.Linear(24, 64, device=device)
+        torch.manual_seed(5)
+        vdg_align.start_quietly(projection, 0.1)
+        drawn.append((projection, torch.random.get_rng_state()))
+    torch.manual_seed(5)
+    assert torch.equal(drawn[0][0].weight, torch.empty(64, 24).normal_(std=0.1 / 24**0.5))
+    assert torch.equal(drawn[0][1], drawn[1][1]) and not drawn[0][0].bias.any()
+
+    def start(rank_seed: int = 7):
+        world = ranks.init_world("cpu")
+        torch.manual_seed(rank_seed + world.rank)
+        weights = list(torch.nn.Linear(3, 2).parameters())
+        vdg_align.share_start(weights, world)
+        return [weight.detach() for weight in weights]
+
+    torch.manual_seed(7)
+    wanted = list(torch.nn.Linear(3, 2).parameters())
+    for found in run_ranks(2, start):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_weights_are_copied_by_the_same_names_and_shapes_alone():
+    own = {"a": torch.zeros(2, 3), "b": torch.nn.Parameter(torch.zeros(4))}
+    good = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    wrong = {
+        "first b is missing": {"a": good["a"]},
+        "first c is one too many": good | {"c": torch.ones(1)},
+        r"first a is \(3, 2\), want \(2, 3\)": good | {"a": torch.ones(3, 2)},
+    }
+    for text, tensors in wrong.items():
+        with pytest.raises(UserError, match=f"^file: weights do not fit the model, {text}$"):
+            copy_weights(own, tensors, "file")
+        assert not own["a"].any() and not own["b"].any()
+    copy_weights(own, good, "file")
+    assert own["a"].all() and own["b"].all()
+
+
+def test_results_of_dealt_items_come_back_in_order():
+    def deal(n: int):
+        world = ranks.init_world("cpu")
+        return gather_dealt(list(range(n))[world.rank :: world.size])
+
+    for n in (0, 1, 2, 7):
+        assert run_ranks(3, deal, n) == [list(range(n))] * 3
+
+
 def test_data_is_checked_at_the_start(flags, tmp_path, capsys):
     stage("vdg_align", *flags, "--check")
     assert "10 expected, 10 present" in capsys.readouterr().out
@@ -397,4 +450,10 @@ def test_data_is_checked_at_the_start(flags, tmp_path, capsys):
     (tmp_path / "chat.json").write_text(json.dumps(entries))
     with pytest.raises(UserError, match="record item-1: a text of 0 characters"):
         stage("vdg_align", *argv, "--out", str(tmp_path / "out"))
+    (tmp_path / "chat.json").write_text("[]")
+    for more in ([], ["--check"]):
+        with pytest.raises(UserError, match="chat.json holds no caption"):
+            stage("vdg_align", *argv, "--out", str(tmp_path / "out"), *more)
+    with pytest.raises(UserError, match="--floor 1.5: wanted 0 to 1"):
+        stage("vdg_align", *argv, "--out", str(tmp_path / "out"), "--floor", "1.5")
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ python -m pytest tests/triton_kernels.py                        # on a GPU; benc
 
 import pytest
 import torch
+from test_contrastive import errors, two_terms
 
 from kernels import contrastive
 from kernels import similarity_topk as topk
@@ -14,6 +15,25 @@ from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 assert DEVICE == "cuda" or topk.INTERPRET, "no GPU: set TRITON_INTERPRET=1"
+
+
+def mend_the_interpreter() -> None:
+    """Triton 3.6 keeps a scalar as an array of shape (1,), which numpy >= 2.4 lets nobody use as the bound of a range.
+
+    Triton 3.9 squeezes it first; on a GPU a bound is no array at all."""
+    from triton.runtime import interpreter
+
+    real = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        real(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if DEVICE == "cpu":
+    mend_the_interpreter()
 
 
 def unit(n, d, seed):
@@ -79,10 +99,13 @@ def value_and_gradients(loss, *inputs):
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def close(found, wanted, tolerance):
-    for got, want in zip(found, wanted, strict=True):
-        error, size = (got.double().cpu() - want).abs().max(), want.abs().max()
-        assert error <= tolerance * size, (error / size, got.shape)
+def close(found, wanted, tolerance, plain=None):
+    """plain: what plain PyTorch makes of it in fp32; where that loses much, on this machine, so may the kernel.
+
+    At tau = 0.01 a logit of 60 is rounded by 4e-6, which exp turns into as large a relative error."""
+    if plain is not None:
+        tolerance += 4 * max(errors(plain, wanted))
+    assert max(errors(found, wanted)) <= tolerance, (errors(found, wanted), tolerance)
 
 
 @pytest.mark.parametrize("alpha, beta, tau", [(1.0, 0.0, 0.07), (1.0, 0.5, 0.07), (1.0, 0.5, 0.01), (0.5, 0.25, 0.1)])
@@ -102,7 +125,7 @@ def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, 
         return rows, columns, *torch.autograd.grad((w[0] * rows).sum() + (w[1] * columns).sum(), (x, c, t))
 
     wanted = run(hn_nce_reference, torch.float64, "cpu")
-    close(run(hn_nce, torch.float32, DEVICE), wanted, 1e-5)
+    close(run(hn_nce, torch.float32, DEVICE), wanted, 1e-5, run(hn_nce_reference, torch.float32, "cpu"))
     assert used == {"_statistics_triton", "_gradient_triton"}
 
 
@@ -111,13 +134,15 @@ def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, 
 def test_l_tcc_with_bank(n_human, k, detach, d, monkeypatch):
     monkeypatch.setattr(contrastive, "STRIP", 9 * 50)
     monkeypatch.setattr(contrastive, "STRIP_TILES", 2)
-    results = []
-    for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
+
+    def run(function, dtype, device):
         x, c = (unit(50, d, seed).to(device, dtype).T.contiguous().T.requires_grad_() for seed in (20, 21))  # strided
         tau = torch.tensor(0.05, device=device, dtype=dtype, requires_grad=True)
         bank = unit(k, d, 22).to(device, dtype) if k else None
-        results.append(value_and_gradients(l_tcc(x, c, n_human, tau, 1.0, 0.5, detach, bank), x, c, tau))
-    close(results[1], results[0], 1e-5)
+        return value_and_gradients(function(x, c, n_human, tau, 1.0, 0.5, detach, bank), x, c, tau)
+
+    wanted = run(l_tcc, torch.float64, "cpu")
+    close(run(l_tcc, torch.float32, DEVICE), wanted, 1e-5, run(two_terms, torch.float32, "cpu"))
 
 
 @pytest.mark.parametrize("d", [24, 260])
@@ -126,9 +151,12 @@ def test_half_precision_inputs(dtype, tolerance, d):
     """The loss is that of the rounded inputs; gradients carry the rounding of dL/ds and of themselves."""
     x, c = (unit(70, d, seed).to(DEVICE, dtype).requires_grad_() for seed in (30, 31))
     found = value_and_gradients(1e-3 * l_tcc(x, c, 30, 0.02, 1.0, 0.5), x, c)
-    x, c = (t.detach().double().cpu().requires_grad_() for t in (x, c))
-    wanted = value_and_gradients(1e-3 * l_tcc(x, c, 30, 0.02, 1.0, 0.5), x, c)
-    close(found[:1], wanted[:1], 1e-5)
+    results = {}
+    for wide in (torch.float64, torch.float32):
+        x, c = (t.detach().to("cpu", wide).requires_grad_() for t in (x, c))
+        results[wide] = value_and_gradients(1e-3 * two_terms(x, c, 30, 0.02, 1.0, 0.5), x, c)
+    wanted, plain = results.values()
+    close(found[:1], wanted[:1], 1e-5, plain[:1])
     close(found[1:], wanted[1:], tolerance)
     assert found[1].dtype == dtype
 

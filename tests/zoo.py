@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BlipConfig,
     BlipForImageTextRetrieval,
@@ -95,6 +95,22 @@ def llama(folder: Path) -> None:
         initializer_range=0.1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def byte_level(folder: Path) -> None:
+    """Puts a ByteLevel tokenizer, as Llama 3 and SmolLM2 have, in place of the one in a folder of llama()."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        TEXT * 2,
+        trainers.BpeTrainer(
+            vocab_size=400, show_progress=False, special_tokens=special, initial_alphabet=alphabet, min_frequency=1
+        ),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def instructblip(folder: Path) -> None:

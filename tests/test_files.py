@@ -1,19 +1,15 @@
-"""common.py: flags, strict files, checkpoints under kills and bit flips, jsonl, collectives against one process."""
+"""common/files.py: strict JSON, jsonl that goes on, checkpoints under kills and bit flips, the lock of a folder."""
 
-import hashlib
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from common.console import UserError
 from common.files import (
@@ -28,217 +24,12 @@ from common.files import (
     read_jsonl,
     save_folder,
     save_state,
+    whole,
     write_json,
     write_text,
 )
-from common.flags import constants_of, early_help, override
-from common.ranks import (
-    Log,
-    _seed,
-    all_reduce_gradients,
-    all_sum,
-    any_rank,
-    barrier,
-    gather_objects,
-    gather_with_grad,
-    init_world,
-    pick_dtype,
-    seed_step,
-    seeded_generator,
-    seeded_rng,
-)
 
 ROOT = Path(__file__).parent.parent
-
-SCRIPT = '''"""Stage 9: a script for the tests.
-
-Reads nothing."""
-
-from common.flags import early_help
-
-early_help(__name__, __file__)
-import json  # a stage imports torch here
-
-from common.console import UserError, run
-from common.flags import constants_of, override
-
-# ---- data ----
-ROOT = "data/cirr"  # annotation root [S6.1]
-SPLIT = "val"  # which split
-NAMES = ()  # names to leave out
-EXTRA = None  # anything
-# ---- optimiser ----
-LR = 2e-4  # learning rate, peak [S6.1]
-STEPS = 100  # optimiser steps
-BETA = 0.5  # HN-NCE's beta
-SCALE = (0.8, 1.0)  # area kept by the crop, from and to: a long explanation which is
-#   never indented, so it is no part of the help
-WIDE = (
-    "q_proj",
-    "v_proj",
-)  # layers with LoRA [Fig. 3]
-    # and this goes on
-CHECK = False  # count the inputs and stop
-SPLASH = True  # on by default
-COMPUTED = len("no flag")  # computed
-TABLE = {"no": "flag"}  # a dict
-lower = 3  # no flag
-
-
-def main():
-    print(json.dumps(constants_of(globals())))
-    if SPLIT == "gone":
-        raise FileNotFoundError("image x.png is missing\\nin two lines")
-    if SPLIT == "open":
-        open("/nowhere/at all")
-    if SPLIT == "bug":
-        raise ValueError("a bug")
-    if SPLIT == "mistake":
-        raise UserError("found \\x1b[31mred, wanted blue")
-
-
-if __name__ == "__main__":
-    override(globals())
-    run(main)
-'''.replace("    # and this goes on", "# not indented")
-
-
-@pytest.fixture
-def script(tmp_path) -> Path:
-    path = tmp_path / "stage.py"
-    path.write_text(SCRIPT)
-    return path
-
-
-def call(script, *argv, env_more=None):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env_more or {})}
-    return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, env=env)
-
-
-def overridden(script, *argv) -> dict:
-    space = {"__file__": str(script), "__name__": "stage"}
-    exec(compile(script.read_text(), str(script), "exec"), space)
-    override(space, list(argv))
-    return space
-
-
-# ---------------------------------------------------------------- flags
-
-
-@pytest.mark.parametrize(
-    ("argv", "name", "value"),
-    [
-        (["--lr", "1e-4"], "LR", 1e-4),
-        (["--LR=1e-4"], "LR", 1e-4),
-        (["--lr", "3"], "LR", 3.0),
-        (["--beta", "-0.5"], "BETA", -0.5),
-        (["--beta=-inf"], "BETA", float("-inf")),
-        (["--steps", "-1"], "STEPS", -1),
-        (["--steps", "1e5"], "STEPS", 100_000),
-        (["--steps", "12345678901234567891"], "STEPS", 12345678901234567891),
-        (["--split", "test"], "SPLIT", "test"),
-        (["--split", ""], "SPLIT", ""),
-        (["--split=--x=y"], "SPLIT", "--x=y"),
-        (["--names", "a.png,b c.png"], "NAMES", ("a.png", "b c.png")),
-        (["--scale", "0.5,1"], "SCALE", (0.5, 1.0)),
-        (["--scale", "(0.5, 1)"], "SCALE", (0.5, 1.0)),
-        (["--wide", ""], "WIDE", ()),
-        (["--extra", "7"], "EXTRA", 7),
-        (["--extra", "word"], "EXTRA", "word"),
-        (["--check"], "CHECK", True),
-        (["--check", "false"], "CHECK", False),
-        (["--check=true"], "CHECK", True),
-        (["--splash=false"], "SPLASH", False),
-        (["--check", "--lr", "1"], "CHECK", True),
-        (["--lr", "1", "--lr", "2"], "LR", 2.0),
-    ],
-)
-def test_override_sets(script, argv, name, value):
-    space = overridden(script, *argv)
-    assert space[name] == value and type(space[name]) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--leaning_rate", "1"], "unknown flag --leaning_rate; the nearest is --lr"),
-        (["--step", "1"], "the nearest is --steps"),
-        (["--computed", "1"], "unknown flag --computed"),
-        (["--table", "1"], "unknown flag --table"),
-        (["--lower", "1"], "unknown flag --lower"),
-        (["--lr", "fast"], "--lr wants a number, found 'fast'"),
-        (["--lr", "nan"], "--lr wants a number"),
-        (["--steps", "1.5"], "--steps wants a whole number, found '1.5'"),
-        (["--steps", "inf"], "--steps wants a whole number"),
-        (["--steps", ""], "--steps wants a whole number"),
-        (["--scale", "0.1,b"], "--scale wants a list such as 0.8,1.0 (a number each), found '0.1,b'"),
-        (["--check", "maybe"], "--check wants true or false, found 'maybe'"),
-        (["--lr"], "--lr wants a value"),
-        (["--lr", "--steps", "3"], "--lr wants a value"),
-        (["lr", "3"], "unexpected 'lr'"),
-        (["-lr", "3"], "unexpected '-lr'"),
-    ],
-)
-def test_override_refuses(script, argv, message):
-    with pytest.raises(UserError) as caught:
-        overridden(script, *argv)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_help_is_fast_grouped_and_complete(script):
-    text = SCRIPT.replace("import json ", "import json, torch ").replace("# not indented", "    # and this goes on")
-    script.write_text(text)
-    times = []
-    for _ in range(3):  # the best of three: the machine may be busy with other things
-        start = time.perf_counter()
-        done = call(script, "--help")
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.5, times  # importing torch alone takes longer
-    assert done.returncode == 0 and done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert lines[0] == "Stage 9: a script for the tests."
-    assert lines.index("data") < lines.index("optimiser")
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line.startswith("  --")}
-    assert rows["--lr"] == "0.0002 learning rate, peak [S6.1]"
-    assert rows["--names"] == '"" names to leave out' or rows["--names"] == "names to leave out"
-    assert rows["--split"] == "val which split"
-    assert rows["--check"] == "false count the inputs and stop"
-    assert rows["--wide"] == "q_proj,v_proj layers with LoRA [Fig. 3] and this goes on"
-    assert rows["--scale"].endswith("a long explanation which is")
-    assert len(rows) == 11 and max(map(len, lines)) <= 120
-    # `-h` too; and the constants in the help are those that override knows
-    assert call(script, "-h").stdout == done.stdout
-    assert {"--" + name.lower() for name in constants_of(overridden(script))} == set(rows)
-
-
-def test_mistakes_end_a_script_with_one_line(script):
-    # (the first two are found by early_help, before the heavy imports)
-    for argv, line in [
-        (["--leaning_rate", "1"], "error: unknown flag --leaning_rate; the nearest is --lr (--help lists all)"),
-        (["--steps", "x"], "error: --steps wants a whole number, found 'x'; its default is 100"),
-        (["--split", "gone"], "error: image x.png is missing in two lines"),
-        (["--split", "open"], "error: No such file or directory: /nowhere/at all"),
-        (["--split", "mistake"], "error: found \ufffd[31mred, wanted blue"),
-    ]:
-        done = call(script, *argv)
-        assert (done.returncode, done.stderr) == (1, line + "\n")
-    late = script.with_name("late.py")  # without early_help
-    late.write_text(SCRIPT.replace("early_help(__name__, __file__)\n", ""))
-    done = call(late, "--step", "1")
-    assert done.returncode == 1 and done.stderr.startswith("error: unknown flag --step;")
-    assert done.stderr.count("\n") == 1
-    done = call(script, "--split", "bug")
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: a bug" in done.stderr
-    done = call(script, "--lr", "1", "--check")
-    assert done.returncode == 0 and json.loads(done.stdout)["LR"] == 1.0
-
-
-def test_early_help_leaves_an_imported_script_alone(script, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest", "--help", "--nonsense"])
-    early_help("stage", str(script))
-
-
-# ---------------------------------------------------------------- files
 
 
 def test_write_text_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -256,6 +47,17 @@ def test_write_text_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     assert read_json(path) == {"text": "snow\u2028man"}
     write_text(path, "{}")  # over the stray .tmp
     assert [p.name for p in path.parent.iterdir()] == ["a.json"] and path.read_text() == "{}"
+
+
+def test_whole_keeps_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    with whole(path) as aside:
+        aside.write_bytes(b"old")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), whole(path) as aside:
+        aside.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(
@@ -303,7 +105,7 @@ def test_read_jsonl(tmp_path):
             read_jsonl(path)
 
 
-# ---------------------------------------------------------------- jsonl that is appended to
+# ---- jsonl that is appended to ----
 
 
 def test_appender_cuts_torn_tails_and_goes_on(tmp_path, capsys):
@@ -351,17 +153,7 @@ def test_append_on_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     assert appender.path.read_bytes() == b'{"id": 0}\n'
 
 
-def test_log(tmp_path):
-    log = Log(tmp_path / "out")
-    for step in range(4):
-        log.write(step=step, loss=float("nan") if step == 1 else 0.5)
-    log.path.open("ab").write(b'{"step": 9')
-    Log(tmp_path / "out", resume_step=2).write(step=3, loss=0.25)
-    records = read_jsonl(log.path)
-    assert [r["step"] for r in records] == [0, 1, 2, 3] and records[1]["loss"] == "nan" and records[3]["loss"] == 0.25
-
-
-# ---------------------------------------------------------------- checkpoints
+# ---- checkpoints ----
 
 CONSTANTS = {"LR": 0.1, "SCALE": (0.8, 1.0), "DEVICE": "cpu"}
 
@@ -606,139 +398,3 @@ def test_lock(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         lock_folder(tmp_path / "file")
-
-
-# ---------------------------------------------------------------- ranks, seeds, signals
-
-
-def gather_rank(x, weights, sizes):
-    """A loss over all pairs of rows: each rank takes its own rows' share of it."""
-    world = init_world("cpu")
-    start = sum(sizes[: world.rank])
-    rows = x[start : start + sizes[world.rank]]
-    weights = weights.clone().requires_grad_()
-    mine = (rows @ weights).tanh()
-    everything = gather_with_grad(mine)
-    assert everything.shape[0] == len(x)
-    loss = (mine @ everything.t()).logsumexp(1).sum() / len(x)
-    idle = torch.zeros(3, requires_grad=True)
-    if world.rank == 0:
-        (idle * 2).sum().backward()
-    loss.backward()
-    all_reduce_gradients([weights, idle])
-    return {
-        "gathered": everything.detach(),
-        "grad": weights.grad,
-        "idle": idle.grad,
-        "loss": all_sum(loss.item()),
-        "tensor": all_sum(torch.tensor([world.rank, 1])),
-        "any": any_rank(world.rank == 1),
-        "none": any_rank(False),
-        "objects": gather_objects({"rank": world.rank}),
-        "rank": world.rank,
-    }
-
-
-@pytest.mark.parametrize("sizes", [(3, 3), (5, 2), (4, 0)])
-def test_gather_with_grad_equals_one_process(sizes):
-    make = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(sizes), 4, generator=make, dtype=torch.float64)
-    weights = torch.randn(4, 5, generator=make, dtype=torch.float64)
-    alone = weights.clone().requires_grad_()
-    features = (x @ alone).tanh()
-    loss = (features @ features.t()).logsumexp(1).sum() / len(x)
-    loss.backward()
-    for rank, found in enumerate(run_ranks(2, gather_rank, x, weights, sizes)):
-        assert torch.equal(found["gathered"], features.detach())
-        torch.testing.assert_close(found["grad"], alone.grad, rtol=1e-13, atol=1e-13)
-        assert found["loss"] == pytest.approx(loss.item(), abs=1e-13)
-        assert found["idle"].tolist() == [2, 2, 2] and found["tensor"].tolist() == [1, 2]
-        assert found["any"] and not found["none"] and found["rank"] == rank
-        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
-
-
-def test_world_of_one(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    world = init_world("cpu")
-    assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
-    x = torch.ones(2, 3, requires_grad=True)
-    assert gather_with_grad(x) is x
-    assert all_sum(2.5) == 2.5 and gather_objects("a") == ["a"] and any_rank(True) is True
-    barrier()
-    with pytest.raises(UserError, match="wanted auto, cpu or cuda"):
-        init_world("gpu")
-    assert pick_dtype("auto", world.device) is torch.float32
-    assert pick_dtype("auto", "cuda") is torch.bfloat16
-    with pytest.raises(UserError, match="fp8"):
-        pick_dtype("fp8", "cpu")
-
-
-def test_the_kernels_package_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "kernels-0.1.dist-info").mkdir()
-    (tmp_path / "kernels-0.1.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match="pip uninstall kernels"):
-        init_world("cpu")
-
-
-def test_seeds_are_functions_of_their_keys():
-    drop = torch.nn.Dropout()
-    draws = []
-    for seed, step, rank in [(0, 1, 0), (0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0)]:
-        seed_step(seed, step, rank)
-        draws.append(tuple(drop(torch.ones(64)).tolist()))
-    assert draws[0] == draws[1] and len(set(draws)) == 4
-    one, same, other = (seeded_rng(1, "epoch", epoch).random() for epoch in (2, 2, 3))
-    assert one == same != other
-    assert torch.rand(1, generator=seeded_generator(1)) == torch.rand(1, generator=seeded_generator(1))
-    digest = hashlib.sha256(b'[0, "a"]').digest()  # spelled out: runs made today must draw the same tomorrow
-    assert _seed(0, "a") == int.from_bytes(digest[:8], "little") // 2
-
-
-LOOP = """
-import time
-from common.console import run
-from common.ranks import stop_requested
-def main():
-    step = 0
-    while not stop_requested():
-        if not step:
-            print("ready", flush=True)
-        step += 1
-        time.sleep(0.01)
-    time.sleep({wait})
-    print("saved", flush=True)
-    raise SystemExit(143)
-run(main)
-"""
-
-
-def test_signals():
-    def start(wait):
-        code = textwrap.dedent(LOOP.format(wait=wait))
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
-        process.stdout.readline()
-        return process
-
-    gentle, twice, insistent = start(0), start(0.5), start(30)
-    gentle.send_signal(signal.SIGTERM)
-    for process in (twice, insistent):
-        process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    twice.send_signal(signal.SIGINT)  # torchrun hands the terminal's Ctrl-C on a second time
-    time.sleep(1.2)
-    insistent.send_signal(signal.SIGINT)
-    for process, code, said in [(gentle, 143, b"saved"), (twice, 143, b"saved"), (insistent, 130, b"")]:
-        out, err = process.communicate(timeout=20)
-        assert process.returncode == code and out.strip() == said
-        assert b"stopping after this step" in err and b"Traceback" not in err
-
-
-def test_torchrun_gets_the_reason(script, tmp_path):
-    """torchrun prints what it finds in the file it names; a worker that leaves it empty is just an exit code."""
-    reason = tmp_path / "reason.json"
-    done = call(script, "--split", "mistake", env_more={"TORCHELASTIC_ERROR_FILE": str(reason)})
-    assert done.returncode == 1 and done.stderr == "error: found \ufffd[31mred, wanted blue\n"
-    assert "wanted blue" in reason.read_text()

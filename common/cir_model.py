@@ -1,0 +1,169 @@
+"""What all CIR models share: a frozen CLIP or BLIP of Hugging Face, texts as ids, tau, and what of it trains."""
+
+import torch
+from torch import Tensor, nn
+
+from common.console import UserError, say
+from common.files import load_tensors, read_json, tensors_sha256
+from common.hub import locate, near
+from common.images import Preprocess
+from common.pretrained import copy_weights, load_model, model_kind, read_config
+from common.tokenizer import read_tokenizer, tokenizer_sha256
+
+
+class Directed(nn.Embedding):
+    """A word embedding (V, D) with two more learned rows: id -1 is [FORWARD], id -2 is [BACKWARD] [Bi].
+
+    Not ids V and V + 1: CLIP finds the end of a text by its largest id."""
+
+    def __init__(self, words: nn.Embedding):
+        super().__init__(*words.weight.shape, words.padding_idx, _weight=words.weight)
+        self.weight = words.weight
+        self.directions = nn.Parameter(torch.randn(2, self.embedding_dim) * words.weight.std().item())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        direction = self.directions[(-1 - ids).clamp(min=0)]
+        return torch.where(ids[..., None] < 0, direction, super().forward(ids.clamp(min=0)))
+
+
+class CirModel(nn.Module):
+    """A frozen model of Hugging Face; who inherits says what of it trains. Weights are fp32, the caller takes autocast.
+
+    tokens(pixels): what a query needs of an image; target(tokens): its frozen feature (B, d) in a gallery, normalised;
+    compose(tokens of references, deltas): the queries; reversed_loss: which target, changed by the reversed text, gives
+    the reference? (kernels/reversed.py); tau (): temperature of the losses, a parameter where it is learned."""
+
+    directed = False
+
+    def set_tau(self, tau: float, learned: bool) -> None:
+        if learned:
+            self.tau = nn.Parameter(torch.tensor(tau))
+        else:
+            self.register_buffer("tau", torch.tensor(tau), persistent=False)  # it moves with the model
+
+    @torch.no_grad()
+    def clamp_tau(self) -> None:
+        """Keeps a learned temperature within the bounds of the release."""
+        if self.tau.requires_grad:
+            self.tau.clamp_(0.001, 0.5)
+
+    def load(self, kind: type, source: str, text_length: int, **how: str) -> None:
+        """self.backbone, frozen, in fp32, with tokenizer and preprocess, from a folder or hub id.
+
+        kind: the class of transformers; text_length: tokens of a text, 0 = all that it has positions for."""
+        if (found := model_kind(source, "--backbone")) != (wanted := kind.config_class.model_type):
+            raise UserError(f"--backbone {source} is a {found} model, wanted {wanted}: fix it or --model")
+        config = read_config(source, (wanted,), "--backbone")
+        self.source = source
+        self.backbone = load_model(kind, source, config, torch.float32, "--backbone", **how).requires_grad_(False)
+        self.tokenizer = read_tokenizer(source, config, config.text_config.vocab_size, "--backbone")
+        self.preprocess = Preprocess.from_folder(source, kind.__name__)
+        positions = self.backbone.config.text_config.max_position_embeddings
+        if text_length > positions:
+            raise UserError(f"--text_length {text_length}: the text encoder has {positions} positions")
+        self.length = text_length or positions
+
+    def direct(self, embeddings: nn.Module, name: str) -> None:
+        """Gives the text encoder's embedding its two directions: one leads every text from now on."""
+        setattr(embeddings, name, Directed(getattr(embeddings, name)))
+        self.directed, self.length = True, self.length - 1
+
+    def tokenize(self, texts: list[str], device, backward: bool = False) -> tuple[Tensor, Tensor]:
+        """-> ids (B, T), mask (B, T), right-padded to the longest; with directions, one behind the first token."""
+        # split_special_tokens: a caption that spells "[SEP]" or "<|endoftext|>" must not end the text
+        how = {"padding": True, "truncation": True, "max_length": self.length, "split_special_tokens": True}
+        rows = self.tokenizer(texts, return_tensors="pt", **how).to(device)
+        ids, mask = rows.input_ids, rows.attention_mask
+        if self.directed:
+            way = torch.full_like(ids[:, :1], -2 if backward else -1)
+            ids = torch.cat([ids[:, :1], way, ids[:, 1:]], dim=1)
+            mask = torch.cat([mask[:, :1], mask], dim=1)
+        return ids, mask
+
+    def too_long(self, texts: list[str]) -> list[str]:
+        """The texts that tokenize() cuts."""
+        rows = self.tokenizer(texts, split_special_tokens=True).input_ids
+        return [text for text, ids in zip(texts, rows, strict=True) if len(ids) > self.length]
+
+    def say_too_long(self, texts: list[str]) -> None:
+        """One line if any text is cut."""
+        if cut := self.too_long(texts):
+            say(f"{len(cut):,} of {len(texts):,} deltas lose what exceeds {self.length} tokens: {cut[0][:60]!r}")
+
+    def train(self, mode: bool = True) -> "CirModel":
+        super().train(mode)
+        self.backbone.vision_model.eval()  # frozen [S3.3]: its dropout, if any, stays off
+        return self
+
+    @torch.no_grad()
+    def image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, S, S) -> tokens (B, ...), target (B, d) normalised."""
+        tokens = self.tokens(pixels)
+        return tokens, self.target(tokens)
+
+
+# ---- a checkpoint's config.json ----
+
+
+def read_settings(checkpoint: str) -> dict:
+    """config.json of a folder written by train_cir.py: "build" (arguments of build_cir), "tau", and more."""
+    file = f"{checkpoint}/config.json"
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("build"), dict):
+        raise UserError(f"{file} is not one of train_cir.py")
+    if not isinstance(config.get("tau"), float):
+        raise UserError(f'{file} has no "tau", the temperature that the model was trained with; train it again')
+    return config
+
+
+def places_near(build: dict, checkpoint: str) -> dict[str, str]:
+    """For config.json: its folders as seen from the checkpoint; they are found again when all moves together."""
+    return {key: near(build[key], checkpoint) for key in ("backbone", "start") if build.get(key)}
+
+
+def find_again(config: dict, checkpoint: str, backbone: str) -> dict:
+    """config["build"] with the places of today; backbone: the value of --backbone, if it was given."""
+    build, beside = config["build"], config.get("near", {})
+    found = {"backbone": locate(build["backbone"], checkpoint, "--backbone", backbone, beside.get("backbone", ""))}
+    if build.get("start"):
+        found["start"] = locate(build["start"], checkpoint, "--start", beside=beside.get("start", ""))
+    return build | found
+
+
+# ---- what of it trains ----
+
+
+def trained_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def get_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained weights, by name, on the CPU."""
+    return {name: p.detach().cpu().clone() for name, p in trained_of(model).items()}
+
+
+def put_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Overwrites exactly the trained weights; UserError naming the first difference."""
+    copy_weights(trained_of(model), tensors, where)
+
+
+def frozen_sha256(model: CirModel, words: bool = True) -> str:
+    """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer."""
+    frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    return tensors_sha256(frozen, repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else ""))
+
+
+def start_from(model: CirModel, checkpoint: str) -> None:
+    """Copies the weights of a checkpoint of train_cir.py over those of the same names, frozen or not."""
+    tensors = load_tensors(checkpoint, "model.safetensors")
+    own = {name: p for name, p in model.named_parameters() if name in tensors}
+    copy_weights(own, tensors, f"--start {checkpoint} (both with --bidirectional, or both without)")
+
+
+def check_frozen(model: CirModel, config: dict, folder: str) -> None:
+    """UserError if the model stands on other frozen weights than the checkpoint in `folder` was trained on."""
+    trained_on = config.get("constants", {}).get("FROZEN_SHA256")
+    known = (frozen_sha256(model), frozen_sha256(model, words=False))  # older checkpoints: without the tokenizer
+    if trained_on and trained_on not in known:
+        on = " or ".join(filter(None, (model.source, config["build"].get("start"))))
+        raise UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")

@@ -1,0 +1,175 @@
+"""Images through a frozen vision encoder: a gallery's, a bank's, and those of each training step."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
+from common.console import progress, rank_size
+from common.images import ImageStore, load_pixels
+from common.ranks import all_sum, gather_objects, pick_dtype, seeded_rng
+
+
+class Compute(NamedTuple):
+    """How a model goes through many inputs."""
+
+    batch: int  # images, or queries, per forward pass
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32  # of the model's products; its weights, scores and losses stay fp32
+    workers: int = 0  # threads that decode images
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: str, batch: int, workers: int) -> "Compute":
+        """dtype: as the flag has it."""
+        return cls(batch, device, pick_dtype(dtype, device), workers)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs; with fp32 it changes nothing."""
+        return torch.autocast(torch.device(self.device).type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+# ---- a gallery: each rank has its share ----
+
+
+class Encoded(NamedTuple):
+    """One batch of a list of images, on the device."""
+
+    rows: range  # its places in the list
+    tokens: Tensor  # (n, ...) what model.compose needs of an image
+    targets: Tensor  # (n, d) its features in a gallery
+
+
+def encode(
+    model: torch.nn.Module, images: ImageStore, names: list[str], compute: Compute, what: str
+) -> Iterator[Encoded]:
+    """The named images, a batch at a time, in eval mode; the batches are dealt to the ranks. what: for the bar."""
+    rank, size = rank_size()
+    starts = range(0, len(names), compute.batch)
+    modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
+    model.eval()
+    try:
+        for start in progress(starts[rank % size :: size], what):
+            rows = range(start, min(start + compute.batch, len(names)))
+            pixels = load_pixels(images, [names[i] for i in rows], model.preprocess, compute.workers)
+            with compute.autocast():
+                tokens, targets = model.image(pixels.to(compute.device))
+            yield Encoded(rows, tokens, targets)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# ---- training ----
+
+Image = tuple[int, str]  # (stream, name), as in common.batches
+
+
+def image_jobs(draws: list[Draw]) -> list[tuple[Image, tuple]]:
+    """References, then targets: (image, key of its augmentation)."""
+    references = [(d.reference, ("reference", *d.key)) for d in draws]
+    targets = [(d.target, ("target", *d.key)) for d in draws]
+    return references + targets
+
+
+def encode_in_turn(
+    blocks: list[list], load: Callable[[list], Tensor], encode_loaded: Callable[[Tensor], Tensor], what: str
+) -> Iterator[tuple[list, Tensor]]:
+    """(block, its rows on the CPU) for every block, in order, on every rank; the ranks take turns to encode them."""
+    rank, size = rank_size()
+    rounds = list(chunks(blocks, size))  # a block for each rank; in the last round some have none
+
+    def load_own(blocks: list[list]) -> Tensor | None:
+        return load(blocks[rank]) if rank < len(blocks) else None
+
+    for turn, loaded in ahead(load_own, progress(rounds, what)):
+        stop_together(loaded)
+        rows = None if loaded is None else encode_loaded(loaded).cpu()
+        yield from zip(turn, gather_objects(rows), strict=False)
+
+
+class Bank(NamedTuple):
+    """Target features of all training images, not augmented: each is one more negative [ours]."""
+
+    images: list[Image]
+    features: Tensor  # (len(images), d)
+
+    def without(self, images: list[Image]) -> Tensor:
+        """The rows (K, d) of the other images: those of the batch are rows of it already, augmented."""
+        left_out = set(images)
+        return self.features[[i for i, image in enumerate(self.images) if image not in left_out]]
+
+
+class TrainingImages:
+    """What the frozen vision encoder of a model makes of training images: augmented anew each time, or of views kept.
+
+    augmented(picture, key, S) -> the picture as the randomness of the key changes it, for a model of S x S pixels."""
+
+    def __init__(self, model: torch.nn.Module, sources: list[Source], augmented: Callable, compute: Compute):
+        self.model, self.sources, self.augmented, self.compute = model, sources, augmented, compute
+        self.views: dict[Image, list[Tensor]] = {}  # tokens of each view, on the CPU; empty: augmented anew
+        self.encoded = 0  # images that went through this rank's encoder for the last batch
+        self._pool = ThreadPoolExecutor(max(1, compute.workers))
+
+    def _open(self, job: tuple[Image, tuple | None]) -> Tensor:
+        """Pixels (3, S, S) of an image; without a key it is not augmented."""
+        (stream, name), key = job
+        picture = self.sources[stream].images.open(name)
+        if key is not None:
+            picture = self.augmented(picture, key, self.model.preprocess.size)
+        return self.model.preprocess(picture)
+
+    def _pixels(self, jobs: list[tuple]) -> Tensor:
+        return torch.stack(list(self._pool.map(self._open, jobs)))
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        with self.compute.autocast():
+            return self.model.tokens(pixels.to(self.compute.device))
+
+    def keep_views(self, count: int) -> None:
+        """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens."""
+        jobs = [(image, ("view", *image, k)) for image in images_of(self.sources) for k in range(count)]
+        blocks = list(chunks(jobs, self.compute.batch))  # fixed blocks: a resume sees the same bits
+        for block, tokens in encode_in_turn(blocks, self._pixels, self._encode, "encoding views"):
+            for (image, _), row in zip(block, tokens, strict=True):
+                self.views.setdefault(image, []).append(row)
+
+    @torch.no_grad()
+    def bank(self) -> Bank:
+        """Target features of all images, not augmented, on every rank."""
+
+        def features(pixels: Tensor) -> Tensor:
+            with self.compute.autocast():
+                return self.model.image(pixels.to(self.compute.device))[1]
+
+        images = images_of(self.sources)
+        blocks = list(chunks([(image, None) for image in images], self.compute.batch))
+        rows = [rows for _, rows in encode_in_turn(blocks, self._pixels, features, "encoding the bank")]
+        return Bank(images, torch.cat(rows).to(self.compute.device))
+
+    def follow(self, draws: Iterable[Batch], seed: int) -> Iterator[tuple[Batch, Tensor]]:
+        """(batch, tokens of this rank's references, then of its targets), the next batch decoded meanwhile.
+
+        An image that one rank cannot read stops all ranks."""
+        for batch, loaded in ahead(lambda batch: self._load(batch, seed), draws):
+            stop_together(loaded)
+            self.encoded = 0 if self.views else len(loaded)
+            yield batch, loaded.to(self.compute.device) if self.views else self._encode(loaded)
+
+    def encoded_by_all(self) -> int:
+        """Images that went through the encoders of all ranks for the last batch."""
+        return int(all_sum(self.encoded))
+
+    def _load(self, batch: Batch, seed: int) -> Tensor:
+        """Of this rank's references, then targets: pixels, or the tokens of a view each. Runs in a thread."""
+        jobs = image_jobs(batch.own_draws)
+        if not self.views:
+            return self._pixels(jobs)
+        chosen = []
+        for image, key in jobs:
+            views = self.views[image]
+            chosen.append(views[seeded_rng(seed, "view", *key).integers(len(views))])
+        return torch.stack(chosen)

@@ -1,0 +1,170 @@
+"""common/ranks.py: collectives against one process, seeds, the log, stop signals."""
+
+import hashlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from common.console import UserError
+from common.files import (
+    read_jsonl,
+)
+from common.ranks import (
+    Log,
+    _seed,
+    all_reduce_gradients,
+    all_sum,
+    any_rank,
+    barrier,
+    gather_objects,
+    gather_with_grad,
+    init_world,
+    pick_dtype,
+    seed_step,
+    seeded_generator,
+    seeded_rng,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def gather_rank(x, weights, sizes):
+    """A loss over all pairs of rows: each rank takes its own rows' share of it."""
+    world = init_world("cpu")
+    start = sum(sizes[: world.rank])
+    rows = x[start : start + sizes[world.rank]]
+    weights = weights.clone().requires_grad_()
+    mine = (rows @ weights).tanh()
+    everything = gather_with_grad(mine)
+    assert everything.shape[0] == len(x)
+    loss = (mine @ everything.t()).logsumexp(1).sum() / len(x)
+    idle = torch.zeros(3, requires_grad=True)
+    if world.rank == 0:
+        (idle * 2).sum().backward()
+    loss.backward()
+    all_reduce_gradients([weights, idle])
+    return {
+        "gathered": everything.detach(),
+        "grad": weights.grad,
+        "idle": idle.grad,
+        "loss": all_sum(loss.item()),
+        "tensor": all_sum(torch.tensor([world.rank, 1])),
+        "any": any_rank(world.rank == 1),
+        "none": any_rank(False),
+        "objects": gather_objects({"rank": world.rank}),
+        "rank": world.rank,
+    }
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (5, 2), (4, 0)])
+def test_gather_with_grad_equals_one_process(sizes):
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(sizes), 4, generator=make, dtype=torch.float64)
+    weights = torch.randn(4, 5, generator=make, dtype=torch.float64)
+    alone = weights.clone().requires_grad_()
+    features = (x @ alone).tanh()
+    loss = (features @ features.t()).logsumexp(1).sum() / len(x)
+    loss.backward()
+    for rank, found in enumerate(run_ranks(2, gather_rank, x, weights, sizes)):
+        assert torch.equal(found["gathered"], features.detach())
+        torch.testing.assert_close(found["grad"], alone.grad, rtol=1e-13, atol=1e-13)
+        assert found["loss"] == pytest.approx(loss.item(), abs=1e-13)
+        assert found["idle"].tolist() == [2, 2, 2] and found["tensor"].tolist() == [1, 2]
+        assert found["any"] and not found["none"] and found["rank"] == rank
+        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_world_of_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    world = init_world("cpu")
+    assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
+    x = torch.ones(2, 3, requires_grad=True)
+    assert gather_with_grad(x) is x
+    assert all_sum(2.5) == 2.5 and gather_objects("a") == ["a"] and any_rank(True) is True
+    barrier()
+    with pytest.raises(UserError, match="wanted auto, cpu or cuda"):
+        init_world("gpu")
+    assert pick_dtype("auto", world.device) is torch.float32
+    assert pick_dtype("auto", "cuda") is torch.bfloat16
+    with pytest.raises(UserError, match="fp8"):
+        pick_dtype("fp8", "cpu")
+
+
+def test_the_kernels_package_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "kernels-0.1.dist-info").mkdir()
+    (tmp_path / "kernels-0.1.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="pip uninstall kernels"):
+        init_world("cpu")
+
+
+def test_seeds_are_functions_of_their_keys():
+    drop = torch.nn.Dropout()
+    draws = []
+    for seed, step, rank in [(0, 1, 0), (0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0)]:
+        seed_step(seed, step, rank)
+        draws.append(tuple(drop(torch.ones(64)).tolist()))
+    assert draws[0] == draws[1] and len(set(draws)) == 4
+    one, same, other = (seeded_rng(1, "epoch", epoch).random() for epoch in (2, 2, 3))
+    assert one == same != other
+    assert torch.rand(1, generator=seeded_generator(1)) == torch.rand(1, generator=seeded_generator(1))
+    digest = hashlib.sha256(b'[0, "a"]').digest()  # spelled out: runs made today must draw the same tomorrow
+    assert _seed(0, "a") == int.from_bytes(digest[:8], "little") // 2
+
+
+LOOP = """
+import time
+from common.console import run
+from common.ranks import stop_requested
+def main():
+    step = 0
+    while not stop_requested():
+        if not step:
+            print("ready", flush=True)
+        step += 1
+        time.sleep(0.01)
+    time.sleep({wait})
+    print("saved", flush=True)
+    raise SystemExit(143)
+run(main)
+"""
+
+
+def test_signals():
+    def start(wait):
+        code = textwrap.dedent(LOOP.format(wait=wait))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+        process.stdout.readline()
+        return process
+
+    gentle, twice, insistent = start(0), start(0.5), start(30)
+    gentle.send_signal(signal.SIGTERM)
+    for process in (twice, insistent):
+        process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    twice.send_signal(signal.SIGINT)  # torchrun hands the terminal's Ctrl-C on a second time
+    time.sleep(1.2)
+    insistent.send_signal(signal.SIGINT)
+    for process, code, said in [(gentle, 143, b"saved"), (twice, 143, b"saved"), (insistent, 130, b"")]:
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == code and out.strip() == said
+        assert b"stopping after this step" in err and b"Traceback" not in err
+
+
+def test_log(tmp_path):
+    log = Log(tmp_path / "out")
+    for step in range(4):
+        log.write(step=step, loss=float("nan") if step == 1 else 0.5)
+    log.path.open("ab").write(b'{"step": 9')
+    Log(tmp_path / "out", resume_step=2).write(step=3, loss=0.25)
+    records = read_jsonl(log.path)
+    assert [r["step"] for r in records] == [0, 1, 2, 3] and records[1]["loss"] == "nan" and records[3]["loss"] == 0.25
