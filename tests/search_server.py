@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 import search
 from common.annotations import read_triplets
+from common.encoding import Compute
 from common.gallery import Engine, Gallery, index_folder
 from common.notes import read_notes
 
@@ -22,14 +21,14 @@ FLAGS = {"TOP": 48, "TEACH_STEPS": 3, "TEACH_BATCH": 4, "TEACH_LR": 1e-3, "TEACH
 
 def index(model, folder: Path, out: Path, batch: int = 4) -> Gallery:
     out.mkdir(parents=True, exist_ok=True)
-    return index_folder(model, str(folder), out, batch, 2, torch.device("cpu"), torch.float32)
+    return index_folder(model, str(folder), out, Compute(batch, workers=2))
 
 
 def site_of(backbone: Path, folder: Path, out: Path, label: str = "", held_out: int = 2, checkpoint: str = ""):
     base = (checkpoint, "" if checkpoint else str(backbone))
     model, settings, using = search.first_model(out, base, "cpu")
     gallery = index(model, folder, out)
-    engine = Engine(model, settings, search.model_name(base, using), gallery, torch.device("cpu"), torch.float32)
+    engine = Engine(model, settings, search.model_name(base, using), gallery, Compute(64))
     notes = read_notes(out, held_out, read_triplets(label) if label else [], gallery.of_name)
     pools = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
     return search.Site(out, engine, notes, base, dict(FLAGS), *pools, contents=list(gallery.ids), using=using)
