@@ -39,21 +39,27 @@ from PIL import Image
 
 from common.annotations import read_triplets
 from common.batches import chunks
+from common.cir_model import read_settings
 from common.console import UserError, progress, run, say
+from common.encoding import Compute
 from common.files import file_sha256, lock_folder, read_json, read_jsonl, save_folder, sync, write_json, write_jsonl
 from common.flags import at_least, override
 from common.gallery import Engine, Query, find, index_folder, inner, recall_of, stamp_of, vision_digest, vision_weights
-from common.images import ImageStore, open_image, shown
+from common.hub import located
+from common.images import ImageStore, shown
 from common.notes import Notes, is_held_out, note, read_notes
-from common.ranks import init_world, pick_dtype
+from common.pixels import open_image
+from common.pretrained import model_kind
+from common.ranks import init_world
 from common.server import body_of, guarded, is_address, json_of, number_of
 from eval_cir import Baseline
-from train_cir import build_cir, load_cir, model_type
+from train_cir import build_cir, load_cir
 
 # ---- what is searched ----
 GALLERY = ""  # folder of the pictures, searched recursively
 CHECKPOINT = ""  # folder written by train_cir.py; empty: plain BACKBONE, the sum of picture and text feature
-BACKBONE = "demo/models/clip"  # without CHECKPOINT: CLIP or BLIP; the embedded one knows drawn garments only
+BACKBONE = ""  # without CHECKPOINT: CLIP or BLIP, empty: the embedded CLIP, which knows drawn garments only
+# With CHECKPOINT: where its CLIP or BLIP lies now, if it is no longer where it was.
 QUERIES = ""  # .jsonl of {"reference", "delta"} (either may be missing): answered without a page
 TOP = 48  # pictures found for a query
 
@@ -78,33 +84,33 @@ DEVICE = "auto"  # "auto", "cpu" or "cuda"; features are searched on the CPU
 DTYPE = "auto"  # of the model: "auto" is bf16 on cuda and fp32 on CPU; features and scores are always fp32
 SEED = 0  # of teaching
 
+_EMBEDDED = str(Path(__file__).resolve().parent / "demo/models/clip")
 _WEB = ("style.css", "app.js", "judge.js", "icon.svg")  # what is served of web/ beside index.html
 _UPLOAD = 20 << 20  # bytes of a picture that is uploaded
 _TEXT, _TEXTS, _MOST = 500, 8, 500  # characters of a change, changes of a query, pictures of an answer
-_THUMB = 320  # pixels of a thumbnail's longer side
+_SIDES = {"thumb": 320, "image": 1600}  # pixels of a picture's longer side, by address
 _FEWEST = 4  # triplets that are worth a training
 _STAND_IN = ". The embedded model knows drawn garments only; on photographs it finds next to nothing"
 _KS = (1, 5, 10)  # recall of held-out marks
 # constants of the present checkpoint that a teaching keeps
-_KEPT = "MODEL BACKBONE TEXT_LENGTH FIRST_TOKEN TRAIN_TEXT TRAIN_TDM_HEAD COMBINER_P COMBINER_H COMBINER_DROPOUT"
+_KEPT = "MODEL TEXT_LENGTH FIRST_TOKEN TRAIN_TEXT TRAIN_TDM_HEAD COMBINER_P COMBINER_H COMBINER_DROPOUT"
 _KEPT += " ALPHA BETA TDM BIDIRECTIONAL REVERSED_TEXT REVERSED_NEGATIVES"
 
 
 def load_model(checkpoint: str, backbone: str, device) -> tuple[torch.nn.Module, dict]:
     """The CIR model and its config.json; without a checkpoint the sum of the backbone's features."""
     if checkpoint:
-        return load_cir(checkpoint, device), read_json(os.path.join(checkpoint, "config.json"))
-    kind = "blip_tdm" if model_type(backbone) == "blip" else "sum"
-    model = Baseline(build_cir(kind, backbone).eval().to(device), "sum")
-    where = os.path.abspath(backbone) if os.path.isdir(backbone) else backbone
-    return model, {"constants": {"MODEL": kind, "BACKBONE": where}}
+        return load_cir(checkpoint, device, backbone), read_settings(checkpoint)
+    kind = "blip_tdm" if model_kind(backbone, "--backbone") == "blip" else "sum"
+    return Baseline(build_cir(kind, backbone).eval().to(device), "sum"), {"constants": {"MODEL": kind}}
 
 
 def model_name(base: tuple[str, str], number: int) -> str:
-    return (base[0] or f"plain {base[1]}") + f", taught ({number})" * bool(number)
+    plain = "/".join(base[1].split("/")[-3:])  # of a folder the end, of a hub id all
+    return (base[0] or f"plain {plain}") + f", taught ({number})" * bool(number)
 
 
-def answer_file(engine: Engine, file: str, out: str, top: int, batch: int) -> None:
+def answer_file(engine: Engine, file: str, out: str, top: int) -> None:
     """Writes the record of each query with its results: [{"name", "score"}], best first."""
     store, records, queries, answers = ImageStore(engine.gallery.folder, own=True), read_jsonl(file), [], []
     for number, record in enumerate(records, 1):
@@ -114,7 +120,7 @@ def answer_file(engine: Engine, file: str, out: str, top: int, batch: int) -> No
         path = store.path(name) if name else ""
         own = engine.gallery.ids.get(file_sha256(path), -1) if path else -1
         queries.append(Query(path, (text.strip(),) if text.strip() else (), own))
-    for part in chunks(progress(list(zip(records, queries, strict=True)), "answering"), batch):
+    for part in chunks(progress(list(zip(records, queries, strict=True)), "answering"), engine.compute.batch):
         for (record, _), found in zip(part, find(engine, [query for _, query in part], top), strict=True):
             named = [{"name": engine.gallery.names[id], "score": round(score, 6)} for id, score in found]
             answers.append(record | {"results": named})
@@ -144,7 +150,7 @@ def use(site: Site, number: int) -> None:
     """Switches to the model of teach-N, or back to the first (0); in the worker, which alone uses the model."""
     checkpoint, backbone = site.base
     folder = str(site.out / f"teach-{number}") if number else checkpoint
-    model, settings = load_model(folder, backbone, site.engine.device)
+    model, settings = load_model(folder, backbone, site.engine.compute.device)
     if vision_digest(model) != vision_digest(site.engine.model):
         raise UserError(f"{folder} sees pictures with other weights than the index was made with")
     site.engine.model, site.engine.settings, site.using = model, settings, number
@@ -174,11 +180,12 @@ def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[d
     write_jsonl(folder / "train.jsonl", train)
     model = site.engine.model
     frozen = vision_weights(model).keys()
-    start = {name: p for name, p in inner(model).named_parameters() if name not in frozen}
+    start = {name: p for name, p in inner(model).named_parameters() if name not in frozen and name != "tau"}
     save_folder(folder / "start", {"model.safetensors": start}, {})  # whole: a --start does not follow its own start
     constants, flags = site.engine.settings["constants"], site.flags
     given = {name: constants[name] for name in _KEPT.split() if name in constants}
-    given |= {"START": folder / "start", "DATASET": "jsonl", "ROOT": folder / "train.jsonl", "OUT": folder}
+    given |= {"BACKBONE": located(inner(model).source), "START": folder / "start", "OUT": folder}
+    given |= {"DATASET": "jsonl", "ROOT": folder / "train.jsonl"}
     images = site.engine.gallery.folder
     uploads = {path.name for path in (site.out / "uploads").glob("*")}
     if any(line["reference"] in uploads for line in train):
@@ -186,7 +193,7 @@ def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[d
     batch = min(flags["TEACH_BATCH"], len(train), len(pseudo) or len(train))
     given |= {"IMAGES": images, "STEPS": flags["TEACH_STEPS"], "LR": flags["TEACH_LR"], "BATCH": batch}
     given |= {"TAU": site.engine.settings.get("tau", flags["TEACH_TAU"]), "VIEWS": 2, "SEED": flags["SEED"]}
-    given |= {"LOG_EVERY": 1, "SAVE_EVERY": flags["TEACH_STEPS"], "DEVICE": str(site.engine.device)}
+    given |= {"LOG_EVERY": 1, "SAVE_EVERY": flags["TEACH_STEPS"], "DEVICE": str(site.engine.compute.device)}
     if pseudo:
         write_jsonl(folder / "pseudo.jsonl", pseudo)
         given |= {"PSEUDO": folder / "pseudo.jsonl", "PSEUDO_IMAGES": site.engine.gallery.folder}
@@ -326,11 +333,11 @@ async def api_upload(request) -> dict:
         aside = folder / f".{secrets.token_hex(8)}.tmp"
         try:
             aside.write_bytes(data)
-            open_image(aside)
+            open_image(aside, "reduce")  # within the limits of every picture, and whole
             with Image.open(aside) as image:
-                extension = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[image.format]
+                kind = image.format.lower().replace("mpo", "jpeg")  # a phone's JPEG of several pictures
             sync(aside)
-            os.replace(aside, folder / (token + extension))
+            os.replace(aside, folder / f"{token}.{kind}")
         except UserError as error:
             raise UserError(str(error).replace(f"{aside}: ", "this file ").replace(str(aside), "it")) from None
         finally:
@@ -434,31 +441,27 @@ async def api_use(request) -> dict:
     return teaching_status(site)
 
 
-async def serve_picture(what: str, request):
-    """thumb/ID: a small JPEG; image/ID: the file itself; of a gallery picture, or of an upload by its token."""
+async def serve_picture(side: int, request):
+    """thumb/ID, image/ID: a JPEG of a gallery picture, or of an upload by its token; upright, in every browser."""
     from starlette.responses import FileResponse
 
     site, value = request.app.state.site, request.path_params["id"]
     path, _, id = picture(site, int(value) if re.fullmatch("[0-9]{1,9}", value) else value)
-    if what == "image":
-        with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
-            kind = f"image/{image.format.lower()}"
-    else:
-        content, kind = site.contents[id] if id >= 0 else value, "image/jpeg"
-        path = await asyncio.get_running_loop().run_in_executor(site.decoders, thumbnail, path, site.out, content)
+    content = site.contents[id] if id >= 0 else value
+    made = asyncio.get_running_loop().run_in_executor(site.decoders, rendition, path, site.out, content, side)
     kept = "private, max-age=31536000, immutable" if "v" in request.query_params else "no-cache"
-    return FileResponse(path, media_type=kind, headers={"Cache-Control": kept})
+    return FileResponse(await made, media_type="image/jpeg", headers={"Cache-Control": kept})
 
 
-def thumbnail(path: str, out: Path, content: str) -> Path:
-    """Made once, by content."""
-    file = out / "thumbs" / content[:2] / f"{content}.jpg"
+def rendition(path: str, out: Path, content: str, side: int) -> Path:
+    """The picture, its longer side at most so many pixels; made once, by content."""
+    file = out / f"thumbs/{side}/{content[:2]}/{content}.jpg"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         small = open_image(path, "reduce")
-        small.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS)
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
         aside = file.with_name(f"{content}.{secrets.token_hex(4)}.tmp")
-        small.save(aside, "JPEG", quality=85)
+        small.save(aside, "JPEG", quality=90)
         sync(aside)
         os.replace(aside, file)
     return file
@@ -494,7 +497,7 @@ def build_app(site: Site):
         site.decoders.shutdown(wait=False, cancel_futures=True)
 
     routes = [Route("/", as_file("index.html")), *(Route(f"/{name}", as_file(name)) for name in _WEB)]
-    routes += [Route(f"/{what}/{{id}}", functools.partial(serve_picture, what)) for what in ("thumb", "image")]
+    routes += [Route(f"/{name}/{{id}}", functools.partial(serve_picture, side)) for name, side in _SIDES.items()]
     gets = {"gallery": api_gallery, "label": api_label, "teach": api_teach}
     posts = {"search": api_search, "upload": api_upload, "mark": api_mark, "undo": api_undo}
     posts |= {"label": api_label, "teach": api_teach, "use": api_use}
@@ -541,7 +544,7 @@ def main() -> None:
     # ---- flags
     at_least(globals(), BATCH=1, WORKERS=1, TOP=1, PORT=0, HELD_OUT=0, TEACH_STEPS=1, TEACH_BATCH=1, TEACH_LR=0)
     world = init_world(DEVICE)
-    dtype = pick_dtype(DTYPE, world.device)
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS)
     if not GALLERY:
         raise UserError("--gallery is empty; name the folder of your pictures")
     if QUERIES and not OUT.endswith(".jsonl"):
@@ -555,20 +558,19 @@ def main() -> None:
     listening = None if QUERIES else listen(HOST, PORT)  # first: a port in use shows before the folder is indexed
 
     # ---- model and index
-    base = (CHECKPOINT, "" if CHECKPOINT else BACKBONE)
-    model, settings, using = first_model(out, base, world.device)
+    base = (CHECKPOINT, BACKBONE if CHECKPOINT else BACKBONE or _EMBEDDED)
+    model, settings, using = first_model(out, base, compute.device)
     if not CHECKPOINT:
-        say(f"no --checkpoint: plain {BACKBONE}, picture + text" + _STAND_IN * (BACKBONE == "demo/models/clip"))
-    gallery = index_folder(model, GALLERY, out, BATCH, WORKERS, world.device, dtype)
+        say(f"no --checkpoint: {model_name(base, 0)}, picture + text" + _STAND_IN * (not BACKBONE))
+    gallery = index_folder(model, GALLERY, out, compute)
     copies = len(gallery.of_name) - len(gallery.names)
     says = f"{GALLERY}: {len(gallery.names):,} pictures" + f", {copies:,} copies of others" * bool(copies)
     if gallery.unreadable:
         says += f", {gallery.unreadable:,} that cannot be read (listed in {out / 'unreadable.txt'})"
     say(says)
-    name = model_name(base, using)
-    engine = Engine(model, settings, name, gallery, world.device, dtype)
+    engine = Engine(model, settings, model_name(base, using), gallery, compute)
     if QUERIES:
-        return answer_file(engine, QUERIES, OUT, TOP, BATCH)
+        return answer_file(engine, QUERIES, OUT, TOP)
 
     # ---- page
     notes = read_notes(out, HELD_OUT, pairs, gallery.of_name)

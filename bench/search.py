@@ -23,13 +23,14 @@ def mapped(file: str, n: int, width: int):
     import numpy as np
     import torch
 
+    from common.encoding import Compute
     from common.gallery import _HEADER, Engine, Gallery
 
     features = torch.from_numpy(np.memmap(file, "<f4", "c", _HEADER, (n, width)))
     names = {id: f"{id:06d}.jpg" for id in range(n)}
     of_name = {name: id for id, name in names.items()}
     gallery = Gallery(".", "", names, of_name, {}, {}, features, torch.arange(n), 0)
-    return Engine(None, {}, "", gallery, torch.device("cpu"), torch.float32)
+    return Engine(None, {}, "", gallery, Compute(64))
 
 
 def contestant(file: str, n: int, width: int) -> None:

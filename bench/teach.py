@@ -85,14 +85,16 @@ def one_seed(args, truth: dict, out: Path, seed: int) -> tuple[dict, dict, dict,
     import torch
 
     import search
+    from common.encoding import Compute
     from common.gallery import Engine, Query, find, index_folder
     from common.notes import is_held_out, note, read_notes
     from common.ranks import seeded_rng
 
     device, base = torch.device(args.device), (args.checkpoint, "" if args.checkpoint else args.backbone)
     model, settings = search.load_model(*base, device)
-    gallery = index_folder(model, args.gallery, out, 64, 4, device, torch.float32)
-    engine = Engine(model, settings, search.model_name(base, 0), gallery, device, torch.float32)
+    compute = Compute(64, device, workers=4)
+    gallery = index_folder(model, args.gallery, out, compute)
+    engine = Engine(model, settings, search.model_name(base, 0), gallery, compute)
     flags = {"TOP": 48, "TEACH_STEPS": args.steps, "TEACH_BATCH": 32, "TEACH_LR": args.lr, "TEACH_TAU": 0.05}
     for path in [*out.glob("teach-*"), *out.glob("*.jsonl"), *out.glob("using.json")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

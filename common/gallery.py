@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ import torch.nn.functional as F
 
 from common.batches import ahead, chunks
 from common.console import UserError, progress, warn
+from common.encoding import Compute
 from common.files import JsonlAppender, file_sha256, sync, tensors_sha256, write_jsonl, write_text
-from common.images import ImageStore, list_images, open_image, reason_of
+from common.images import ImageStore, list_images
+from common.pixels import open_image, reason_of
 from common.retrieval import best, rank, recall, score_blocks
 
 _HEADER = 128  # bytes of a .npy header of a matrix: numpy leaves room in it for the rows to come
@@ -40,11 +42,16 @@ def vision_digest(model: torch.nn.Module) -> str:
     return tensors_sha256(vision_weights(model).items(), repr(inner(model).preprocess))
 
 
+def pixels_of(model: torch.nn.Module, path: str) -> torch.Tensor:
+    """A file -> (3, S, S); a JPEG that is too large is read small, as one's own pictures are in every stage."""
+    return open_image(path, "reduce", inner(model).preprocess)
+
+
 @torch.no_grad()
-def encode_pixels(model: torch.nn.Module, pixels: torch.Tensor, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_pixels(model: torch.nn.Module, pixels: torch.Tensor, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
     """pixels (B, 3, S, S) -> tokens (B, ...) on the device, features (B, d) fp32, normalised, on the CPU."""
-    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-        tokens, features = inner(model).image(pixels.to(device))
+    with compute.autocast():
+        tokens, features = inner(model).image(pixels.to(compute.device))
     return tokens, F.normalize(features.float(), dim=1).cpu()
 
 
@@ -94,13 +101,13 @@ def append_features(file: Path, rows: np.ndarray, before: int) -> None:
     sync(file)
 
 
-def index_folder(model: torch.nn.Module, folder: str, out: Path, batch: int, workers: int, device, dtype) -> Gallery:
+def index_folder(model: torch.nn.Module, folder: str, out: Path, compute: Compute) -> Gallery:
     """Encodes what is new or changed in the folder, a batch at a time, and maps the features of all.
 
     Each batch is a run of rows in features.npy, then a line of index.jsonl with their sha256: a kill loses a batch at
     most. A file of known size and time of change is not read again."""
     names, store, digest = list_images(folder), ImageStore(folder, own=True), vision_digest(model)
-    kind = str(dtype).removeprefix("torch.")
+    kind = str(compute.dtype).removeprefix("torch.")
     place = out / f"index-{digest[:16]}-{kind}"
     log, file = JsonlAppender(place / "index.jsonl", {"vision": digest, "dtype": kind}), place / "features.npy"
     ids, seen, width = {}, {}, 0  # sha256 -> row; name -> (size, time, sha256 or "", reason)
@@ -121,22 +128,20 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, batch: int, wor
 
         def one(name: str) -> tuple:
             try:
-                if not os.path.isfile(path := store.path(name)):  # a FIFO would be read for ever
-                    raise UserError("is not a regular file")
-                content = file_sha256(path)
-                return content, None if content in ids else inner(model).preprocess(open_image(path, "reduce")), ""
+                content = file_sha256(path := store.path(name))
+                return content, None if content in ids else pixels_of(model, path), ""
             except (UserError, OSError) as error:
                 return "", None, reason_of(error).removeprefix(f"{os.path.join(folder, name)}: ")
 
         return list(pool.map(one, part))
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        parts = chunks(progress(todo, f"indexing {folder}"), batch) if todo else ()
+    with ThreadPoolExecutor(max(1, compute.workers)) as pool:
+        parts = chunks(progress(todo, f"indexing {folder}"), compute.batch) if todo else ()
         for part, looked in ahead(look, parts):
             fresh = {content: pixels for content, pixels, _ in looked if pixels is not None and content not in ids}
             rows = np.zeros((0, width), np.float32)
             if fresh:
-                rows = encode_pixels(model, torch.stack(list(fresh.values())), device, dtype)[1].numpy()
+                rows = encode_pixels(model, torch.stack(list(fresh.values())), compute)[1].numpy()
                 width = rows.shape[1]
                 append_features(file, rows, len(ids))
             files = [[name, *stamps[name], found[0], found[2]] for name, found in zip(part, looked, strict=True)]
@@ -191,8 +196,7 @@ class Engine:
     settings: dict  # of its config.json
     name: str  # what it is called on the page
     gallery: Gallery
-    device: Any
-    dtype: torch.dtype
+    compute: Compute
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # path -> tokens of the last references
 
 
@@ -200,8 +204,8 @@ def tokens_of(engine: Engine, paths: list[str]) -> list[torch.Tensor]:
     """Tokens of reference pictures; the last 32 are kept, as a person asks several things of one picture."""
     known = {path: engine.tokens[path] for path in paths if path in engine.tokens}
     if fresh := [path for path in dict.fromkeys(paths) if path not in known]:
-        pixels = torch.stack([inner(engine.model).preprocess(open_image(path, "reduce")) for path in fresh])
-        tokens, _ = encode_pixels(engine.model, pixels, engine.device, engine.dtype)
+        pixels = torch.stack([pixels_of(engine.model, path) for path in fresh])
+        tokens, _ = encode_pixels(engine.model, pixels, engine.compute)
         known |= zip(fresh, tokens, strict=True)
     engine.tokens = dict(list((engine.tokens | known).items())[-32:])
     return [known[path] for path in paths]
@@ -223,13 +227,13 @@ def vectors(engine: Engine, queries: list[Query]) -> torch.Tensor:
         rows = [part for part in parts if (bool(part[1]), bool(part[2])) == (with_path, with_text)]
         if not rows:
             continue
-        texts, lower = [text for _, _, text in rows], engine.dtype != torch.float32
-        with torch.autocast(torch.device(engine.device).type, dtype=engine.dtype, enabled=lower):
+        texts = [text for _, _, text in rows]
+        with engine.compute.autocast():
             if with_path:
                 tokens = torch.stack(tokens_of(engine, [path for _, path, _ in rows]))
                 found = model.compose(tokens, texts) if with_text else inner(model).target(tokens)
             else:
-                found = inner(model).text(texts, engine.device)
+                found = inner(model).text(texts, engine.compute.device)
         for (i, _, _), row in zip(rows, F.normalize(found.float(), dim=1).cpu(), strict=True):
             total[i] = total[i] + row
     return F.normalize(torch.stack(total), dim=1)
