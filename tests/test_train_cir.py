@@ -583,7 +583,7 @@ def test_wrong_flags_are_one_line(world, zoo, tmp_path):
     with pytest.raises(UserError, match="--val_split test1: its targets are hidden"):
         train(arguments(world, zoo, tmp_path, "combiner", root=root, images=world / "img_raw", val_split="test1"))
     pairs = world / "pseudo.jsonl"
-    with pytest.raises(UserError, match="no gallery"):
+    with pytest.raises(UserError, match="of --dataset jsonl it is held, with --hold_out N"):
         train(arguments(world, zoo, tmp_path, dataset="jsonl", root=pairs, images=world / "aux", val_split="val"))
 
 
