@@ -722,7 +722,7 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
         ask(REFERENCE=str(gallery / "typo.png"))
     (gallery / "torn.png").write_bytes((gallery / "p2.png").read_bytes()[:60])
     assert len(ask()) == 8  # a broken picture of one's own is left out, counted and listed
-    assert "torn.png: cannot be decoded" in (tmp_path / "out" / "unreadable.txt").read_text()
+    assert "torn.png: is damaged" in (tmp_path / "out" / "unreadable.txt").read_text()
     with pytest.raises(UserError, match="--baseline with its --backbone, or --checkpoint"):
         ask(BASELINE="sum")
     with pytest.raises(UserError, match="--reversed: --score knows"):
