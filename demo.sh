@@ -22,7 +22,8 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || python3 -m venv .venv
   source .venv/bin/activate
 fi
-python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+python -c "import numpy, PIL, torch, tqdm, transformers, triton" 2>/dev/null ||
+  python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 M=demo/models W=$OUT/world
 # A demo starts anew: what an earlier one wrote goes, anything else in its folder stays.
@@ -59,7 +60,7 @@ python gen_deltas.py --vdg $OUT/vdg --triplets cirr/val --root $W/cirr --max_pai
 wait $AUX_JOB
 trap - EXIT
 
-step "5 train and 6 evaluate: two models, four training sets, two jobs at a time"
+step "5 train and 6 evaluate: two models, four training sets, ${JOBS:-2} jobs at a time"
 export SEED OUT M W OMP_NUM_THREADS=1
 one_row() { # model and row of the table
   local model=${1%-*} row=${1#*-} data how
@@ -81,7 +82,7 @@ export -f one_row
 mkdir -p $OUT/logs
 printf '%s\n' blip_tdm-auxiliary blip_tdm-only blip_tdm-same blip_tdm-supervised \
               combiner-auxiliary combiner-only combiner-same combiner-supervised |
-  xargs -P 2 -I{} bash -c 'one_row {} > $OUT/logs/{}.log 2>&1 || { tail -3 $OUT/logs/{}.log; exit 255; }
+  xargs -P "${JOBS:-2}" -I{} bash -c 'one_row {} > $OUT/logs/{}.log 2>&1 || { tail -3 $OUT/logs/{}.log; exit 255; }
                            echo "{}: $(grep -c . $OUT/cir/{}/log.jsonl) log lines, $OUT/eval/{}/index.html"'
 
 step "the table"

@@ -324,7 +324,8 @@ def candidates(embeddings: Tensor, rows: range, rule: Rule, block: int) -> tuple
     queries = embeddings if everything else embeddings[rows.start : rows.stop]
     itself = torch.arange(rows.start, rows.stop, device=embeddings.device)
     top_k = max(1, min(rule.top_k, len(embeddings) - 1))
-    nearest = exact_topk(queries, embeddings, top_k, itself, block, lambda tiles: progress(tiles, "search"))
+    tile = None if embeddings.is_cuda else block
+    nearest = exact_topk(queries, embeddings, top_k, itself, tile, lambda tiles: progress(tiles, "search"))
 
     found, discarded = [], Counter()
     for anchor, scores, indices in zip(rows, *(part.cpu().numpy() for part in nearest), strict=True):

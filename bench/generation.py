@@ -66,14 +66,15 @@ def problem(llm, pairs: int, device: str):
     return ids, images[:count].to(device), images[count:].to(device), row
 
 
-def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None:
+def contestant(name: str, batch: int, pairs: int, new: int, device: str, llm=None):
+    """A function that says the deltas of all pairs once -> their tokens."""
     if name == "ours":
         import gen_deltas  # noqa: F401  before torch: it sets MKL's summation order, which ours pays for
     import torch
 
     from common.decode import Sampling, generate, start_engine
 
-    llm = random_llm(device)
+    llm = llm or random_llm(device)
     ids, references, targets, row = problem(llm, pairs, device)
     embed = llm.get_input_embeddings()
     parts = [embed(torch.tensor(x, device=device)) for x in ids]
@@ -112,39 +113,47 @@ def contestant(name: str, batch: int, pairs: int, new: int, device: str) -> None
     if name == "ours":
         greedy = Sampling(eos=-1, max_new=new, temperature=0.0, top_k=0)
         engine = start_engine(llm, ids, QUERIES, batch, greedy, device == "cuda")
-    measure.serve(run, run(), device)
+    return run
 
 
 def main() -> None:
     found = measure.arguments(__doc__, pairs=128, new=20, rounds=3, only="", serve="", batch=0)
     device = found.device
     if found.serve:
-        return contestant(found.serve, found.batch, found.pairs, found.new, device)
+        run = contestant(found.serve, found.batch, found.pairs, found.new, device)
+        return measure.serve(run, run(), device)
     largest = found.pairs
     sizes = {f"ours-{n}": n for n in (64, largest)} | {f"generate-{n}": n for n in (8, 64, largest)}
     sizes |= {"static-64": 64} if device == "cuda" else {}
     sizes |= {"release-8": 8}
     chosen = found.only.split(",") if found.only else list(sizes)
-    contestants, count = {}, {}
+    contestants, count, said = {}, {}, {}
+    llm = random_llm(device) if device == "cuda" else None  # a GPU holds one: all take turns with it, in this process
     for name in chosen:
         kind, batch = name.split("-")
         count[name] = 8 if kind == "release" else found.pairs  # it takes long: a share of the pairs will do
+        if device == "cuda":
+            run = contestant(kind, int(batch), count[name], found.new, device, llm)
+            said[name] = run()
+            contestants[name] = lambda run=run: measure.clock(run, device)
+            continue
         argv = ["--serve", kind, "--batch", batch, "--pairs", str(found.pairs), "--new", str(found.new)]
         if kind == "release":
             argv[5] = str(count[name])
         argv += ["--device", device]
         contestants[name] = measure.Contestant(__file__, *argv, env={"MKL_CBWR": None})
-    said = {name: process.ready for name, process in contestants.items()}
+        said[name] = contestants[name].ready
     reference = said[chosen[0]]
     same = {name: sum(a == b for a, b in zip(x, reference, strict=False)) / len(x) for name, x in said.items()}
     if "release-8" in same:  # it was given fewer references: other pictures
         del same["release-8"]
     print("pairs whose tokens equal those of", chosen[0], {name: f"{share:.1%}" for name, share in same.items()})
     seconds = measure.interleave(contestants, found.rounds)
-    for process in contestants.values():
-        process.close()
+    if device == "cpu":
+        for process in contestants.values():
+            process.close()
 
-    llm = random_llm(device)
+    llm = llm or random_llm(device)
     weights, head = linear_weights(llm), llm.lm_head.weight.numel()
     tokens = QUERIES / 2.8 + PARTS[1] + QUERIES + PARTS[2] + found.new - 1
     floor = peak_flops(device, llm.dtype) / (2 * weights * tokens + 2 * head * found.new)

@@ -144,6 +144,7 @@ def on_gpu(b: int, d: int, repeats: int) -> list[dict]:
     tau = torch.tensor(TAU, device="cuda", requires_grad=True)
     both = lambda: torch.autograd.grad(l_tcc(x, c, 512, tau, 1.0, BETA), (x, c, tau))  # noqa: E731
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             both()

@@ -165,7 +165,10 @@ def _device_name(device: str) -> str:
 
 
 def _commit() -> str:
-    """Short hash of HEAD, with + if a tracked file other than the results differs from it."""
+    """Short hash of HEAD, with + if a tracked file other than the results differs from it; BENCH_COMMIT where a copy
+    of the tree has no history."""
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/results.csv"]).returncode

@@ -41,7 +41,10 @@ def batches(llm, batch: int, count: int, device: str):
     return made
 
 
-def contestant(name: str, batch: int, steps: int, device: str) -> None:
+def contestant(name: str, batch: int, steps: int, device: str):
+    """A function that trains once on each batch, the first batch's loss, and the GiB held at most."""
+    import contextlib
+
     import torch
     from torch import nn
 
@@ -61,6 +64,8 @@ def contestant(name: str, batch: int, steps: int, device: str) -> None:
         embed = llm.get_input_embeddings()
         texts = [embed(torch.tensor(x, device=device)) for x in ids]
 
+        cast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
         def loss_of(queries, _, answers):
             """The usual collator: rows padded to the longest, labels -100 elsewhere, HF's loss over all positions."""
             images = projection(queries).to(texts[0])
@@ -72,7 +77,8 @@ def contestant(name: str, batch: int, steps: int, device: str) -> None:
                 labels.append(torch.cat([nothing, answer]))
             x, y = (nn.utils.rnn.pad_sequence(v, True, p) for v, p in ((rows, 0.0), (labels, -100)))
             mask = nn.utils.rnn.pad_sequence([torch.ones(len(r), device=device) for r in rows], True)
-            return llm(inputs_embeds=x, attention_mask=mask, labels=y).loss
+            with cast:  # PEFT keeps its matrices in fp32
+                return llm(inputs_embeds=x, attention_mask=mask, labels=y).loss
 
     else:
         import vdg_align
@@ -100,26 +106,31 @@ def contestant(name: str, batch: int, steps: int, device: str) -> None:
     llm.train()
     run()
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
-    measure.serve(run, [loss, memory], device)
+    return run, [loss, memory]
 
 
 def main() -> None:
     found = measure.arguments(__doc__, batch=9, steps=2, rounds=5, serve="")
     device = found.device
     if found.serve:
-        return contestant(found.serve, found.batch, found.steps, device)
-    contestants = {}
+        run, ready = contestant(found.serve, found.batch, found.steps, device)
+        return measure.serve(run, ready, device)
+    contestants, seconds, ready = {}, {}, {}
     for name in ("packed", "tree", "peft"):
         argv = ["--serve", name, "--batch", str(found.batch), "--steps", str(found.steps), "--device", device]
         contestants[name] = measure.Contestant(__file__, *argv)
-    for name, process in contestants.items():
-        memory = f", {process.ready[1]:.1f} GiB at most" if process.ready[1] else ""
-        print(f"{name}: loss {process.ready[0]:.6f}{memory}")
-    losses = [process.ready[0] for process in contestants.values()]
+        ready[name] = contestants[name].ready
+        if device == "cuda":  # three models of 26 GB would not fit: one after another
+            seconds |= measure.interleave({name: contestants[name]}, found.rounds)
+            contestants[name].close()
+    for name, (loss, memory) in ready.items():
+        print(f"{name}: loss {loss:.6f}" + f", {memory:.1f} GiB at most" * bool(memory))
+    losses = [loss for loss, _ in ready.values()]
     assert max(losses) - min(losses) < (1e-4 if device == "cpu" else 0.05), "the contestants do not do the same work"
-    seconds = measure.interleave(contestants, found.rounds)
-    for process in contestants.values():
-        process.close()
+    if device == "cpu":
+        seconds = measure.interleave(contestants, found.rounds)
+        for process in contestants.values():
+            process.close()
 
     llm = generation.random_llm(device)
     prompt = sum(generation.PARTS) + 2 * generation.QUERIES

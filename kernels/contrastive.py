@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.similarity_topk import INTERPRET, full_precision
+from kernels.similarity_topk import INTERPRET, full_precision, fullest_waves, processors
 
 BLOCK = 1 << 21  # logits held at a time on CPU (8 MiB of fp32, five such arrays)
 STRIP = 1 << 27  # logits held at a time by the Triton path above D = 256 (512 MiB of fp32)
@@ -59,14 +59,12 @@ TILES = {
         "sums": (128, 128, 32, 8, 3),
         "sums fp32": (64, 64, 32, 8, 2),  # no tensor cores: every product goes through the registers
         "flash": (64, 64, 8, 1),
-        "flash fp32": (32, 32, 8, 1),
         "strip": (16, 128, 4, 1),
     },
     (9, 0): {
         "sums": (128, 128, 64, 8, 3),
         "sums fp32": (64, 64, 32, 8, 2),
         "flash": (64, 64, 8, 2),
-        "flash fp32": (32, 32, 8, 1),
         "strip": (16, 128, 4, 1),
     },
 }
@@ -74,7 +72,6 @@ OTHER_TILES = {  # any other GPU, and the interpreter
     "sums": (32, 64, 32, 4, 2),
     "sums fp32": (32, 64, 32, 4, 2),
     "flash": (32, 32, 8, 1),
-    "flash fp32": (32, 32, 8, 1),
     "strip": (16, 64, 4, 1),
 }
 
@@ -386,15 +383,18 @@ def _statistics_triton(x, c, label, bank: int, first_row: int, first_column: int
     r, m, d = len(x), len(c), x.size(1)
     tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums")
     row_tiles = _tiles(0, first_row, r, tile_rows)
-    wanted = max(1, _processors(x) // max(1, sum(row_tiles)))  # few rows: divide the columns
+    strips = max(1, triton.cdiv(sum(row_tiles), STRIP_TILES))
+    strip = triton.cdiv(sum(row_tiles), strips)  # tiles of rows a launch
+    wanted = fullest_waves(max(1, strip), processors(x))
+    wanted = max(wanted, processors(x) // max(1, strip))  # few rows: divide the columns
     per_split = triton.cdiv(triton.cdiv(m, tile_columns), wanted) * tile_columns
     splits = _tiles(0, first_column, m, per_split)
     nothing = torch.zeros(3, 1, device=x.device)
     nothing[0] = torch.finfo(torch.float32).min
     row_out = nothing.expand(sum(splits), 3, r).clone()
     columns = [nothing.expand(1, 3, m), nothing.expand(1, 3, m)]
-    for tile in range(0, sum(row_tiles), STRIP_TILES):
-        here = min(STRIP_TILES, sum(row_tiles) - tile)
+    for tile in range(0, sum(row_tiles), max(1, strip)):
+        here = min(strip, sum(row_tiles) - tile)
         column_out = torch.empty(here, 3, m, device=x.device)
         with torch.cuda.device_of(x):
             _sums_kernel[here, sum(splits)](
@@ -412,8 +412,9 @@ def _statistics_triton(x, c, label, bank: int, first_row: int, first_column: int
 def _gradient_triton(
     x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float, vectors, own
 ):
-    """What _gradient returns, in fp32. Up to D = 256 logits are computed twice and never leave the registers; above,
-    a strip of them is written, turned into its gradient in place, and multiplied twice."""
+    """What _gradient returns, in fp32. Up to D = 256 the logits of 16-bit inputs are computed twice and never leave the
+    registers; others (fp32 knows no tensor cores, and spills) are written a strip at a time, turned into their gradient
+    in place, and multiplied twice."""
     of_rows, of_columns = (v.contiguous() for v in vectors)
     unit = None
     if x.dtype == torch.float16:  # gradients of a mean over many rows fall below its smallest number
@@ -427,7 +428,7 @@ def _gradient_triton(
     column_label = torch.arange(m, device=x.device)
     dx, dc = (torch.empty(n, d, device=x.device) for n in (r - bank, m))
     with torch.cuda.device_of(x):
-        if d <= 256:
+        if d <= 256 and x.dtype != torch.float32:
             rows, columns, warps, stages = _tile_sizes(x, "flash")
             of_x = x, c, of_rows, of_columns, label, column_label, row_own, column_own, scale, dx, r, m, d
             of_c = c, x, of_columns, of_rows, column_label, label, column_own, row_own, scale, dc, m, r, d
@@ -462,10 +463,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
 def _tile_sizes(x: Tensor, kernel: str) -> tuple[int, ...]:
@@ -554,6 +551,14 @@ def _vectors(terms: list[tuple[Tensor, Tensor]], beta: float, detach_weights: bo
     return torch.stack(found).unflatten(0, (2, 3))
 
 
+def _add_at(sums: Tensor, at: Tensor, values: Tensor) -> None:
+    """sums[at] += values, in a fixed order where anchors share a column: CUDA's index_add_ is atomic."""
+    if sums.is_cuda:
+        sums.index_put_((at,), values, accumulate=True)
+    else:
+        sums.index_add_(0, at, values)
+
+
 class _Term(NamedTuple):
     """What the backward wants of one term with n anchors; tensors, so that autograd can save them."""
 
@@ -614,7 +619,7 @@ class _Contrast(torch.autograd.Function):
             row_shares, column_shares = term.row_shares * of_losses[0], term.column_shares * of_losses[1]
             m = len(row_shares)
             own[:m] -= row_shares + column_shares
-            weight.index_add_(0, label[k : k + m], column_shares)  # anchors may share a column
+            _add_at(weight, label[k : k + m], column_shares)
             of_rows.append((term.row_sums, torch.nn.functional.pad(row_shares, (k, n - m))))
             of_columns.append((term.column_sums, weight))
         if ctx.places is not None:

@@ -16,11 +16,13 @@ was not proposed scores at most (approximate K'-th) + bound_i, hence if (exact k
 the k best are among the K'. A row without this certificate (many near ties) is scored again, over every column that
 could still be among its k best.
 
-The N x M scores are never written. On CPU a tile of them exists at a time; where the queries are the gallery, only the
-tiles on and above the diagonal are computed, and each serves its rows and its columns. The Triton kernel keeps the best
-K' of its rows in registers while it walks over the gallery.
+The N x M scores are never written. Where the queries are the gallery, a tile of them exists at a time, only the tiles
+on and above the diagonal are computed, and each serves its rows and its columns (on a GPU from D = 1,024 on: there the
+product is dear enough to pay for writing its tile). Else the fused Triton kernel keeps the best K' of its rows in
+registers while it walks over the gallery.
 """
 
+import functools
 import os
 from contextlib import contextmanager
 
@@ -29,14 +31,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # rows and columns of a tile of fp32 scores on CPU (16 MiB)
+TILE = {"cpu": 2048, "cuda": 4096}  # rows and columns of a tile of fp32 scores (16 MiB; 64 MiB)
+TILE_WIDTH = 1024  # from this D on, a GPU that compares a gallery with itself computes half the tiles and writes them
 EXACT_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # float64 products held at a time (2 MiB: stays in cache; 512 MiB)
+RESCAN = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores of uncertified rows held at a time
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take the Triton path
 
 # Tiles of the proposal kernel by compute capability: rows, columns and depth of a tile, warps, stages. Fixed, so that
 # all ranks propose alike. [ours] Not measured yet: the largest tiles whose accumulator and lists fit the registers.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
+ABSORB_TILES = {False: (8, 256, 4), True: (32, 64, 4)}  # rows of lists, scores of each, warps; along rows, down columns
 
 
 @contextmanager
@@ -92,13 +97,32 @@ def similarity_topk_reference(queries: Tensor, gallery: Tensor, k: int, exclude:
 
 
 @triton.jit
+def _keep_best(s, column, best, where, kth, lane):
+    """Puts the scores s (ROWS, COLUMNS) of these columns into the lists (ROWS, LANES), one of each row a round."""
+    top = tl.max(s, 1)
+    while tl.max((top > kth).to(tl.int32), 0) > 0:  # as many rounds as the busiest row needs
+        j = tl.argmax(s, 1)
+        worst = tl.argmin(best, 1)
+        hit = (lane[None, :] == worst[:, None]) & (top > kth)[:, None]
+        best = tl.where(hit, top[:, None], best)
+        at = tl.arange(0, s.shape[1])[None, :] == j[:, None]
+        where = tl.where(hit, tl.max(tl.where(at, column[None, :], -1), 1)[:, None], where)
+        kth = tl.min(best, 1)
+        s = tl.where(at, float("-inf"), s)
+        top = tl.max(s, 1)
+    return best, where, kth
+
+
+@triton.jit
 def _propose_kernel(
-    queries, gallery, exclude, values, columns, n, m, d, per_split,
+    queries, gallery, exclude, values, columns, n, m, d, per_split, splits,
     WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The WIDTH best of ROWS rows among the columns of one split, in no order; LANES = WIDTH up to a power of two."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """The WIDTH best of ROWS rows among the columns of one split, in no order; LANES = WIDTH up to a power of two.
+    d is a multiple of DEPTH. Programs that run together share rows as well as columns: both stay in the L2 cache."""
+    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
+    row = tile * ROWS + tl.arange(0, ROWS)
     in_rows = row < n
     at_row = row.to(tl.int64) * d  # N x D exceeds int32 at a million pictures
     lane = tl.arange(0, LANES)
@@ -106,7 +130,7 @@ def _propose_kernel(
     where = tl.full([ROWS, LANES], -1, tl.int32)
     kth = tl.full([ROWS], float("-inf"), tl.float32)
     own = tl.load(exclude + row, mask=in_rows, other=-1)
-    first = tl.program_id(1) * per_split
+    first = split * per_split
     for start in range(first, tl.minimum(first + per_split, m), COLUMNS):
         # a tile of scores
         column = start + tl.arange(0, COLUMNS)
@@ -115,70 +139,189 @@ def _propose_kernel(
         s = tl.zeros([ROWS, COLUMNS], tl.float32)
         for begin in range(0, d, DEPTH):
             k = begin + tl.arange(0, DEPTH)
-            in_depth = k < d
-            q = tl.load(queries + at_row[:, None] + k[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0.0)
-            g = tl.load(
-                gallery + at_column[None, :] + k[:, None], mask=in_columns[None, :] & in_depth[:, None], other=0.0
-            )
+            q = tl.load(queries + at_row[:, None] + k[None, :], mask=in_rows[:, None], other=0.0)
+            g = tl.load(gallery + at_column[None, :] + k[:, None], mask=in_columns[None, :], other=0.0)
             if UPCAST:
                 q, g = q.to(tl.float32), g.to(tl.float32)
             s = tl.dot(q, g, s, input_precision="ieee")
 
-        # put its best into the lists, one of each row a round
+        # its best go into the lists
         s = tl.where(in_columns[None, :] & (column[None, :] != own[:, None]), s, float("-inf"))
-        top = tl.max(s, 1)
-        while tl.max((top > kth).to(tl.int32), 0) > 0:  # as many rounds as the busiest row needs; most tiles none
-            j = tl.argmax(s, 1)
-            worst = tl.argmin(best, 1)
-            hit = (lane[None, :] == worst[:, None]) & (top > kth)[:, None]
-            best = tl.where(hit, top[:, None], best)
-            where = tl.where(hit, (start + j)[:, None], where)
-            kth = tl.min(best, 1)
-            s = tl.where(tl.arange(0, COLUMNS)[None, :] == j[:, None], float("-inf"), s)
-            top = tl.max(s, 1)
-    at = (tl.program_id(1) * n + row).to(tl.int64) * WIDTH
+        best, where, kth = _keep_best(s, column, best, where, kth, lane)
+    at = (split * n + row).to(tl.int64) * WIDTH
     out = in_rows[:, None] & (lane[None, :] < WIDTH)
     tl.store(values + at[:, None] + lane[None, :], best, mask=out)
     tl.store(columns + at[:, None] + lane[None, :], where, mask=out)
 
 
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-    """x / unit in fp16, unit a power of two (no overflow), and the lengths of what the rounding took from each row."""
-    unit = torch.exp2(x.abs().amax().clamp_(min=1e-30).log2().ceil()).to(x.dtype)
-    half = torch.empty(x.shape, dtype=torch.float16, device=x.device)
-    lost = torch.empty(len(x), dtype=torch.float64, device=x.device)
+@triton.jit
+def _absorb_kernel(
+    scores, exclude, values, columns, n, m, row_step, column_step, start, EXCLUDE: tl.constexpr,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Puts a written tile of scores, (n, m) by its two steps, into the lists (n, WIDTH) of its rows, in place. The
+    tile's first column is column `start` of the gallery."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < n
+    lane = tl.arange(0, LANES)
+    at = row.to(tl.int64)[:, None] * WIDTH + lane[None, :]
+    held = in_rows[:, None] & (lane[None, :] < WIDTH)
+    best = tl.load(values + at, mask=held, other=float("inf"))
+    where = tl.load(columns + at, mask=held, other=-1)
+    kth = tl.min(best, 1)
+    own = row * 0 - 1
+    if EXCLUDE:
+        own = tl.load(exclude + row, mask=in_rows, other=-1).to(tl.int32) - start
+    for begin in range(0, m, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        keep = in_rows[:, None] & (column < m)[None, :] & (column[None, :] != own[:, None])
+        from_ = scores + row.to(tl.int64)[:, None] * row_step + column[None, :] * column_step
+        s = tl.load(from_, mask=keep, other=float("-inf"))
+        best, where, kth = _keep_best(s, column + start, best, where, kth, lane)
+    tl.store(values + at, best, mask=held)
+    tl.store(columns + at, where, mask=held)
+
+
+def _absorb_triton(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: bool, own: Tensor | None):
+    """_absorb on a GPU; columns are int32. own: the gallery column each row leaves out."""
+    rows, scores, warps = ABSORB_TILES[transposed]
+    s = s.T if transposed else s
+    (n, m), width = s.shape, values.size(1)
+    constants = own is not None, width, triton.next_power_of_2(width), rows, scores
+    with torch.cuda.device_of(s):
+        _absorb_kernel[(triton.cdiv(n, rows),)](
+            s, s if own is None else own, values, columns, n, m, *s.stride(), start, *constants, num_warps=warps
+        )
+
+
+@triton.jit
+def _exact_kernel(queries, gallery, rows, columns, leaves, scores, pairs, d, LEVELS: tl.constexpr, PAIRS: tl.constexpr):
+    """exact_dot of pairs (row, column). leaves (2^LEVELS,): what stands where, so that each level adds two halves."""
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    row, column = (
+        tl.load(rows + pair, mask=pair < pairs, other=0),
+        tl.load(columns + pair, mask=pair < pairs, other=0),
+    )
+    leaf = tl.load(leaves + tl.arange(0, 1 << LEVELS))
+    some = (pair < pairs)[:, None] & (leaf >= 0)[None, :]
+    q = tl.load(queries + row[:, None] * d + leaf[None, :], mask=some, other=0.0).to(tl.float64)
+    g = tl.load(gallery + column[:, None] * d + leaf[None, :], mask=some, other=0.0).to(tl.float64)
+    x = q * g  # exact, so that no fused multiply-add can change the sum
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, [PAIRS, 2, 1 << (LEVELS - 1 - level)]), 1)
+    tl.store(scores + pair, tl.reshape(x, [PAIRS]), mask=pair < pairs)
+
+
+@functools.lru_cache(maxsize=8)
+def _leaves(d: int, device: torch.device) -> Tensor:
+    """Where exact_dot's halving of d products has its leaves in a full binary tree, (2^levels,) int32, -1 for none.
+
+    Of n products the last n // 2 are added to the first: leaf j goes right where j >= n - n // 2, and on to what is
+    left of j."""
+    index, place, n = torch.arange(d), torch.zeros(d, dtype=torch.int64), d
+    while n > 1:
+        n -= n // 2
+        right = index >= n
+        index, place = index - n * right, 2 * place + right
+    leaves = torch.full((1 << (d - 1).bit_length(),), -1, dtype=torch.int32)
+    leaves[place] = torch.arange(d, dtype=torch.int32)
+    return leaves.to(device)
+
+
+def _exact_triton(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """What _exact_scores returns, for fp32 rows and narrower ones."""
+    scores, pairs = torch.empty(len(rows), dtype=torch.float64, device=queries.device), len(rows)
+    leaves = _leaves(queries.size(1), queries.device)
+    at_once, levels = max(1, 4096 // len(leaves)), len(leaves).bit_length() - 1
+    queries, gallery = queries.contiguous(), gallery.contiguous()
+    if pairs:
+        with torch.cuda.device_of(queries):
+            _exact_kernel[(triton.cdiv(pairs, at_once),)](
+                queries, gallery, rows, columns, leaves, scores, pairs, queries.size(1), levels, at_once
+            )
+    return scores
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Lengths (N,) of the rows in float64, without a float64 copy of all of them."""
     step = max(1, (1 << 26) // x.size(1))
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in x.split(step)]
+    return torch.cat(parts) if parts else x.new_empty(0, dtype=torch.float64)
+
+
+def _rounded(x: Tensor, multiple: int) -> tuple[Tensor, Tensor, float | Tensor]:
+    """x / unit in fp16, unit a power of two (no overflow), its width filled with zeros to a multiple, and the lengths
+    of what the rounding took from each row."""
+    d = x.size(1)
+    unit = torch.exp2(x.abs().amax().clamp_(min=1e-30).log2().ceil()).to(x.dtype)
+    half = torch.zeros(len(x), triton.cdiv(d, multiple) * multiple, dtype=torch.float16, device=x.device)
+    lost = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    step = max(1, (1 << 26) // d)
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
-        half[rows] = x[rows] / unit
-        lost[rows] = torch.linalg.vector_norm(x[rows] - half[rows].to(x.dtype) * unit, dim=1, dtype=torch.float64)
+        half[rows, :d] = x[rows] / unit
+        lost[rows] = _lengths(x[rows] - half[rows, :d].to(x.dtype) * unit)
     return half, lost, unit
 
 
-def _propose_triton(queries: Tensor, gallery: Tensor, width: int, exclude: Tensor | None, symmetric: bool):
-    """What _propose returns, and the bound (N,) on the error of its scores."""
-    n, d, m = len(queries), queries.size(1), len(gallery)
-    q, q_lost, q_unit = _rounded(queries)
-    g, g_lost, g_unit = (q, q_lost, q_unit) if symmetric else _rounded(gallery)
+def fullest_waves(programs: int, processors: int, most: int = 8) -> int:
+    """Into how many parts the work of each program is best cut, so that the last wave leaves few processors idle."""
+    return min(range(1, most + 1), key=lambda parts: (triton.cdiv(programs * parts, processors) / parts, parts))
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the GPU that holds x."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def _propose_triton(
+    queries: Tensor,
+    gallery: Tensor,
+    lengths,
+    width: int,
+    exclude: Tensor | None,
+    symmetric: bool,
+    tile: int,
+    progress=iter,
+):
+    """What _propose returns, and the bound (N,) on the error of its scores. lengths: of the rows of either."""
+    d = queries.size(1)
+    capability = torch.cuda.get_device_capability(queries.device) if queries.is_cuda else None
+    tiles = TILES.get(capability, OTHER_TILES)
+    q, q_lost, q_unit = _rounded(queries, tiles[2])
+    g, g_lost, g_unit = (q, q_lost, q_unit) if symmetric else _rounded(gallery, tiles[2])
+    if symmetric and d >= TILE_WIDTH:
+        parts = triton.cdiv(len(q), tile)
+        even = triton.cdiv(triton.cdiv(len(q), parts), 128) * 128  # no narrow last tile
+        values, found = _propose(q, q, width, exclude, True, even, progress)
+    else:
+        values, found = _propose_fused(q, g, width, exclude, tiles)
+    q_length, g_length = lengths
+    sums = _gamma(4 * (d + 8)) * (q_length + q_lost) * (g_length + g_lost).max()  # tensor cores may cut, not round
+    bound = q_lost * g_length.max() + (q_length + q_lost) * g_lost.max() + sums
+    return values * (q_unit * g_unit), found, bound
+
+
+def _propose_fused(q: Tensor, g: Tensor, width: int, exclude: Tensor | None, tiles: tuple):
+    """The `width` best columns of each row by the fused kernel: scores and columns (N, width), descending."""
+    (n, d), m = q.shape, len(g)
+    rows, columns, depth, warps, stages = tiles
     own = torch.full((n,), -1, device=q.device) if exclude is None else exclude.contiguous()
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    rows, columns, depth, warps, stages = TILES.get(capability, OTHER_TILES)
     programs = triton.cdiv(n, rows)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    splits = max(1, min(2 * processors // programs, triton.cdiv(m, 4 * columns)))  # few rows: divide the columns
+    splits = min(fullest_waves(programs, processors(q)), triton.cdiv(m, 4 * columns))
+    splits = max(splits, min(2 * processors(q) // programs, triton.cdiv(m, 4 * columns)))  # few rows: more
     per_split = triton.cdiv(triton.cdiv(m, columns), splits) * columns
     splits = triton.cdiv(m, per_split)
     values = torch.empty(splits, n, width, device=q.device)
     found = torch.empty(splits, n, width, dtype=torch.int32, device=q.device)
-    shape = n, m, d, per_split, width, triton.next_power_of_2(width), rows, columns, depth, not q.is_cuda
+    sizes = n, m, d, per_split, splits
+    shape = width, triton.next_power_of_2(width), rows, columns, depth, not q.is_cuda
     with torch.cuda.device_of(q):
-        _propose_kernel[programs, splits](q, g, own, values, found, *shape, num_warps=warps, num_stages=stages)
+        _propose_kernel[(programs * splits,)](
+            q, g, own, values, found, *sizes, *shape, num_warps=warps, num_stages=stages
+        )
     values, order = values.transpose(0, 1).reshape(n, -1).topk(width, dim=1)
-    found = found.transpose(0, 1).reshape(n, -1).gather(1, order).long()
-    q_length, g_length = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (queries, gallery))
-    sums = _gamma(4 * (d + 8)) * (q_length + q_lost) * (g_length + g_lost).max()  # tensor cores may cut, not round
-    bound = q_lost * g_length.max() + (q_length + q_lost) * g_lost.max() + sums
-    return values * (q_unit * g_unit), found, bound
+    return values, found.transpose(0, 1).reshape(n, -1).gather(1, order).long()
 
 
 # ---- PyTorch ----
@@ -188,10 +331,21 @@ def _gamma(n: int) -> float:
     return n * 2.0**-24 / (1 - n * 2.0**-24)
 
 
-def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: bool) -> None:
-    """Puts what the scores s of columns start.. have to offer into the lists (rows, K') of these rows, in place."""
-    # which scores are offered: those above the last of their row's list
+def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: bool, own: Tensor | None) -> None:
+    """Puts what the scores s of columns start.. have to offer into the lists (rows, K') of these rows, in place.
+    own: the gallery column each row leaves out."""
+    if own is not None:
+        at = ((own >= start) & (own < start + s.size(1))).nonzero()[:, 0]
+        s[at, own[at] - start] = -torch.inf
     kth = values[:, -1]
+
+    # nothing yet: all of s would pass
+    if not transposed and kth[0] == -torch.inf and s.size(1) > values.size(1):
+        values[:], columns[:] = s.topk(values.size(1), dim=1)
+        columns += start
+        return
+
+    # which scores are offered: those above the last of their row's list
     if transposed:  # s[j, i]: the rows of the lists are its columns
         column, row = (s > kth).nonzero(as_tuple=True)
         row, order = row.sort(stable=True)
@@ -223,40 +377,48 @@ def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: 
 def _propose(
     queries: Tensor, gallery: Tensor, width: int, exclude: Tensor | None, symmetric: bool, tile: int, progress
 ):
-    """fp32 proposal: the `width` highest approximate scores of each row, descending, and their columns, (N, width)
-    each; an excluded column has score -inf. symmetric: queries is gallery, and a row excludes itself or nothing."""
-    n, m = len(queries), len(gallery)
-    values = torch.full((n, width), -torch.inf)
-    columns = torch.full((n, width), -1)
+    """The `width` highest approximate scores of each row and their columns, (N, width) each; an excluded column has
+    score -inf. fp32 inputs on CPU; fp16 ones for Triton. symmetric: queries is gallery, and a row excludes itself or
+    nothing."""
+    n, m, device = len(queries), len(gallery), queries.device
+    on_gpu = queries.dtype == torch.float16
+    absorb = _absorb_triton if on_gpu else _absorb
+    values = torch.full((n, width), -torch.inf, device=device)
+    columns = torch.full((n, width), -1, dtype=torch.int32 if on_gpu else torch.int64, device=device)
     order = [(i, j) for i in range(0, n, tile) for j in range(0, m, tile)]
     if symmetric:  # the diagonal first: every row then has a threshold that few scores pass
         order = [(i, i) for i in range(0, n, tile)] + [(i, j) for i, j in order if i < j]
-    buffer = torch.empty(min(tile, n) * min(tile, m))
+    buffer = torch.empty(min(tile, n) * min(tile, m), device=device)
     for i, j in progress(order):
         rows, others = slice(i, min(i + tile, n)), slice(j, min(j + tile, m))
         shape = rows.stop - i, others.stop - j
 
         # the scores of a tile
         s = buffer[: shape[0] * shape[1]].view(shape)
-        torch.mm(queries[rows], gallery[others].T, out=s)
-        if exclude is not None and (not symmetric or i == j):
-            own = exclude[rows]
-            at = ((own >= j) & (own < others.stop)).nonzero()[:, 0]
-            s[at, own[at] - j] = -torch.inf
+        _product(queries[rows], gallery[others], s)
 
         # each serves its rows and, where queries and gallery are one, its columns
-        if values[i, 0] == -torch.inf and shape[1] > width:  # nothing yet: all of s would pass
-            values[rows], columns[rows] = s.topk(width, dim=1)
-            columns[rows] += j
-        else:
-            _absorb(values[rows], columns[rows], s, j, False)
+        own = exclude[rows] if exclude is not None and (not symmetric or i == j) else None
+        absorb(values[rows], columns[rows], s, j, False, own)
         if symmetric and i < j:
-            _absorb(values[others], columns[others], s, i, True)
-    return values, columns
+            absorb(values[others], columns[others], s, i, True, None)
+    return values, columns.long()
+
+
+def _product(queries: Tensor, gallery: Tensor, out: Tensor) -> None:
+    """queries (n, D) times gallery (m, D), transposed, in fp32."""
+    if queries.dtype == torch.float32:
+        torch.mm(queries, gallery.T, out=out)
+    elif queries.is_cuda:
+        torch.mm(queries, gallery.T, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(queries.float(), gallery.T.float(), out=out)
 
 
 def _exact_scores(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Float64 scores (P,) of P pairs (row, column)."""
+    if (queries.is_cuda or INTERPRET) and torch.float64 not in (queries.dtype, gallery.dtype):
+        return _exact_triton(queries, gallery, rows, columns)
     block = max(1, EXACT_BLOCK[queries.device.type] // gallery.size(1))
     scores = torch.empty(len(rows), dtype=torch.float64, device=queries.device)
     for start in range(0, len(rows), block):
@@ -278,9 +440,9 @@ def _decide(queries: Tensor, gallery: Tensor, k: int, approximate: Tensor, colum
     return exact[:, :k], columns.gather(1, order)[:, :k]
 
 
-def _rescan(queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | None, kth: Tensor, bound: Tensor):
-    """Rows (B, D) without certificate: every column that could still reach kth (B,) is scored exactly."""
-    s = queries.float() @ gallery.float().T
+def _rescan(s: Tensor, queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | None, kth: Tensor, bound: Tensor):
+    """Rows without certificate, and their fp32 scores s (B, M): each column that could still reach kth (B,) is scored
+    exactly."""
     if exclude is not None:
         at = exclude.ge(0).nonzero()[:, 0]
         s[at, exclude[at]] = -torch.inf
@@ -309,11 +471,11 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | 
 
 @torch.no_grad()
 def exact_topk(
-    queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | None = None, tile: int = TILE, progress=iter
+    queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | None = None, tile: int | None = None, progress=iter
 ) -> tuple[Tensor, Tensor]:
-    """similarity_topk with the float64 scores. Give the gallery itself as queries where it is: half the work on CPU.
+    """similarity_topk with the float64 scores. Give the gallery itself as queries where it is: half the work.
 
-    tile: rows and columns of a tile of scores on CPU. progress: wraps the list of tiles (a progress bar)."""
+    tile: rows and columns of a tile of scores (TILE). progress: wraps the list of tiles (a progress bar)."""
     # what was given
     if queries.ndim != 2 or gallery.ndim != 2 or queries.size(1) != gallery.size(1) or queries.size(1) == 0:
         raise ValueError(f"queries (N, D) and gallery (M, D) wanted, found {(*queries.shape,)} and {(*gallery.shape,)}")
@@ -324,7 +486,7 @@ def exact_topk(
             raise ValueError(f"exclude: one integer per query wanted, found {(*exclude.shape,)} {exclude.dtype}")
         if exclude.numel() and int(exclude.max()) >= len(gallery):
             raise ValueError(f"exclude names column {int(exclude.max())} of a gallery of {len(gallery)}")
-    lengths = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (queries, gallery)]
+    lengths = [_lengths(queries), _lengths(gallery)]
     for name, length in zip(("queries", "gallery"), lengths, strict=True):
         bad = length.isfinite().logical_not().nonzero()[:, 0]
         if len(bad):
@@ -341,11 +503,12 @@ def exact_topk(
         symmetric = queries is gallery and (exclude is None or torch.equal(exclude, itself))
         fp32 = _gamma(queries.size(1) + 8) * lengths[0] * lengths[1].max()  # (N,)
         narrow = queries.float(), gallery.float()
+        tile = tile or TILE[queries.device.type]
 
         # propose K' of each row, decide by exact scores, and scan the rows that have no certificate
         with full_precision(queries.device):
             if queries.is_cuda or INTERPRET:
-                proposal, columns, bound = _propose_triton(*narrow, wide, exclude, symmetric)
+                proposal, columns, bound = _propose_triton(*narrow, lengths, wide, exclude, symmetric, tile, progress)
             else:
                 proposal, columns = _propose(*narrow, wide, exclude, symmetric, tile, progress)
                 bound = fp32
@@ -353,8 +516,9 @@ def exact_topk(
             doubtful = torch.zeros(0, dtype=torch.int64)
             if wide < m:
                 doubtful = (scores[:, -1] <= proposal.amin(1).double() + bound).nonzero()[:, 0]
-            for rows in doubtful.split(max(1, tile * tile // m)) if len(doubtful) else ():
+            for rows in doubtful.split(max(1, RESCAN[queries.device.type] // m)) if len(doubtful) else ():
                 own = None if exclude is None else exclude[rows]
-                scores[rows], indices[rows] = _rescan(queries[rows], gallery, k, own, scores[rows, -1], fp32[rows])
+                s = narrow[0][rows] @ narrow[1].T
+                scores[rows], indices[rows] = _rescan(s, queries[rows], gallery, k, own, scores[rows, -1], fp32[rows])
     indices[scores == -torch.inf] = -1
     return scores, indices

@@ -83,9 +83,34 @@ def test_topk_of_duplicates_ties_and_any_scale(scale):
     assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
 
 
+@pytest.mark.parametrize("n, d, k, tile", [(150, 33, 5, 64), (130, 48, 20, 32), (70, 16, 40, 4096), (3, 7, 2, 64)])
+def test_topk_of_a_gallery_by_the_upper_triangle_of_its_tiles(n, d, k, tile, monkeypatch):
+    """Tiles written and absorbed along their rows and down their columns, as from D = TILE_WIDTH on."""
+    monkeypatch.setattr(topk, "TILE_WIDTH", 1)
+    tiles = []
+    monkeypatch.setattr(topk, "_absorb_triton", lambda *a, real=topk._absorb_triton: tiles.append(a[4]) or real(*a))
+    gallery = unit(n, d, 5).float()
+    gallery[n // 2 : n // 2 + 9] = gallery[0]
+    gallery = gallery.to(DEVICE)
+    for own in (None, torch.arange(n, device=DEVICE)):
+        scores, indices = exact_topk(gallery, gallery, k, own, tile)
+        wanted = similarity_topk_reference(gallery, gallery, k, own)
+        assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
+    assert True in tiles or n <= 128, "no tile served its columns"
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 64, 100, 257, 768, 2048])
+def test_exact_scores_have_the_bits_of_exact_dot(d):
+    queries, gallery = unit(20, d, 6).float().to(DEVICE), unit(30, d, 7).to(DEVICE).half()
+    rows, columns = torch.arange(50, device=DEVICE) % 20, torch.arange(50, device=DEVICE) * 7 % 30
+    found = topk._exact_triton(queries, gallery, rows, columns)
+    assert torch.equal(found, topk.exact_dot(queries[rows], gallery[columns]))
+
+
 def test_error_of_a_proposal_is_within_its_bound():
     queries, gallery = unit(40, 300, 3).float().to(DEVICE), (unit(90, 300, 4) * 7).float().to(DEVICE)
-    approximate, columns, bound = topk._propose_triton(queries, gallery, 32, None, False)
+    lengths = topk._lengths(queries), topk._lengths(gallery)
+    approximate, columns, bound = topk._propose_triton(queries, gallery, lengths, 32, None, False, 64)
     exact = (queries.double() @ gallery.double().T).gather(1, columns)
     error = (approximate.double() - exact).abs().amax(1)
     assert (error <= bound).all() and error.max() > 1e-6  # fp16 it is
@@ -170,6 +195,7 @@ def test_step_is_captured_in_a_graph():
         return value_and_gradients(l_tcc(x, c, 40, tau, 1.0, 0.5), x, c, tau)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
