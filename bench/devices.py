@@ -30,6 +30,7 @@ def commands(device: str, out: Path) -> list[dict[str, str]]:
     w, cpu, cirr = ROOT / "world", ROOT / "cpu", f"--dataset cirr --root {ROOT}/world/cirr"
     vdg = f"gen_deltas.py --vdg {cpu}/tune --triplets cirr/val --root {w}/cirr --temperature 0"
     cir = f"train_cir.py {cirr} --split train --batch 24 --tau 0.05 --steps 4 --log_every 1 --augment false"
+    evaluate = f"eval_cir.py {cirr} --split val --official false --dtype fp32 --checkpoint {cpu}"
     align = f"vdg_align.py --vision {MODELS}/instructblip --llm {MODELS}/llama --chat {w}/chat/chat.json"
     tune = f"vdg_tune.py --aligned {cpu}/align {cirr} --split train --held_out 0 --batch 16 --lora_dropout 0"
     rounds = [
@@ -41,8 +42,8 @@ def commands(device: str, out: Path) -> list[dict[str, str]]:
         },
         {
             "tune": f"{tune} --epochs 1 --lr 3e-3 --lora_rank 16 --lora_targets {LINEARS} --dtype fp32",
-            "eval-combiner": f"eval_cir.py --checkpoint {cpu}/combiner {cirr} --split val --official false --dtype fp32",
-            "eval-blip_tdm": f"eval_cir.py --checkpoint {cpu}/blip_tdm {cirr} --split val --official false --dtype fp32",
+            "eval-combiner": f"{evaluate}/combiner",
+            "eval-blip_tdm": f"{evaluate}/blip_tdm",
         },
         {"texts": f"{vdg} --dtype fp32", "texts-sampled": f"{vdg.replace('--temperature 0', '')} --dtype fp32"},
     ]
