@@ -49,28 +49,28 @@ from torch import Tensor
 from kernels.similarity_topk import INTERPRET, full_precision, fullest_waves, processors
 
 BLOCK = 1 << 21  # logits held at a time on CPU (8 MiB of fp32, five such arrays)
-STRIP = 1 << 27  # logits held at a time by the Triton path above D = 256 (512 MiB of fp32)
+STRIP = 1 << 27  # logits held at a time by the Triton path where they are written (512 MiB of fp32)
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
-# Tiles by compute capability: rows, columns, (depth,) warps, stages. Fixed, so that all ranks sum alike. [ours] Not
-# measured yet: chosen so that they compile for that GPU within its shared memory and spill (next to) no registers.
+# Tiles by compute capability: rows, columns, (depth,) warps, stages. Fixed, so that all ranks sum alike. [ours] 9.0:
+# the fastest of bench/sweep.py on an H200; 8.0 not measured: they compile without spills into its shared memory.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
-        "sums fp32": (64, 64, 32, 8, 2),  # no tensor cores: every product goes through the registers
+        "strip sums": (64, 64, 16, 4, 1),  # no depth: the products are there
         "flash": (64, 64, 8, 1),
         "strip": (16, 128, 4, 1),
     },
     (9, 0): {
-        "sums": (128, 128, 64, 8, 3),
-        "sums fp32": (64, 64, 32, 8, 2),
-        "flash": (64, 64, 8, 2),
+        "sums": (256, 128, 64, 8, 3),
+        "strip sums": (64, 64, 16, 4, 1),
+        "flash": (128, 64, 8, 3),
         "strip": (16, 128, 4, 1),
     },
 }
 OTHER_TILES = {  # any other GPU, and the interpreter
     "sums": (32, 64, 32, 4, 2),
-    "sums fp32": (32, 64, 32, 4, 2),
+    "strip sums": (32, 64, 16, 4, 1),
     "flash": (32, 32, 8, 1),
     "strip": (16, 64, 4, 1),
 }
@@ -258,23 +258,28 @@ def _exponentials(u, BETA: tl.constexpr):
 
 @triton.jit
 def _sums_kernel(
-    rows, columns, label, scale, row_out, column_out, r, m, d, first_row, first_column, tile, per_split,
+    rows, columns, logits, label, scale, row_out, column_out, start_row, stop_row, r, m, d, first_column, per_split,
     BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """o, S and T of a tile of rows over one split of the columns, (splits, 3, R), and of those columns over the tile,
-    (tiles of this launch, 3, M): partial results, merged in a fixed order outside."""
+    """o, S and T of a tile of the rows start_row.. over one split of the columns, (splits, 3, R), and of those columns
+    over the tile, (tiles of this launch, 3, M): partial results, merged in a fixed order outside. WRITTEN: the products
+    of these rows are in `logits` (stop_row - start_row, M)."""
     LOWEST: tl.constexpr = -1e37  # finite: -inf less itself is NaN
-    row, row_end, _ = _span(tile + tl.program_id(0), 0, first_row, r, ROWS)
-    row += tl.arange(0, ROWS)
-    own = tl.load(label + row, mask=row < row_end, other=-1)
+    row = start_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own = tl.load(label + row, mask=row < stop_row, other=-1)
     start, stop, _ = _span(tl.program_id(1), 0, first_column, m, per_split)
     stop = tl.minimum(start + per_split, stop)
     top = tl.full([ROWS], LOWEST, tl.float32)
     big, small = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for begin in range(start, stop, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
-        s = _tile_of_logits(rows, columns, row, row_end, column, stop, scale, d, DEPTH, UPCAST)
-        negative = (row < row_end)[:, None] & (column < stop)[None, :] & (own[:, None] != column[None, :])
+        negative = (row < stop_row)[:, None] & (column < stop)[None, :] & (own[:, None] != column[None, :])
+        if WRITTEN:
+            at = (row - start_row).to(tl.int64)[:, None] * m + column[None, :]
+            s = tl.load(logits + at, mask=negative, other=0.0) * tl.load(scale)
+        else:
+            s = _tile_of_logits(rows, columns, row, stop_row, column, stop, scale, d, DEPTH, UPCAST)
         s = tl.where(negative, s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         fade_big, fade_small = _exponentials(top - higher, BETA)
@@ -288,9 +293,9 @@ def _sums_kernel(
         tl.store(out + m, tl.sum(new_big, 0), mask=column < stop)
         tl.store(out + 2 * m, tl.sum(new_small, 0), mask=column < stop)
     out = row_out + tl.program_id(1).to(tl.int64) * 3 * r + row
-    tl.store(out, top, mask=row < row_end)
-    tl.store(out + r, big, mask=row < row_end)
-    tl.store(out + 2 * r, small, mask=row < row_end)
+    tl.store(out, top, mask=row < stop_row)
+    tl.store(out + r, big, mask=row < stop_row)
+    tl.store(out + 2 * r, small, mask=row < stop_row)
 
 
 @triton.jit
@@ -378,32 +383,40 @@ def _tiles(begin: int, first: int, end: int, size: int) -> tuple[int, int]:
     return triton.cdiv(first - begin, size), triton.cdiv(end - first, size)
 
 
+def _fused(x: Tensor) -> bool:
+    """Whether products stay in registers: up to D = 256, where the tensor cores are not the limit, and not in fp32,
+    which they do not take. Else a strip of products is written by cuBLAS and read by the kernels."""
+    return x.size(1) <= 256 and x.dtype != torch.float32
+
+
 def _statistics_triton(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float):
     """What _statistics returns (the bank's rows have sums too, which nobody reads)."""
     r, m, d = len(x), len(c), x.size(1)
-    tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums")
-    row_tiles = _tiles(0, first_row, r, tile_rows)
-    strips = max(1, triton.cdiv(sum(row_tiles), STRIP_TILES))
-    strip = triton.cdiv(sum(row_tiles), strips)  # tiles of rows a launch
-    wanted = fullest_waves(max(1, strip), processors(x))
-    wanted = max(wanted, processors(x) // max(1, strip))  # few rows: divide the columns
+    fused = _fused(x)
+    tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums" if fused else "strip sums")
+    held = STRIP_TILES * tile_rows if fused else max(1, STRIP // m)
+    held = triton.cdiv(r, triton.cdiv(r, held))  # equal launches
+    blocks = _blocks([0, first_row, r], 1, triton.cdiv(held, tile_rows) * tile_rows if fused else held)
+    tiles = max((triton.cdiv(part.stop - part.start, tile_rows) for part in blocks), default=1)
+    wanted = max(fullest_waves(tiles, processors(x)), processors(x) // tiles)  # few rows: divide the columns
     per_split = triton.cdiv(triton.cdiv(m, tile_columns), wanted) * tile_columns
     splits = _tiles(0, first_column, m, per_split)
     nothing = torch.zeros(3, 1, device=x.device)
     nothing[0] = torch.finfo(torch.float32).min
     row_out = nothing.expand(sum(splits), 3, r).clone()
     columns = [nothing.expand(1, 3, m), nothing.expand(1, 3, m)]
-    for tile in range(0, sum(row_tiles), max(1, strip)):
-        here = min(strip, sum(row_tiles) - tile)
+    for part in blocks:
+        here = triton.cdiv(part.stop - part.start, tile_rows)
+        logits = x if fused else _product(x[part], c.T)
         column_out = torch.empty(here, 3, m, device=x.device)
         with torch.cuda.device_of(x):
             _sums_kernel[here, sum(splits)](
-                x, c, label, scale, row_out, column_out, r, m, d, first_row, first_column, tile, per_split,
-                beta, tile_rows, tile_columns, depth, not x.is_cuda, num_warps=warps, num_stages=stages,
+                x, c, logits, label, scale, row_out, column_out, part.start, part.stop, r, m, d, first_column,
+                per_split, beta, tile_rows, tile_columns, depth, not x.is_cuda, not fused,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        cut = min(max(row_tiles[0] - tile, 0), here)  # tiles of the first group
-        for group, part in enumerate((column_out[:cut], column_out[cut:])):
-            columns[group] = _merge(torch.cat([columns[group], part]), beta)[None]
+        group = int(part.start >= first_row)
+        columns[group] = _merge(torch.cat([columns[group], column_out]), beta)[None]
     groups = row_out.split(splits)
     rows = [_merge(part, beta) if len(part) else nothing.expand(3, r) for part in groups]
     return torch.stack(rows), torch.cat(columns)
@@ -412,9 +425,8 @@ def _statistics_triton(x, c, label, bank: int, first_row: int, first_column: int
 def _gradient_triton(
     x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float, vectors, own
 ):
-    """What _gradient returns, in fp32. Up to D = 256 the logits of 16-bit inputs are computed twice and never leave the
-    registers; others (fp32 knows no tensor cores, and spills) are written a strip at a time, turned into their gradient
-    in place, and multiplied twice."""
+    """What _gradient returns, in fp32. Fused, logits are computed twice and never leave the registers; else a strip of
+    them is written, turned into its gradient in place, and multiplied twice."""
     of_rows, of_columns = (v.contiguous() for v in vectors)
     unit = None
     if x.dtype == torch.float16:  # gradients of a mean over many rows fall below its smallest number
@@ -428,7 +440,7 @@ def _gradient_triton(
     column_label = torch.arange(m, device=x.device)
     dx, dc = (torch.empty(n, d, device=x.device) for n in (r - bank, m))
     with torch.cuda.device_of(x):
-        if d <= 256 and x.dtype != torch.float32:
+        if _fused(x):
             rows, columns, warps, stages = _tile_sizes(x, "flash")
             of_x = x, c, of_rows, of_columns, label, column_label, row_own, column_own, scale, dx, r, m, d
             of_c = c, x, of_columns, of_rows, column_label, label, column_own, row_own, scale, dc, m, r, d
@@ -451,7 +463,7 @@ def _gradient_triton(
                     s, g, of_rows, of_columns, label, column_label, row_own, column_own, scale,
                     r, m, part.start, part.stop, first_row, first_column, beta, rows, columns, num_warps=warps,
                 )  # fmt: skip
-                dc += _product(g.T, x[part])
+                _add_product(dc, g.T, x[part])
                 if part.start >= bank:
                     dx[part.start - bank : part.stop - bank] = _product(g, c)
             dx, dc = dx.mul_(scale), dc.mul_(scale)
@@ -465,9 +477,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32, whatever the inputs."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
 def _tile_sizes(x: Tensor, kernel: str) -> tuple[int, ...]:
-    tiles = TILES.get(torch.cuda.get_device_capability(x.device), OTHER_TILES) if x.is_cuda else OTHER_TILES
-    return tiles.get(f"{kernel} fp32", tiles[kernel]) if x.dtype == torch.float32 else tiles[kernel]
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    return TILES.get(capability, OTHER_TILES)[kernel]
 
 
 # ---- ranks ----

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = {"cpu": 2048, "cuda": 4096}  # rows and columns of a tile of fp32 scores (16 MiB; 64 MiB)
+TILE = {"cpu": 2048, "cuda": 8192}  # rows and columns of a tile of fp32 scores (16 MiB; 256 MiB)
 TILE_WIDTH = 1024  # from this D on, a GPU that compares a gallery with itself computes half the tiles and writes them
 EXACT_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # float64 products held at a time (2 MiB: stays in cache; 512 MiB)
 RESCAN = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores of uncertified rows held at a time
@@ -41,7 +41,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take t
 # all ranks propose alike. [ours] Not measured yet: the largest tiles whose accumulator and lists fit the registers.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
-ABSORB_TILES = {False: (8, 256, 4), True: (32, 64, 4)}  # rows of lists, scores of each, warps; along rows, down columns
+ABSORB_TILES = {
+    False: (1, 512, 1),
+    True: (16, 256, 4),
+}  # rows of lists, scores of each, warps; along rows, down columns
 
 
 @contextmanager
@@ -498,9 +501,10 @@ def exact_topk(
     indices = torch.full((n, k), -1, dtype=torch.int64, device=queries.device)
     if n and m:
         found = min(k, m)
-        wide = min(m, max(32, k + k // 2 + 2))  # K'; a certificate fails if the last K' - k lie within the bound
         itself = torch.arange(n, device=queries.device)
         symmetric = queries is gallery and (exclude is None or torch.equal(exclude, itself))
+        least = 48 if queries.is_cuda and symmetric and queries.size(1) >= TILE_WIDTH else 32
+        wide = min(m, max(least, k + k // 2 + 2))  # K'; a certificate fails if the last K' - k lie within the bound
         fp32 = _gamma(queries.size(1) + 8) * lengths[0] * lengths[1].max()  # (N,)
         narrow = queries.float(), gallery.float()
         tile = tile or TILE[queries.device.type]
