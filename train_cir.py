@@ -32,6 +32,7 @@ from common.hub import located
 from common.images import augment
 from common.ranks import all_sum, any_rank, stop_requested
 from common.retrieval import Validation, begin_validation, read_validation, validate
+from common.vision import fuse_attention, in_compute_dtype
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
 from kernels.reversed import reversed_combiner, reversed_sum
@@ -210,7 +211,8 @@ class BlipTdm(CirModel):
         self, backbone: str, text_length: int, train_text: bool, directions: bool, first_token: str, train_head: bool
     ):
         super().__init__()
-        self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)  # transformers has no sdpa for it
+        self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)
+        fuse_attention(self.backbone.vision_model)
         self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
         self.backbone.itm_head.requires_grad_(train_head)  # p_theta of Eq. 3
@@ -221,8 +223,8 @@ class BlipTdm(CirModel):
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> cls and patch tokens (B, P, D)."""
-        return self.backbone.vision_model(pixel_values=pixels).last_hidden_state
+        """pixels (B, 3, S, S) -> cls and patch tokens (B, P, D), which 24 keys and values of each query read."""
+        return in_compute_dtype(self.backbone.vision_model(pixel_values=pixels).last_hidden_state)
 
     @torch.no_grad()
     def target(self, tokens: Tensor) -> Tensor:

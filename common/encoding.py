@@ -64,6 +64,7 @@ def encode(
 
 # ---- training ----
 
+_AT_ONCE = 64  # images in one pass of the vision encoder: those of a step, 4 x 64 as a rule, would take 4 x the memory
 Image = tuple[int, str]  # (stream, name), as in common.batches
 
 
@@ -127,7 +128,8 @@ class TrainingImages:
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
         with self.compute.autocast():
-            return self.model.tokens(pixels.to(self.compute.device))
+            parts = pixels.split(_AT_ONCE)
+            return torch.cat([self.model.tokens(part.to(self.compute.device)) for part in parts])
 
     def keep_views(self, count: int) -> None:
         """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens."""
