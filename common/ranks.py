@@ -57,6 +57,8 @@ def init_world(device: str = "auto") -> World:
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32: mining compares gaps of 0.002
         torch.backends.cudnn.allow_tf32 = False
+        # cuDNN plans its attention anew for every shape, and each batch has another length: flash and others do not
+        torch.backends.cuda.enable_cudnn_sdp(False)
     here = torch.device(name)
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
