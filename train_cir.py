@@ -25,7 +25,7 @@ from common import batches, cir_model, ranks
 from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
-from common.encoding import Bank, Compute, TrainingImages
+from common.encoding import Bank, Compute, TrainingImages, threads_of_rank
 from common.files import is_finished, load_state, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import located
@@ -63,7 +63,7 @@ SAME_DELTAS = True  # false: take only the reverse_delta of SAME_PAIRS, for REVE
 PSEUDO = ""  # auxiliary pseudo triplets B': pseudo.jsonl of gen_deltas.py, as large a part of each step as B
 PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
 PSEUDO_KEYS = ""  # as KEYS, for PSEUDO
-WORKERS = 4  # threads that decode and augment images
+WORKERS = 0  # threads that decode and augment images; 0 = by the CPUs of each rank, 16 at most
 
 # ---- optimisation ----
 EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for blip_tdm, 10 for CLIP [S6.1]
@@ -406,10 +406,10 @@ def read_sources() -> list[Source]:
     return [human, auxiliary]
 
 
-def complete_data(sources: list[Source], validation: Validation, world: ranks.World) -> tuple[list, Validation]:
+def complete_data(sources: list[Source], validation: Validation, size: int, workers: int) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
     validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
-    sources = batches.complete_sources(sources, BATCH, world.size, OUT, WORKERS)
+    sources = batches.complete_sources(sources, BATCH, size, OUT, workers)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)
     return sources, validation
@@ -497,7 +497,7 @@ def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, co
 
 def main() -> None:
     world = ranks.init_world(DEVICE)
-    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS)
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS or threads_of_rank())
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
@@ -506,7 +506,7 @@ def main() -> None:
     if CHECK:
         return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
     lock_folder(OUT)
-    sources, validation = complete_data(sources, validation, world)
+    sources, validation = complete_data(sources, validation, world.size, compute.workers)
     epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
     steps = STEPS or epochs * batches.steps_an_epoch(sources, BATCH, world.size)
 
@@ -532,9 +532,9 @@ def main() -> None:
     images.keep_views(VIEWS)
 
     # Algorithm 3: each step draws B triplets of D and B' of D', over all ranks
-    draws = (draw_batch(sources, step, BATCH, SEED, world) for step in range(start, steps))
+    draw = functools.partial(draw_batch, sources, batch=BATCH, seed=SEED, world=world)
     began = time.perf_counter()
-    bar = progress(images.follow(draws, SEED), "training", steps, start)
+    bar = progress(images.follow(range(start, steps), draw, SEED), "training", steps, start)
     for batch, tokens in bar:
         # dropout and the rate are functions of the step
         ranks.seed_step(SEED, batch.step, world.rank)

@@ -1,9 +1,11 @@
 """Images through a frozen vision encoder: a gallery's, a bank's, and those of each training step."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ class Compute(NamedTuple):
     def autocast(self) -> torch.autocast:
         """The context in which the model runs; with fp32 it changes nothing."""
         return torch.autocast(torch.device(self.device).type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def threads_of_rank(most: int = 16) -> int:
+    """Threads for the pictures of one rank: the CPUs this process may use, shared by the ranks of its machine."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ---- a gallery: each rank has its share ----
@@ -113,23 +121,36 @@ class TrainingImages:
         self.views: dict[Image, list[Tensor]] = {}  # tokens of each view, on the CPU; empty: augmented anew
         self.encoded = 0  # images that went through this rank's encoder for the last batch
         self._pool = ThreadPoolExecutor(max(1, compute.workers))
+        self._on_gpu = torch.device(compute.device).type == "cuda"
 
-    def _open(self, job: tuple[Image, tuple | None]) -> Tensor:
-        """Pixels (3, S, S) of an image; without a key it is not augmented."""
+    def _open(self, job: tuple[Image, tuple | None]) -> np.ndarray:
+        """Bytes (S, S, 3) of an image; without a key it is not augmented."""
         (stream, name), key = job
         picture = self.sources[stream].images.open(name)
         if key is not None:
             picture = self.augmented(picture, key, self.model.preprocess.size)
-        return self.model.preprocess(picture)
+        return self.model.preprocess.crop(picture)
 
     def _pixels(self, jobs: list[tuple]) -> Tensor:
-        return torch.stack(list(self._pool.map(self._open, jobs)))
+        """Bytes (n, S, S, 3) on the CPU, each thread writing those of its pictures; pinned where a GPU copies them."""
+        size = self.model.preprocess.size
+        pixels = torch.empty(len(jobs), size, size, 3, dtype=torch.uint8, pin_memory=self._on_gpu)
+        rows = pixels.numpy()
+
+        def fill(i: int, job: tuple) -> None:
+            rows[i] = self._open(job)
+
+        list(self._pool.map(fill, range(len(jobs)), jobs))
+        return pixels
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes (n, S, S, 3) -> what the encoder takes (n, 3, S, S), on the device; the host goes on meanwhile."""
+        return self.model.preprocess.normalise(pixels.to(self.compute.device, non_blocking=True))
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
         with self.compute.autocast():
-            parts = pixels.split(_AT_ONCE)
-            return torch.cat([self.model.tokens(part.to(self.compute.device)) for part in parts])
+            return torch.cat([self.model.tokens(self._normalised(part)) for part in pixels.split(_AT_ONCE)])
 
     def keep_views(self, count: int) -> None:
         """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens."""
@@ -145,28 +166,34 @@ class TrainingImages:
 
         def features(pixels: Tensor) -> Tensor:
             with self.compute.autocast():
-                return self.model.image(pixels.to(self.compute.device))[1]
+                return self.model.image(self._normalised(pixels))[1]
 
         images = images_of(self.sources)
         blocks = list(chunks([(image, None) for image in images], self.compute.batch))
         rows = [rows for _, rows in encode_in_turn(blocks, self._pixels, features, "encoding the bank")]
         return Bank(images, torch.cat(rows).to(self.compute.device))
 
-    def follow(self, draws: Iterable[Batch], seed: int) -> Iterator[tuple[Batch, Tensor]]:
-        """(batch, tokens of this rank's references, then of its targets), the next batch decoded meanwhile.
+    def follow(self, steps: Iterable[int], draw: Callable[[int], Batch], seed: int) -> Iterator[tuple[Batch, Tensor]]:
+        """(batch, tokens of this rank's references, then of its targets), the next one drawn and decoded meanwhile.
 
-        An image that one rank cannot read stops all ranks."""
-        for batch, loaded in ahead(lambda batch: self._load(batch, seed), draws):
+        draw(step) -> its batch, in a thread. An image that one rank cannot read stops all ranks."""
+
+        def load(step: int) -> tuple[Batch, Tensor]:
+            batch = draw(step)
+            return batch, self._load(batch, seed)
+
+        for _, loaded in ahead(load, steps):
             stop_together(loaded)
-            self.encoded = 0 if self.views else len(loaded)
-            yield batch, loaded.to(self.compute.device) if self.views else self._encode(loaded)
+            batch, rows = loaded
+            self.encoded = 0 if self.views else len(rows)
+            yield batch, rows.to(self.compute.device, non_blocking=True) if self.views else self._encode(rows)
 
     def encoded_by_all(self) -> int:
         """Images that went through the encoders of all ranks for the last batch."""
         return int(all_sum(self.encoded))
 
     def _load(self, batch: Batch, seed: int) -> Tensor:
-        """Of this rank's references, then targets: pixels, or the tokens of a view each. Runs in a thread."""
+        """Of this rank's references, then targets: bytes, or the tokens of a view each. Runs in a thread."""
         jobs = image_jobs(batch.own_draws)
         if not self.views:
             return self._pixels(jobs)
@@ -174,4 +201,5 @@ class TrainingImages:
         for image, key in jobs:
             views = self.views[image]
             chosen.append(views[seeded_rng(seed, "view", *key).integers(len(views))])
-        return torch.stack(chosen)
+        tokens = torch.stack(chosen)
+        return tokens.pin_memory() if self._on_gpu else tokens

@@ -1,0 +1,102 @@
+"""common/encoding.py: the pictures of training steps as bytes, prepared ahead, against one picture at a time."""
+
+import os
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import zoo as writer
+
+from common import encoding
+from common.batches import Item, Source, draw_batch
+from common.console import UserError
+from common.encoding import Compute, TrainingImages, image_jobs, threads_of_rank
+from common.images import ImageStore, Preprocess
+from common.ranks import World, seeded_rng
+
+PROCESSORS = [
+    {"image_processor_type": "BlipImageProcessor", "size": {"height": 24, "width": 24}},
+    {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, "crop_size": 24},
+    {"image_processor_type": "CLIPImageProcessor", "size": 12, "crop_size": 20, "do_normalize": False},
+]
+
+
+class Encoder(torch.nn.Module):
+    """Its tokens are the pixels themselves; how many came at once is noted."""
+
+    def __init__(self, preprocess: Preprocess):
+        super().__init__()
+        self.preprocess, self.sizes = preprocess, []
+
+    def tokens(self, pixels):
+        self.sizes.append(len(pixels))
+        return pixels.clone()
+
+
+def turned(picture, key, size):
+    """A part of the picture, drawn."""
+    left = int(seeded_rng(*key).integers(8))
+    return picture.crop((left, 0, left + 20, 20))
+
+
+@pytest.fixture
+def source(tmp_path):
+    files = writer.draw(tmp_path, 8, 3)
+    items = [Item((0, files[i]), (0, files[(i + 1) % 8]), (("a",),)) for i in range(8)]
+    return Source(ImageStore(str(tmp_path)), items)
+
+
+@pytest.mark.parametrize("config", PROCESSORS)
+def test_a_steps_pictures_have_the_bits_of_one_picture_at_a_time(source, monkeypatch, config):
+    monkeypatch.setattr(encoding, "_AT_ONCE", 3)
+    model, world = Encoder(Preprocess.from_config(config)), World(0, 1, 0, torch.device("cpu"))
+    images = TrainingImages(model, [source], turned, Compute(4, workers=3))
+    followed = list(images.follow(range(2, 5), lambda step: draw_batch([source], step, 4, 7, world), 7))
+    assert [batch.step for batch, _ in followed] == [2, 3, 4]
+    assert model.sizes == [3, 3, 2] * 3, "never more than fit"
+    for batch, tokens in followed:
+        assert batch == draw_batch([source], batch.step, 4, 7, world)
+        for row, ((_, name), key) in zip(tokens, image_jobs(batch.draws), strict=True):
+            picture = turned(source.images.open(name), key, model.preprocess.size)
+            assert torch.equal(row, model.preprocess(picture))
+
+
+def test_the_next_batch_is_drawn_and_decoded_while_a_step_runs(source):
+    model, world = Encoder(Preprocess.from_config(PROCESSORS[0])), World(0, 1, 0, torch.device("cpu"))
+    drawn = [threading.Event() for _ in range(3)]
+
+    def draw(step: int):
+        drawn[step].set()
+        assert threading.current_thread() is not threading.main_thread()
+        return draw_batch([source], step, 4, 7, world)
+
+    images = TrainingImages(model, [source], turned, Compute(4, workers=2))
+    for batch, _ in images.follow(range(3), draw, 7):
+        for step in range(min(batch.step + 2, 3)):
+            assert drawn[step].wait(10), step
+
+
+def test_a_picture_that_cannot_be_read_is_one_line(source, tmp_path):
+    (tmp_path / source.items[0].reference[1]).write_bytes(b"")
+    model, world = Encoder(Preprocess.from_config(PROCESSORS[0])), World(0, 1, 0, torch.device("cpu"))
+    images = TrainingImages(model, [source], turned, Compute(8, workers=2))
+    with pytest.raises(UserError, match="is empty"):
+        list(images.follow(range(1), lambda step: draw_batch([source], step, 8, 7, world), 7))
+
+
+def test_normalise_has_the_bits_of_the_whole_preprocessing():
+    for config in PROCESSORS:
+        preprocess = Preprocess.from_config(config)
+        bytes_ = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+        bytes_[0] = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)  # every value
+        wanted = [np.stack([preprocess.table[c][picture[..., c]] for c in range(3)]) for picture in bytes_]
+        assert torch.equal(preprocess.normalise(torch.from_numpy(bytes_)), torch.from_numpy(np.stack(wanted)))
+
+
+@pytest.mark.parametrize("cpus, ranks, threads", [(2, 1, 2), (64, 1, 16), (64, 8, 8), (16, 1, 16), (4, 8, 1)])
+def test_threads_are_the_cpus_of_a_rank(monkeypatch, cpus, ranks, threads):
+    monkeypatch.setattr(encoding, "os", SimpleNamespace(sched_getaffinity=lambda _: range(cpus), environ=os.environ))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert threads_of_rank() == threads
