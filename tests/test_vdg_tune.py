@@ -543,7 +543,7 @@ def test_planned_bytes_of_the_frozen_weights(zoo, quantize, tmp_path):
         for module in llm.modules():
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             held += sum(t.numel() * t.element_size() for t in (state.absmax, state.state2.absmax)) if state else 0
-    plan = memory.frozen(llm_shape(str(tmp_path)), quantize, 4, "")
+    plan = memory.frozen(llm_shape(str(tmp_path)), quantize, 4, (0, 0))
     assert next(iter(plan.values())) == pytest.approx(held, rel=0.01)
 
 
