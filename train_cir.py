@@ -21,7 +21,7 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from common import batches, cir_model, ranks
+from common import batches, cir_model, memory, ranks
 from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
@@ -497,7 +497,7 @@ def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, co
 
 def main() -> None:
     world = ranks.init_world(DEVICE)
-    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS or threads_of_rank())
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS or threads_of_rank()).to_train()
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
@@ -596,4 +596,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(memory.advise(main, "a smaller --batch, on more GPUs for as many negatives", planned=False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
-from common.console import progress, rank_size
+from common.console import UserError, progress, rank_size
 from common.images import ImageStore, load_pixels
 from common.ranks import all_sum, gather_objects, pick_dtype, seeded_rng
 
@@ -27,6 +27,14 @@ class Compute(NamedTuple):
     def on(cls, device: torch.device, dtype: str, batch: int, workers: int) -> "Compute":
         """dtype: as the flag has it."""
         return cls(batch, device, pick_dtype(dtype, device), workers)
+
+    def to_train(self) -> "Compute":
+        """The same; UserError for fp16."""
+        if self.dtype == torch.float16:
+            raise UserError(
+                "--dtype fp16: nothing here scales the loss, small gradients become 0; take bf16 or fp32"
+            )
+        return self
 
     def autocast(self) -> torch.autocast:
         """The context in which the model runs; with fp32 it changes nothing."""

@@ -134,14 +134,15 @@ def peak(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
-def advise(main, advice: str):
-    """main, but where a GPU's memory runs out its one line says what helps."""
+def advise(main, advice: str, planned: bool = True):
+    """main, but where a GPU's memory runs out its one line says what helps; planned: the stage has --plan."""
 
     def run() -> None:
         try:
             main()
         except torch.OutOfMemoryError as fault:
             found = str(fault).splitlines()[0]
-            raise UserError(f"{found} Try {advice}; --plan says what needs how much") from fault
+            plan = "; --plan says what needs how much" if planned else ""
+            raise UserError(f"{found} Try {advice}{plan}") from fault
 
     return run

@@ -572,6 +572,7 @@ def test_wrong_flags_are_one_line(world, zoo, tmp_path):
         ({"flip": 1.5}, "--flip 1.5: wanted 0 to 1"),
         ({"crop_scale": "0.5,1.2"}, "--crop_scale 0.5,1.2: wanted 0 to 1 each"),
         ({"betas": "0.9,1.0"}, "--betas 0.9,1.0: wanted less than 1 each"),
+        ({"dtype": "fp16"}, "--dtype fp16: nothing here scales the loss"),
     ):
         with pytest.raises(UserError, match=words):
             train(arguments(world, zoo, tmp_path, **{"model": "combiner"} | flags))

@@ -586,6 +586,8 @@ def test_running_out_of_memory_is_one_line_with_advice():
 
     with pytest.raises(UserError, match=r"Tried to allocate 2 GiB\. Try --batch 4; --plan"):
         memory.advise(main, "--batch 4")()
+    with pytest.raises(UserError, match=r"Tried to allocate 2 GiB\. Try --batch 4$"):
+        memory.advise(main, "--batch 4", planned=False)()
 
 
 def test_say_names_the_first_option_that_fits(capsys):
