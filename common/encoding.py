@@ -31,9 +31,7 @@ class Compute(NamedTuple):
     def to_train(self) -> "Compute":
         """The same; UserError for fp16."""
         if self.dtype == torch.float16:
-            raise UserError(
-                "--dtype fp16: nothing here scales the loss, small gradients become 0; take bf16 or fp32"
-            )
+            raise UserError("--dtype fp16: nothing here scales the loss, small gradients become 0; take bf16 or fp32")
         return self
 
     def autocast(self) -> torch.autocast:
