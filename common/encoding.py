@@ -59,15 +59,22 @@ class Encoded(NamedTuple):
 def encode(
     model: torch.nn.Module, images: ImageStore, names: list[str], compute: Compute, what: str
 ) -> Iterator[Encoded]:
-    """The named images, a batch at a time, in eval mode; the batches are dealt to the ranks. what: for the bar."""
+    """The named images, a batch at a time, in eval mode; the batches are dealt to the ranks. what: for the bar.
+
+    The next batch is decoded meanwhile."""
+
+    def load(rows: range) -> Tensor:
+        return load_pixels(images, [names[i] for i in rows], model.preprocess, compute.workers)
+
     rank, size = rank_size()
     starts = range(0, len(names), compute.batch)
     modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
     model.eval()
     try:
-        for start in progress(starts[rank % size :: size], what):
-            rows = range(start, min(start + compute.batch, len(names)))
-            pixels = load_pixels(images, [names[i] for i in rows], model.preprocess, compute.workers)
+        mine = [range(start, min(start + compute.batch, len(names))) for start in starts[rank % size :: size]]
+        for rows, pixels in ahead(load, progress(mine, what)):
+            if isinstance(pixels, Exception):
+                raise pixels
             with compute.autocast():
                 tokens, targets = model.image(pixels.to(compute.device))
             yield Encoded(rows, tokens, targets)

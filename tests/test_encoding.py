@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,3 +101,26 @@ def test_threads_are_the_cpus_of_a_rank(monkeypatch, cpus, ranks, threads):
     monkeypatch.setattr(encoding, "os", SimpleNamespace(sched_getaffinity=lambda _: range(cpus), environ=os.environ))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert threads_of_rank() == threads
+
+
+def test_a_gallery_is_decoded_ahead_and_the_model_gets_its_modes_back(source, monkeypatch):
+    model = Encoder(Preprocess.from_config(PROCESSORS[0]))
+    model.image = lambda pixels: (pixels, pixels.mean((2, 3)))
+    loaded, load_pixels = [], encoding.load_pixels
+
+    def noted(images, names, *rest):
+        assert threading.current_thread() is not threading.main_thread()
+        loaded.append(names)
+        return load_pixels(images, names, *rest)
+
+    monkeypatch.setattr(encoding, "load_pixels", noted)
+    names = [item.reference[1] for item in source.items]
+    for rows, tokens, _ in encoding.encode(model, source.images, names, Compute(3), "test"):
+        assert not model.training
+        for i, row in zip(rows, tokens, strict=True):
+            assert torch.equal(row, model.preprocess(source.images.open(names[i])))
+    assert model.training and sum(loaded, []) == names
+    Path(source.images.path(names[0])).write_bytes(b"")
+    with pytest.raises(UserError, match="is empty"):
+        list(encoding.encode(model, source.images, names, Compute(3), "test"))
+    assert model.training
