@@ -94,7 +94,7 @@ FLIP = 0.5  # probability of a horizontal flip [ours]: a delta that says "left" 
 JITTER = 0.2  # contrast, brightness, sharpness: each factor in 1 +- this [ours]
 TRANSLATE = 0.05  # shift, share of the side, each way [ours]
 ROTATE = 10.0  # degrees, each way [ours]
-VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views per image, encoded once, kept in memory [ours]: speed
+VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views an image, encoded once, a copy a machine [ours]: speed
 
 # ---- validation ----
 VAL_SPLIT = ""  # split of DATASET under ROOT whose recall is measured while training; empty: none
@@ -529,7 +529,7 @@ def main() -> None:
     # images: augmented anew and decoded one step ahead, or views of each that are encoded now
     images = TrainingImages(model, sources, augmented, compute)
     bank = images.bank() if BANK else None
-    images.keep_views(VIEWS)
+    images.keep_views(VIEWS, OUT)
 
     # Algorithm 3: each step draws B triplets of D and B' of D', over all ranks
     draw = functools.partial(draw_batch, sources, batch=BATCH, seed=SEED, world=world)

@@ -1,8 +1,10 @@
 """Images through a frozen vision encoder: a gallery's, a bank's, and those of each training step."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
 from common.console import UserError, progress, rank_size
 from common.images import ImageStore, load_pixels
-from common.ranks import all_sum, gather_objects, pick_dtype, seeded_rng
+from common.ranks import all_sum, barrier, gather_objects, pick_dtype, seeded_rng
 
 
 class Compute(NamedTuple):
@@ -112,6 +114,34 @@ def encode_in_turn(
         yield from zip(turn, gather_objects(rows), strict=False)
 
 
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0)) if rank_size()[1] > 1 else 0
+
+
+def rows_of_machine(folder: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for one tensor that all ranks of a machine see and its first rank writes; every rank must call it.
+
+    A file of `folder`, mapped into memory; it loses its name at once, so that it goes with the run."""
+    rank, size = rank_size()
+    if size == 1:
+        return torch.empty(shape, dtype=dtype)
+    path, numbers = Path(folder, f"views-{rank - local_rank()}.tmp"), math.prod(shape)
+    fault = None
+    if local_rank() == 0:
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)  # a full disk shows now
+        except OSError as error:
+            wanted = f"{numbers * dtype.itemsize / 1e9:.1f} GB for --views"
+            fault = UserError(f"{path}: {wanted} ({error.strerror}); make room, or take fewer --views")
+    stop_together(fault)
+    rows = torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
+    barrier()
+    if local_rank() == 0:
+        path.unlink()
+    return rows
+
+
 class Bank(NamedTuple):
     """Target features of all training images, not augmented: each is one more negative [ours]."""
 
@@ -131,7 +161,7 @@ class TrainingImages:
 
     def __init__(self, model: torch.nn.Module, sources: list[Source], augmented: Callable, compute: Compute):
         self.model, self.sources, self.augmented, self.compute = model, sources, augmented, compute
-        self.views: dict[Image, list[Tensor]] = {}  # tokens of each view, on the CPU; empty: augmented anew
+        self.views: dict[Image, Tensor] = {}  # tokens (K, ...) of its views, on the CPU; empty: augmented anew
         self.encoded = 0  # images that went through this rank's encoder for the last batch
         self._pool = ThreadPoolExecutor(max(1, compute.workers))
         self._on_gpu = torch.device(compute.device).type == "cuda"
@@ -165,13 +195,24 @@ class TrainingImages:
         with self.compute.autocast():
             return torch.cat([self.model.tokens(self._normalised(part)) for part in pixels.split(_AT_ONCE)])
 
-    def keep_views(self, count: int) -> None:
-        """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens."""
-        jobs = [(image, ("view", *image, k)) for image in images_of(self.sources) for k in range(count)]
+    def keep_views(self, count: int, folder: str) -> None:
+        """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens.
+
+        The ranks of a machine share one copy, in a file of `folder` that has no name any more when this is done."""
+        if not count:
+            return
+        images, first = images_of(self.sources), 0
+        jobs = [(image, ("view", *image, k)) for image in images for k in range(count)]
         blocks = list(chunks(jobs, self.compute.batch))  # fixed blocks: a resume sees the same bits
         for block, tokens in encode_in_turn(blocks, self._pixels, self._encode, "encoding views"):
-            for (image, _), row in zip(block, tokens, strict=True):
-                self.views.setdefault(image, []).append(row)
+            if not first:
+                kept = rows_of_machine(folder, (len(jobs), *tokens.shape[1:]), tokens.dtype)
+            if local_rank() == 0:
+                kept[first : first + len(block)] = tokens
+            first += len(block)
+        barrier()  # behind it all rows are written
+        for i, image in enumerate(images):
+            self.views[image] = kept[i * count : (i + 1) * count]
 
     @torch.no_grad()
     def bank(self) -> Bank:

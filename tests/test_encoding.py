@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import zoo as writer
+from ranks import run_ranks
 
 from common import encoding
 from common.batches import Item, Source, draw_batch
 from common.console import UserError
 from common.encoding import Compute, TrainingImages, image_jobs, threads_of_rank
 from common.images import ImageStore, Preprocess
-from common.ranks import World, seeded_rng
+from common.ranks import World, barrier, seeded_rng
 
 PROCESSORS = [
     {"image_processor_type": "BlipImageProcessor", "size": {"height": 24, "width": 24}},
@@ -124,3 +125,25 @@ def test_a_gallery_is_decoded_ahead_and_the_model_gets_its_modes_back(source, mo
     with pytest.raises(UserError, match="is empty"):
         list(encoding.encode(model, source.images, names, Compute(3), "test"))
     assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ranks_of_a_machine_share_one_copy(tmp_path, dtype):
+    def share() -> list:
+        rows = encoding.rows_of_machine(str(tmp_path), (4, 3), dtype)
+        if encoding.local_rank() == 0:
+            rows.copy_(torch.arange(12).view(4, 3))
+        barrier()
+        return [rows, list(tmp_path.iterdir())]
+
+    for rows, files in run_ranks(2, share):
+        assert rows.dtype == dtype and torch.equal(rows.long(), torch.arange(12).view(4, 3)) and not files
+
+
+def test_no_room_for_the_views_is_one_line_on_every_rank(tmp_path):
+    def share() -> str:
+        with pytest.raises(UserError, match="views-0.tmp: .* GB for --views .*fewer --views") as fault:
+            encoding.rows_of_machine(str(tmp_path / "none"), (4, 3), torch.float32)
+        return str(fault.value)
+
+    assert len(set(run_ranks(2, share))) == 1
