@@ -129,6 +129,7 @@ def rows_of_machine(folder: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
     fault = None
     if local_rank() == 0:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # a further machine may have a disk of its own
             with open(path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)  # a full disk shows now
         except OSError as error:

@@ -405,7 +405,7 @@ class Preprocess:
         """Bytes (B, S, S, 3) of crop() -> (B, 3, S, S) on the same device: the bits of __call__."""
         import torch
 
-        table = torch.from_numpy(self.table).to(pixels.device)
+        table = torch.from_numpy(self.table).to(pixels.device, non_blocking=True)  # so few bytes are staged at once
         return torch.stack([table[c][pixels[..., c].int()] for c in range(3)], dim=1)
 
 

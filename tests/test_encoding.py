@@ -141,6 +141,8 @@ def test_the_ranks_of_a_machine_share_one_copy(tmp_path, dtype):
 
 
 def test_no_room_for_the_views_is_one_line_on_every_rank(tmp_path):
+    (tmp_path / "none").write_bytes(b"a file")
+
     def share() -> str:
         with pytest.raises(UserError, match="views-0.tmp: .* GB for --views .*fewer --views") as fault:
             encoding.rows_of_machine(str(tmp_path / "none"), (4, 3), torch.float32)
