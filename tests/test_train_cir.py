@@ -135,7 +135,7 @@ def test_blip_equals_its_parts_called_by_hand(zoo, first_token):
     with torch.no_grad():
         patches = hf.vision_model(pixel_values=pixels).last_hidden_state
         tokens, target = model.image(pixels)
-        torch.testing.assert_close(tokens, patches, atol=1e-6, rtol=0)  # fused attention rounds otherwise
+        torch.testing.assert_close(tokens, patches, atol=5e-6, rtol=0)  # fused attention rounds otherwise
         with torch.autocast("cpu", torch.bfloat16):
             assert model.image(pixels)[0].dtype == torch.bfloat16  # once, not in each key and value
         feature = hf.vision_proj(patches[:, 0])
