@@ -295,7 +295,7 @@ def write_queries(
     row = {key: i for i, key in enumerate(name_of)}
     aside = path.with_suffix(".tmp")
     shape = (len(row), *vision.query_tokens.shape[1:])
-    dtype = np.float32 if vision.query_tokens.dtype == torch.float32 else np.float16
+    dtype = np.float32 if vision.dtype == torch.float32 else np.float16
 
     # room for all rows, and those that an earlier run encoded
     known = take_over(aside, encoder, row, dtype, shape) if world.rank == 0 else None

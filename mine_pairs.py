@@ -31,7 +31,7 @@ from transformers import CLIPVisionModelWithProjection, ResNetModel
 
 from common import pages
 from common.annotations import cirr_template
-from common.batches import chunks, faults_of, gather_dealt
+from common.batches import ahead, chunks, faults_of, gather_dealt
 from common.console import UserError, progress, run, say
 from common.files import (
     file_sha256,
@@ -204,9 +204,8 @@ class Encoder(nn.Module):
 
 
 @torch.inference_mode()
-def embed(encoder: Encoder, images: ImageStore, names: list[str], device, workers: int) -> np.ndarray:
-    """L2-normalised fp32 embeddings (B, D); UserError names a picture without a usable one."""
-    pixels = load_pixels(images, names, encoder.preprocess, workers)
+def embed(encoder: Encoder, images: ImageStore, names: list[str], device, pixels: Tensor) -> np.ndarray:
+    """pixels (B, 3, S, S) of names -> L2-normalised fp32 (B, D); UserError names a picture without a usable one."""
     features = encoder(pixels.to(device, next(encoder.parameters()).dtype)).double()
     lengths = torch.linalg.vector_norm(features, dim=1)
     for name, length in zip(names, lengths.tolist(), strict=True):
@@ -238,12 +237,18 @@ def embed_gallery(encoder: Encoder, images: ImageStore, gallery: Gallery, world:
         content = digest(key, *hashes[start : start + BATCH])
         pieces.append((start, parts / f"{start:09d}-{content[:24]}.npy"))
 
+    def load(piece: tuple[int, Path]) -> Tensor:
+        """Its pictures, decoded while the piece before it is embedded."""
+        return load_pixels(images, names[piece[0] : piece[0] + BATCH], encoder.preprocess, WORKERS)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a CPU their number changes the last bit; to use all cores, start more ranks [ours]
-    for start, path in progress(pieces[world.rank :: world.size], "embed"):
-        if not path.exists():
-            rows = embed(encoder, images, names[start : start + BATCH], world.device, WORKERS)
-            write_array(path, rows.shape, [rows])
+    todo = [piece for piece in pieces[world.rank :: world.size] if not piece[1].exists()]
+    for (start, path), pixels in ahead(load, progress(todo, "embed")):
+        if isinstance(pixels, Exception):
+            raise pixels
+        rows = embed(encoder, images, names[start : start + BATCH], world.device, pixels)
+        write_array(path, rows.shape, [rows])
     torch.set_num_threads(threads)
     barrier()
 

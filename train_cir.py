@@ -21,17 +21,18 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from common import batches, cir_model, ranks
+from common import batches, cir_model, memory, ranks
 from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
-from common.encoding import Bank, Compute, TrainingImages
+from common.encoding import Bank, Compute, TrainingImages, threads_of_rank
 from common.files import is_finished, load_state, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import located
 from common.images import augment
 from common.ranks import all_sum, any_rank, stop_requested
 from common.retrieval import Validation, begin_validation, read_validation, validate
+from common.vision import fuse_attention, in_compute_dtype
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
 from kernels.reversed import reversed_combiner, reversed_sum
@@ -62,7 +63,7 @@ SAME_DELTAS = True  # false: take only the reverse_delta of SAME_PAIRS, for REVE
 PSEUDO = ""  # auxiliary pseudo triplets B': pseudo.jsonl of gen_deltas.py, as large a part of each step as B
 PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
 PSEUDO_KEYS = ""  # as KEYS, for PSEUDO
-WORKERS = 4  # threads that decode and augment images
+WORKERS = 0  # threads that decode and augment images; 0 = by the CPUs of each rank, 16 at most
 
 # ---- optimisation ----
 EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for blip_tdm, 10 for CLIP [S6.1]
@@ -93,7 +94,7 @@ FLIP = 0.5  # probability of a horizontal flip [ours]: a delta that says "left" 
 JITTER = 0.2  # contrast, brightness, sharpness: each factor in 1 +- this [ours]
 TRANSLATE = 0.05  # shift, share of the side, each way [ours]
 ROTATE = 10.0  # degrees, each way [ours]
-VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views per image, encoded once, kept in memory [ours]: speed
+VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views an image, encoded once, a copy a machine [ours]: speed
 
 # ---- validation ----
 VAL_SPLIT = ""  # split of DATASET under ROOT whose recall is measured while training; empty: none
@@ -210,7 +211,8 @@ class BlipTdm(CirModel):
         self, backbone: str, text_length: int, train_text: bool, directions: bool, first_token: str, train_head: bool
     ):
         super().__init__()
-        self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)  # transformers has no sdpa for it
+        self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)
+        fuse_attention(self.backbone.vision_model)
         self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
         self.backbone.itm_head.requires_grad_(train_head)  # p_theta of Eq. 3
@@ -221,8 +223,8 @@ class BlipTdm(CirModel):
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> cls and patch tokens (B, P, D)."""
-        return self.backbone.vision_model(pixel_values=pixels).last_hidden_state
+        """pixels (B, 3, S, S) -> cls and patch tokens (B, P, D), which 24 keys and values of each query read."""
+        return in_compute_dtype(self.backbone.vision_model(pixel_values=pixels).last_hidden_state)
 
     @torch.no_grad()
     def target(self, tokens: Tensor) -> Tensor:
@@ -404,10 +406,10 @@ def read_sources() -> list[Source]:
     return [human, auxiliary]
 
 
-def complete_data(sources: list[Source], validation: Validation, world: ranks.World) -> tuple[list, Validation]:
+def complete_data(sources: list[Source], validation: Validation, size: int, workers: int) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
     validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
-    sources = batches.complete_sources(sources, BATCH, world.size, OUT, WORKERS)
+    sources = batches.complete_sources(sources, BATCH, size, OUT, workers)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)
     return sources, validation
@@ -495,7 +497,7 @@ def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, co
 
 def main() -> None:
     world = ranks.init_world(DEVICE)
-    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS)
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS or threads_of_rank()).to_train()
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
@@ -504,7 +506,7 @@ def main() -> None:
     if CHECK:
         return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
     lock_folder(OUT)
-    sources, validation = complete_data(sources, validation, world)
+    sources, validation = complete_data(sources, validation, world.size, compute.workers)
     epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
     steps = STEPS or epochs * batches.steps_an_epoch(sources, BATCH, world.size)
 
@@ -527,12 +529,12 @@ def main() -> None:
     # images: augmented anew and decoded one step ahead, or views of each that are encoded now
     images = TrainingImages(model, sources, augmented, compute)
     bank = images.bank() if BANK else None
-    images.keep_views(VIEWS)
+    images.keep_views(VIEWS, OUT)
 
     # Algorithm 3: each step draws B triplets of D and B' of D', over all ranks
-    draws = (draw_batch(sources, step, BATCH, SEED, world) for step in range(start, steps))
+    draw = functools.partial(draw_batch, sources, batch=BATCH, seed=SEED, world=world)
     began = time.perf_counter()
-    bar = progress(images.follow(draws, SEED), "training", steps, start)
+    bar = progress(images.follow(range(start, steps), draw, SEED), "training", steps, start)
     for batch, tokens in bar:
         # dropout and the rate are functions of the step
         ranks.seed_step(SEED, batch.step, world.rank)
@@ -594,4 +596,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(memory.advise(main, "a smaller --batch, on more GPUs for as many negatives", planned=False))

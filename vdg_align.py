@@ -90,15 +90,18 @@ def empty_vision(source: str) -> tuple:
     return config, build_empty(build, source, "--vision")
 
 
-def vision_weights(source: str) -> int:
+def vision_weights(source: str) -> tuple[int, int]:
     """How many weights ViT and Q-Former have; those of InstructBLIP are known without a download."""
     if not os.path.isdir(source):
-        return 1_170_000_000  # ViT-g/14 0.99, Q-Former of InstructBLIP 0.18
-    return sum(p.numel() for p in empty_vision(source)[1].parameters())
+        return 990_000_000, 180_000_000  # ViT-g/14, Q-Former of InstructBLIP
+    vit, qformer = (sum(p.numel() for p in part.parameters()) for part in empty_vision(source)[1])
+    return vit, qformer
 
 
 class VisionProjector(nn.Module):
-    """Pixels (B, 3, S, S) -> Q-Former outputs (B, Q, q_width), frozen -> projection (B, Q, D), D the LLM's width."""
+    """Pixels (B, 3, S, S) -> Q-Former outputs (B, Q, q_width), frozen -> projection (B, Q, D), D the LLM's width.
+
+    dtype: of the ViT and of the Q-Former's outputs; the Q-Former itself is fp32 [ours], a sixth of the weights."""
 
     def __init__(self, source: str, d_llm: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -112,8 +115,10 @@ class VisionProjector(nn.Module):
             self.qformer = qformer(config.qformer_config)
             self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, q_width))
         self._load(source)
-        self.requires_grad_(False).to(device=device, dtype=dtype)
-        self.projection.requires_grad_(True).float()  # AdamW's steps at lr 1e-3 would be lost in bf16's 8 bits
+        self.requires_grad_(False).to(device)
+        self.dtype = dtype
+        self.vision_model.to(dtype)
+        self.projection.requires_grad_(True)  # fp32: AdamW's steps at lr 1e-3 would be lost in bf16's 8 bits
         self.eval()  # the Q-Former has dropout 0.1
         self.preprocess = Preprocess.from_folder(source, "instructblip")
 
@@ -128,10 +133,12 @@ class VisionProjector(nn.Module):
     @torch.no_grad()
     def queries(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels (B, 3, S, S) -> (B, Q, q_width): the learned queries once they attended to the image, no text."""
-        patches = self.vision_model(pixels.to(self.query_tokens)).last_hidden_state  # (B, P, D), already layer-normed
+        device = self.query_tokens.device
+        patches = self.vision_model(pixels.to(device, self.dtype)).last_hidden_state  # (B, P, D), already layer-normed
         prompt = {"input_ids": None} if self.takes_text else {}
         start = self.query_tokens.expand(len(pixels), -1, -1)
-        return self.qformer(query_embeds=start, encoder_hidden_states=patches, **prompt).last_hidden_state
+        queries = self.qformer(query_embeds=start, encoder_hidden_states=patches.float(), **prompt).last_hidden_state
+        return queries.to(self.dtype)
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
         """queries (B, Q, q_width) -> tokens in the LLM's embedding space (B, Q, D), fp32 as the projection."""
@@ -245,7 +252,7 @@ def encode(vision: VisionProjector, images, names: list[str], views, batch: int,
     found = {}
     for chunk_of_rank, pixels in progress(batches.ahead(load, rounds), "encode", len(rounds)):
         batches.stop_together(pixels)
-        queries = vision.query_tokens[:0] if pixels is None else vision.queries(pixels)
+        queries = vision.query_tokens[:0].to(vision.dtype) if pixels is None else vision.queries(pixels)
         k = len(views(chunk_of_rank[0][0]))
         queries = ranks.gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
         found |= zip([name for chunk in chunk_of_rank for name in chunk], queries.cpu(), strict=True)
@@ -332,7 +339,7 @@ def load_models(dtype: torch.dtype, world: World) -> tuple[nn.Module, object, Vi
 def load_steps(captions: list[Caption], images: ImageStore, vision: VisionProjector, steps: Iterable, world: World):
     """Yields each step with its inputs: pixels (n, 3, S, S), or with KEEP Q-Former outputs (n, Q, q_width)."""
     everything = sorted({caption.image for caption in captions}) if KEEP else []
-    memory.say_kept(len(everything), vision.query_tokens)
+    memory.say_kept(len(everything), vision.query_tokens.to(vision.dtype))
     kept = encode(vision, images, everything, lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
 
     def load(step: batches.Step) -> torch.Tensor | None:

@@ -404,7 +404,7 @@ def load_steps(triplets: list[Triplet], images: ImageStore, vision: VisionProjec
         return lambda image: vision.preprocess(random_resized_crop(image, seeded_rng(SEED, *keys), SCALE, RATIO))
 
     everything = names_of(triplets) if VIEWS else []
-    memory.say_kept(len(everything) * VIEWS, vision.query_tokens)
+    memory.say_kept(len(everything) * VIEWS, vision.query_tokens.to(vision.dtype))
     crops_of = {name: [crop(name, k) for k in range(VIEWS)] for name in everything}
     views = encode(vision, images, everything, crops_of.get, ENCODE_BATCH, WORKERS, world)
 

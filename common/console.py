@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -37,6 +38,9 @@ def run(main: Callable[[], None]) -> None:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     if rank_size()[1] > 1:
+        # rank 0 may still write: who left first would close connections that it waits on. A signal ends the wait.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.modules["torch"].distributed.barrier()
         sys.modules["torch"].distributed.destroy_process_group()
 
 

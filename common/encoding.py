@@ -1,16 +1,20 @@
 """Images through a frozen vision encoder: a gallery's, a bank's, and those of each training step."""
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
-from common.console import progress, rank_size
+from common.console import UserError, progress, rank_size
 from common.images import ImageStore, load_pixels
-from common.ranks import all_sum, gather_objects, pick_dtype, seeded_rng
+from common.ranks import all_sum, barrier, gather_objects, pick_dtype, seeded_rng
 
 
 class Compute(NamedTuple):
@@ -26,9 +30,21 @@ class Compute(NamedTuple):
         """dtype: as the flag has it."""
         return cls(batch, device, pick_dtype(dtype, device), workers)
 
+    def to_train(self) -> "Compute":
+        """The same; UserError for fp16."""
+        if self.dtype == torch.float16:
+            raise UserError("--dtype fp16: nothing here scales the loss, small gradients become 0; take bf16 or fp32")
+        return self
+
     def autocast(self) -> torch.autocast:
         """The context in which the model runs; with fp32 it changes nothing."""
         return torch.autocast(torch.device(self.device).type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def threads_of_rank(most: int = 16) -> int:
+    """Threads for the pictures of one rank: the CPUs this process may use, shared by the ranks of its machine."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ---- a gallery: each rank has its share ----
@@ -45,15 +61,22 @@ class Encoded(NamedTuple):
 def encode(
     model: torch.nn.Module, images: ImageStore, names: list[str], compute: Compute, what: str
 ) -> Iterator[Encoded]:
-    """The named images, a batch at a time, in eval mode; the batches are dealt to the ranks. what: for the bar."""
+    """The named images, a batch at a time, in eval mode; the batches are dealt to the ranks. what: for the bar.
+
+    The next batch is decoded meanwhile."""
+
+    def load(rows: range) -> Tensor:
+        return load_pixels(images, [names[i] for i in rows], model.preprocess, compute.workers)
+
     rank, size = rank_size()
     starts = range(0, len(names), compute.batch)
     modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
     model.eval()
     try:
-        for start in progress(starts[rank % size :: size], what):
-            rows = range(start, min(start + compute.batch, len(names)))
-            pixels = load_pixels(images, [names[i] for i in rows], model.preprocess, compute.workers)
+        mine = [range(start, min(start + compute.batch, len(names))) for start in starts[rank % size :: size]]
+        for rows, pixels in ahead(load, progress(mine, what)):
+            if isinstance(pixels, Exception):
+                raise pixels
             with compute.autocast():
                 tokens, targets = model.image(pixels.to(compute.device))
             yield Encoded(rows, tokens, targets)
@@ -64,6 +87,7 @@ def encode(
 
 # ---- training ----
 
+_AT_ONCE = 64  # images in one pass of the vision encoder: those of a step, 4 x 64 as a rule, would take 4 x the memory
 Image = tuple[int, str]  # (stream, name), as in common.batches
 
 
@@ -90,6 +114,35 @@ def encode_in_turn(
         yield from zip(turn, gather_objects(rows), strict=False)
 
 
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0)) if rank_size()[1] > 1 else 0
+
+
+def rows_of_machine(folder: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for one tensor that all ranks of a machine see and its first rank writes; every rank must call it.
+
+    A file of `folder`, mapped into memory; it loses its name at once, so that it goes with the run."""
+    rank, size = rank_size()
+    if size == 1:
+        return torch.empty(shape, dtype=dtype)
+    path, numbers = Path(folder, f"views-{rank - local_rank()}.tmp"), math.prod(shape)
+    fault = None
+    if local_rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # a further machine may have a disk of its own
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)  # a full disk shows now
+        except OSError as error:
+            wanted = f"{numbers * dtype.itemsize / 1e9:.1f} GB for --views"
+            fault = UserError(f"{path}: {wanted} ({error.strerror}); make room, or take fewer --views")
+    stop_together(fault)
+    rows = torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
+    barrier()
+    if local_rank() == 0:
+        path.unlink()
+    return rows
+
+
 class Bank(NamedTuple):
     """Target features of all training images, not augmented: each is one more negative [ours]."""
 
@@ -109,33 +162,58 @@ class TrainingImages:
 
     def __init__(self, model: torch.nn.Module, sources: list[Source], augmented: Callable, compute: Compute):
         self.model, self.sources, self.augmented, self.compute = model, sources, augmented, compute
-        self.views: dict[Image, list[Tensor]] = {}  # tokens of each view, on the CPU; empty: augmented anew
+        self.views: dict[Image, Tensor] = {}  # tokens (K, ...) of its views, on the CPU; empty: augmented anew
         self.encoded = 0  # images that went through this rank's encoder for the last batch
         self._pool = ThreadPoolExecutor(max(1, compute.workers))
+        self._on_gpu = torch.device(compute.device).type == "cuda"
 
-    def _open(self, job: tuple[Image, tuple | None]) -> Tensor:
-        """Pixels (3, S, S) of an image; without a key it is not augmented."""
+    def _open(self, job: tuple[Image, tuple | None]) -> np.ndarray:
+        """Bytes (S, S, 3) of an image; without a key it is not augmented."""
         (stream, name), key = job
         picture = self.sources[stream].images.open(name)
         if key is not None:
             picture = self.augmented(picture, key, self.model.preprocess.size)
-        return self.model.preprocess(picture)
+        return self.model.preprocess.crop(picture)
 
     def _pixels(self, jobs: list[tuple]) -> Tensor:
-        return torch.stack(list(self._pool.map(self._open, jobs)))
+        """Bytes (n, S, S, 3) on the CPU, each thread writing those of its pictures; pinned where a GPU copies them."""
+        size = self.model.preprocess.size
+        pixels = torch.empty(len(jobs), size, size, 3, dtype=torch.uint8, pin_memory=self._on_gpu)
+        rows = pixels.numpy()
+
+        def fill(i: int, job: tuple) -> None:
+            rows[i] = self._open(job)
+
+        list(self._pool.map(fill, range(len(jobs)), jobs))
+        return pixels
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes (n, S, S, 3) -> what the encoder takes (n, 3, S, S), on the device; the host goes on meanwhile."""
+        return self.model.preprocess.normalise(pixels.to(self.compute.device, non_blocking=True))
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
         with self.compute.autocast():
-            return self.model.tokens(pixels.to(self.compute.device))
+            return torch.cat([self.model.tokens(self._normalised(part)) for part in pixels.split(_AT_ONCE)])
 
-    def keep_views(self, count: int) -> None:
-        """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens."""
-        jobs = [(image, ("view", *image, k)) for image in images_of(self.sources) for k in range(count)]
+    def keep_views(self, count: int, folder: str) -> None:
+        """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens.
+
+        The ranks of a machine share one copy, in a file of `folder` that has no name any more when this is done."""
+        if not count:
+            return
+        images, first = images_of(self.sources), 0
+        jobs = [(image, ("view", *image, k)) for image in images for k in range(count)]
         blocks = list(chunks(jobs, self.compute.batch))  # fixed blocks: a resume sees the same bits
         for block, tokens in encode_in_turn(blocks, self._pixels, self._encode, "encoding views"):
-            for (image, _), row in zip(block, tokens, strict=True):
-                self.views.setdefault(image, []).append(row)
+            if not first:
+                kept = rows_of_machine(folder, (len(jobs), *tokens.shape[1:]), tokens.dtype)
+            if local_rank() == 0:
+                kept[first : first + len(block)] = tokens
+            first += len(block)
+        barrier()  # behind it all rows are written
+        for i, image in enumerate(images):
+            self.views[image] = kept[i * count : (i + 1) * count]
 
     @torch.no_grad()
     def bank(self) -> Bank:
@@ -143,28 +221,34 @@ class TrainingImages:
 
         def features(pixels: Tensor) -> Tensor:
             with self.compute.autocast():
-                return self.model.image(pixels.to(self.compute.device))[1]
+                return self.model.image(self._normalised(pixels))[1]
 
         images = images_of(self.sources)
         blocks = list(chunks([(image, None) for image in images], self.compute.batch))
         rows = [rows for _, rows in encode_in_turn(blocks, self._pixels, features, "encoding the bank")]
         return Bank(images, torch.cat(rows).to(self.compute.device))
 
-    def follow(self, draws: Iterable[Batch], seed: int) -> Iterator[tuple[Batch, Tensor]]:
-        """(batch, tokens of this rank's references, then of its targets), the next batch decoded meanwhile.
+    def follow(self, steps: Iterable[int], draw: Callable[[int], Batch], seed: int) -> Iterator[tuple[Batch, Tensor]]:
+        """(batch, tokens of this rank's references, then of its targets), the next one drawn and decoded meanwhile.
 
-        An image that one rank cannot read stops all ranks."""
-        for batch, loaded in ahead(lambda batch: self._load(batch, seed), draws):
+        draw(step) -> its batch, in a thread. An image that one rank cannot read stops all ranks."""
+
+        def load(step: int) -> tuple[Batch, Tensor]:
+            batch = draw(step)
+            return batch, self._load(batch, seed)
+
+        for _, loaded in ahead(load, steps):
             stop_together(loaded)
-            self.encoded = 0 if self.views else len(loaded)
-            yield batch, loaded.to(self.compute.device) if self.views else self._encode(loaded)
+            batch, rows = loaded
+            self.encoded = 0 if self.views else len(rows)
+            yield batch, rows.to(self.compute.device, non_blocking=True) if self.views else self._encode(rows)
 
     def encoded_by_all(self) -> int:
         """Images that went through the encoders of all ranks for the last batch."""
         return int(all_sum(self.encoded))
 
     def _load(self, batch: Batch, seed: int) -> Tensor:
-        """Of this rank's references, then targets: pixels, or the tokens of a view each. Runs in a thread."""
+        """Of this rank's references, then targets: bytes, or the tokens of a view each. Runs in a thread."""
         jobs = image_jobs(batch.own_draws)
         if not self.views:
             return self._pixels(jobs)
@@ -172,4 +256,5 @@ class TrainingImages:
         for image, key in jobs:
             views = self.views[image]
             chosen.append(views[seeded_rng(seed, "view", *key).integers(len(views))])
-        return torch.stack(chosen)
+        tokens = torch.stack(chosen)
+        return tokens.pin_memory() if self._on_gpu else tokens

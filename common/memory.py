@@ -2,7 +2,7 @@
 
 A plan is a dict of bytes by purpose. A stage makes one for its run and for ever smaller runs; `say` prints the first
 and, for each card, which of them fits. Everywhere: itemsize, the bytes of a number that is not quantised; vision, how
-many weights ViT and Q-Former have together.
+many weights ViT and Q-Former have, the latter in fp32.
 """
 
 import os
@@ -18,7 +18,7 @@ from common.llama import Shape
 CONTEXT = "CUDA context, workspaces, fragments (a guess)"
 
 
-def frozen(shape: Shape, quantize: str, itemsize: int, vision: int) -> dict[str, float]:
+def frozen(shape: Shape, quantize: str, itemsize: int, vision: tuple[int, int]) -> dict[str, float]:
     """Bytes of the frozen weights, by purpose."""
     # nf4: 4 bits, an 8-bit scale for 64 of them and an fp32 one for 256 scales
     bytes_of_one = {"": itemsize, "int8": 1, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -30,7 +30,7 @@ def frozen(shape: Shape, quantize: str, itemsize: int, vision: int) -> dict[str,
     return {
         f"LLM, {quantize or f'{8 * itemsize} bits'}": linears * bytes_of_one[quantize] + tables * itemsize,
         "its largest weight once more, while it loads or is unpacked": largest * itemsize,
-        "ViT and Q-Former": vision * itemsize,
+        "ViT and Q-Former": vision[0] * itemsize + vision[1] * 4,
         CONTEXT: 1.5 * 2**30,
     }
 
@@ -58,7 +58,7 @@ def training(
 
 
 def generation(
-    shape: Shape, tuned: dict, vision: int, itemsize: int, batch: int, max_new: int
+    shape: Shape, tuned: dict, vision: tuple[int, int], itemsize: int, batch: int, max_new: int
 ) -> dict[str, dict[str, float]]:
     """Flags -> bytes by purpose of gen_deltas.py; tuned: config.json of a VDG."""
     weights, options = frozen(shape, tuned["quantize"], itemsize, vision), {}
@@ -134,14 +134,15 @@ def peak(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
-def advise(main, advice: str):
-    """main, but where a GPU's memory runs out its one line says what helps."""
+def advise(main, advice: str, planned: bool = True):
+    """main, but where a GPU's memory runs out its one line says what helps; planned: the stage has --plan."""
 
     def run() -> None:
         try:
             main()
         except torch.OutOfMemoryError as fault:
             found = str(fault).splitlines()[0]
-            raise UserError(f"{found} Try {advice}; --plan says what needs how much") from fault
+            plan = "; --plan says what needs how much" if planned else ""
+            raise UserError(f"{found} Try {advice}{plan}") from fault
 
     return run

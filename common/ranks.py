@@ -12,12 +12,16 @@ import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from common.console import UserError, rank_size
 from common.files import append_line, json_line, repair_jsonl, write_text
 
+# How long a rank waits for the others in one collective. The shares of gen_deltas.py and mine_pairs.py may differ by
+# hours; torchrun ends all ranks at once when one dies, so that this only has to end a run that is stuck.
+WAIT = timedelta(hours=12)
 _stop = {"time": None, "installed": False}
 
 # ---- the group ----
@@ -36,7 +40,6 @@ class World:
 def init_world(device: str = "auto") -> World:
     """Joins the ranks torchrun started (NCCL on GPUs, gloo on CPU). device: "auto", "cpu", "cuda" or "cuda:1"."""
     import importlib.metadata
-    from datetime import timedelta
 
     import torch
     import torch.distributed as dist
@@ -57,10 +60,16 @@ def init_world(device: str = "auto") -> World:
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32: mining compares gaps of 0.002
         torch.backends.cudnn.allow_tf32 = False
+        # cuDNN plans its attention anew for every shape, and each batch has another length: flash and others do not
+        torch.backends.cuda.enable_cudnn_sdp(False)
     here = torch.device(name)
     if size > 1 and not dist.is_initialized():
-        backend = "nccl" if here.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))  # a dead peer must not hang the others for ever
+        on_gpu = here.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=WAIT,
+            device_id=here if on_gpu else None,  # else NCCL guesses at the first collective which GPU is this rank's
+        )
     rank, size = rank_size()
     return World(rank, size, local_rank, here)
 

@@ -1,6 +1,7 @@
 """common/ranks.py: collectives against one process, seeds, the log, stop signals."""
 
 import hashlib
+import inspect
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed import init_process_group
 
-from common.console import UserError
+from common.console import UserError, rank_size, run
 from common.files import (
     read_jsonl,
 )
@@ -96,6 +99,35 @@ def test_world_of_one(monkeypatch):
     assert pick_dtype("auto", "cuda") is torch.bfloat16
     with pytest.raises(UserError, match="fp8"):
         pick_dtype("fp8", "cpu")
+
+
+def test_a_rank_on_a_gpu_names_it_and_waits_for_hours(monkeypatch):
+    asked, cudnn = {}, torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: asked.update(set=name))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: asked.update(how, backend=backend))
+    try:
+        init_world("cuda")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    assert (asked["backend"], asked["set"], asked["device_id"]) == ("nccl", "cuda:3", torch.device("cuda:3"))
+    assert asked["timeout"].total_seconds() >= 6 * 3600
+    inspect.signature(init_process_group).bind("nccl", timeout=asked["timeout"], device_id=asked["device_id"])
+    init_world("cpu")
+    assert asked["backend"] == "gloo" and asked["device_id"] is None
+
+
+def test_no_rank_leaves_before_the_last_is_done():
+    def leave() -> float:
+        left, began = [], time.monotonic()
+        dist.destroy_process_group = lambda: left.append(time.monotonic() - began)
+        run(lambda: time.sleep(1.5 if rank_size()[0] == 0 else 0))
+        return left[0]
+
+    assert min(run_ranks(2, leave)) > 1.4
 
 
 def test_the_kernels_package_is_refused(tmp_path, monkeypatch):

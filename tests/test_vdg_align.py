@@ -117,6 +117,31 @@ def test_vision_equals_hugging_face_exactly(zoo, tmp_path, kind):
     assert [name for name, p in ours.named_parameters() if p.requires_grad] == ["projection.weight", "projection.bias"]
 
 
+@pytest.mark.parametrize("kind", ["instructblip", "blip-2"])
+def test_the_q_former_stays_in_fp32_behind_a_bf16_vit(zoo, tmp_path, kind):
+    """As transformers keeps BLIP-2's beside an fp16 ViT (but not beside a bf16 one)."""
+    folder, model = zoo / "instructblip", transformers.InstructBlipForConditionalGeneration
+    if kind == "blip-2":
+        folder, model = blip2(tmp_path / "blip2"), transformers.Blip2ForConditionalGeneration
+        shutil.copy(zoo / "instructblip" / "preprocessor_config.json", folder)
+    exact, theirs = (model.from_pretrained(folder, dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16))
+    ours = vdg_align.VisionProjector(str(folder), 64, dtype=torch.bfloat16)
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    prompt = {"input_ids": None} if kind == "instructblip" else {}
+
+    def queries_of(start, qformer, patches):
+        start = start.expand(3, -1, -1).to(qformer.dtype)
+        return qformer(query_embeds=start, encoder_hidden_states=patches, **prompt).last_hidden_state
+
+    with torch.no_grad():
+        patches = theirs.vision_model(pixel_values=pixels.bfloat16()).last_hidden_state.float()
+        rounded = queries_of(exact.query_tokens, exact.qformer, patches).bfloat16()
+        truth = queries_of(exact.query_tokens, exact.qformer, exact.vision_model(pixel_values=pixels).last_hidden_state)
+        queries = ours.queries(pixels)
+    assert torch.equal(queries, rounded), "an fp32 Q-Former, then one rounding"
+    assert torch.cosine_similarity(queries.float(), truth, dim=-1).min() > 0.999
+
+
 def test_the_language_model_inside_is_not_read(zoo, tmp_path):
     folder = tmp_path / "vision"
     shutil.copytree(zoo / "instructblip", folder)

@@ -543,7 +543,7 @@ def test_planned_bytes_of_the_frozen_weights(zoo, quantize, tmp_path):
         for module in llm.modules():
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             held += sum(t.numel() * t.element_size() for t in (state.absmax, state.state2.absmax)) if state else 0
-    plan = memory.frozen(llm_shape(str(tmp_path)), quantize, 4, "")
+    plan = memory.frozen(llm_shape(str(tmp_path)), quantize, 4, (0, 0))
     assert next(iter(plan.values())) == pytest.approx(held, rel=0.01)
 
 
@@ -586,6 +586,8 @@ def test_running_out_of_memory_is_one_line_with_advice():
 
     with pytest.raises(UserError, match=r"Tried to allocate 2 GiB\. Try --batch 4; --plan"):
         memory.advise(main, "--batch 4")()
+    with pytest.raises(UserError, match=r"Tried to allocate 2 GiB\. Try --batch 4$"):
+        memory.advise(main, "--batch 4", planned=False)()
 
 
 def test_say_names_the_first_option_that_fits(capsys):

@@ -1,0 +1,53 @@
+"""common/llama.py: its spelled-out layers against transformers' own and against float64."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from common.llama import attention, normalise, run_layers
+
+BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}  # of the fraction
+
+
+def roundings(x: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest error of x, in steps between neighbouring numbers of its dtype at the size of the truth."""
+    step = 2.0 ** (truth.abs().log2().floor() - BITS[x.dtype])
+    return ((x.double() - truth).abs() / step).max().item()
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_normalise_is_as_near_to_float64_as_transformers_is(dtype):
+    make = torch.Generator().manual_seed(0)
+    norm = LlamaRMSNorm(512, eps=1e-2)
+    norm.weight.data = 1 + 0.3 * torch.randn(512, generator=make)
+    norm = norm.to(dtype)
+    scales = torch.randn(64, 1, generator=make).exp()  # rows near eps and far above it
+    x = (torch.randn(64, 512, generator=make) * scales).to(dtype)
+    exact = x.double()
+    truth = norm.weight.double() * exact / (exact.square().mean(1, keepdim=True) + 1e-2).sqrt()
+    ours, theirs = normalise(norm, x), norm(x)
+    assert ours.dtype == dtype
+    if dtype == torch.float32:
+        assert torch.equal(ours, theirs)
+    assert roundings(ours, truth) <= roundings(theirs, truth) < 4
+    if dtype == torch.bfloat16:
+        assert roundings(ours, truth) < 0.51, "one rounding"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_equal_those_of_transformers(dtype):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 50}
+    llm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1))
+    for name, weight in llm.named_parameters():
+        if "norm" in name:
+            weight.data += 0.3 * torch.randn_like(weight)
+    llm = llm.to(dtype).eval().requires_grad_(False)
+    x = torch.randn(2, 9, 64).to(dtype)
+    ours = run_layers(llm, x, torch.arange(9), lambda layer, q, k, v: attention(q, k, v, causal=True))
+    theirs = llm.model(inputs_embeds=x).last_hidden_state
+    truth = llm.double().model(inputs_embeds=x.double()).last_hidden_state
+    error, reference = ((y - truth).norm().item() for y in (ours, theirs))
+    assert error < 1.3 * reference + 1e-6 * truth.norm().item()
+    assert reference < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype] * truth.norm().item()
