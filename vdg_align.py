@@ -109,7 +109,7 @@ class VisionProjector(nn.Module):
         self.takes_text = config.model_type == "instructblip"  # its Q-Former insists on an input_ids argument
         vit, qformer = vision_classes(config.model_type)
         q_width = config.qformer_config.hidden_size
-        self.projection = nn.Linear(q_width, d_llm)  # first, so that its start depends on the seed alone
+        self.projection = nn.Linear(q_width, d_llm)  # start_quietly draws its start
         with torch.device(device):
             self.vision_model = vit(config.vision_config)
             self.qformer = qformer(config.qformer_config)
@@ -147,13 +147,14 @@ class VisionProjector(nn.Module):
 
 # ---- where the projection starts ----
 @torch.no_grad()
-def start_quietly(projection: nn.Linear, std: float) -> None:
+def start_quietly(projection: nn.Linear, std: float, seed: int) -> None:
     """Gaussian weights, no bias: of Q-Former outputs, which are layer-normed, it makes coordinates of this std.
 
     An image token far larger than a word hardly changes from layer to layer (what the layers add is of a word's size),
     so nothing the LLM knows to do with words is done with it: on the embedded world captions came out well and
-    comparisons did not. Drawn on the CPU: the same start on every GPU."""
-    drawn = torch.empty(projection.weight.shape).normal_(std=std / projection.in_features**0.5)
+    comparisons did not. Drawn on the CPU by the seed alone: the same start on every device."""
+    draw = ranks.seeded_generator("projection", seed)
+    drawn = torch.empty(projection.weight.shape).normal_(std=std / projection.in_features**0.5, generator=draw)
     projection.weight.copy_(drawn)
     projection.bias.zero_()
 
@@ -328,10 +329,9 @@ def check_captions(captions: list[Caption], images: ImageStore) -> list[Caption]
 
 def load_models(dtype: torch.dtype, world: World) -> tuple[nn.Module, object, VisionProjector]:
     """-> LLM and its tokenizer, vision side; all frozen but the projection, which stands at its start."""
-    torch.manual_seed(SEED)
     llm, tokenizer = load_llm(LLM, dtype, world.device, QUANTIZE)
     vision = VisionProjector(VISION, llm.config.hidden_size, world.device, dtype)
-    start_quietly(vision.projection, START * llm.get_input_embeddings().weight.float().std().item())
+    start_quietly(vision.projection, START * llm.get_input_embeddings().weight.float().std().item(), SEED)
     share_start(list(vision.projection.parameters()), world)
     return llm, tokenizer, vision
 

@@ -365,11 +365,11 @@ def split_triplets(triplets: list[Triplet], images: ImageStore) -> tuple[list[Tr
 
 def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
     """Algorithm 2 starts from Algorithm 1's projection, and from a LoRA that changes nothing yet."""
-    torch.manual_seed(SEED)
     llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, aligned["quantize"])
     require_same(tokenizer, aligned, ALIGNED)
     vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)
     load_projection(vision, ALIGNED)
+    torch.manual_seed(SEED)  # here: what the vision side drew before it is overwritten came from the device's generator
     add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     share_start(lora_weights(llm), world)
     return Model(llm, tokenizer, vision, prompt_pieces(tokenizer, PROMPT))

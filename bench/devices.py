@@ -32,16 +32,16 @@ def commands(device: str, out: Path) -> list[dict[str, str]]:
     cir = f"train_cir.py {cirr} --split train --batch 24 --tau 0.05 --steps 4 --log_every 1 --augment false"
     evaluate = f"eval_cir.py {cirr} --split val --official false --dtype fp32 --checkpoint {cpu}"
     align = f"vdg_align.py --vision {MODELS}/instructblip --llm {MODELS}/llama --chat {w}/chat/chat.json"
-    tune = f"vdg_tune.py --aligned {cpu}/align {cirr} --split train --held_out 0 --batch 16 --lora_dropout 0"
+    tune = f"vdg_tune.py --aligned {cpu}/align {cirr} --split train --held_out 0 --batch 16 --lora_dropout 0 --warmup 1"
     rounds = [
         {
-            "align": f"{align} --images {w}/chat/images --keep true --batch 24 --lr 5e-3 --dtype fp32",
+            "align": f"{align} --images {w}/chat/images --keep true --batch 24 --lr 1e-4 --dtype fp32",
             "mine": f"mine_pairs.py --images {w}/aux --encoder {MODELS}/resnet --max_shared 3",
             "combiner": f"{cir} --model combiner --backbone {MODELS}/clip --lr 5e-4 --dtype fp32",
             "blip_tdm": f"{cir} --model blip_tdm --backbone {MODELS}/blip --lr 1e-3 --dtype fp32",
         },
         {
-            "tune": f"{tune} --epochs 1 --lr 3e-3 --lora_rank 16 --lora_targets {LINEARS} --dtype fp32",
+            "tune": f"{tune} --epochs 1 --lr 1e-4 --lora_rank 16 --lora_targets {LINEARS} --dtype fp32",
             "eval-combiner": f"{evaluate}/combiner",
             "eval-blip_tdm": f"{evaluate}/blip_tdm",
         },
