@@ -1,6 +1,7 @@
-"""One training step of BLIP_tdm at the size of blip-itm-large-coco, random weights, on the CPU: does it fit and run?
+"""One training step of BLIP_tdm at the size of blip-itm-large-coco, random weights: does it fit and run?
 
     python bench/real_step.py                    # 446 M parameters, 384 px, B = B' = 2; writes 1.8 GB, removes it
+    python bench/real_step.py --device cuda --batch 64 --steps 12       # and triplets per second
 
 Prints the seconds of the whole command, its largest resident memory, the losses, and how many images went through the
 vision encoder: two references and two targets of B, as many of B', once each. Any other count is an error.
@@ -13,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import measure  # first: it puts the repository on the path
+import generation  # beside this file
+import measure  # first of ours: it puts the repository on the path
 
 from common.files import read_jsonl, write_json, write_jsonl
 from demo import world
@@ -54,9 +56,11 @@ def write_blip(folder: Path) -> int:
 
 
 def main() -> None:
+    found = measure.arguments(__doc__, batch=2, steps=1)
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         sizes = {"train": 4, "dev": 1, "val": 1, "test": 1, "queries": 1, "chat": 1, "aux": 1, "fashioniq": 1}
+        sizes |= {"train": max(4, 2 * found.batch), "aux": found.batch}  # aux is a number of families
         world.write_world(str(here / "world"), 0, **sizes)
         aux = sorted(path.name for path in (here / "world" / "aux").iterdir())
         pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
@@ -65,15 +69,29 @@ def main() -> None:
         began = time.time()
         words = f"train_cir.py --model blip_tdm --backbone {here}/blip --root {here}/world/cirr --out {here}/run"
         words += f" --pseudo {here}/pseudo.jsonl --pseudo_images {here}/world/aux"
-        words += " --batch 2 --steps 1 --log_every 1 --device cpu"
+        words += f" --batch {found.batch} --steps {found.steps} --log_every 1 --device {found.device}"
         subprocess.run([sys.executable, *words.split()], cwd=measure.ROOT, check=True)
         seconds = time.time() - began
-        (line,) = read_jsonl(here / "run" / "log.jsonl")
+        lines = list(read_jsonl(here / "run" / "log.jsonl"))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    losses = f"L_tcc {line['tcc']:.3f}, L_tdm {line['tdm']:.3f}"
-    print(f"{parameters / 1e6:.0f} M parameters, {seconds:.0f} s, {peak:.1f} GiB at most; {losses}")
-    assert line["images"] == 8, f"{line['images']} images through the vision encoder; 8 are there"
-    print("8 images through the vision encoder: 4 references and 4 targets, once each")
+    losses = f"L_tcc {lines[0]['tcc']:.3f}, L_tdm {lines[0]['tdm']:.3f}"
+    print(f"{parameters / 1e6:.0f} M parameters, {seconds:.0f} s, {peak:.1f} GiB of host memory at most; {losses}")
+    pace = sorted(line["items_per_s"] for line in lines[1:])
+    if pace:
+        floor = generation.peak_flops(found.device, torch_dtype(found.device)) / 1e12  # TFLOP of a triplet
+        size = f"446 M parameters, 384 px, B = B' = {found.batch}"
+        note = f"{found.steps} steps with decoding and augmentation; floor: 1.0 TFLOP a triplet"
+        row = measure.row("CIR step: BLIP_tdm", size, found.device, pace[len(pace) // 2], "triplets/s", floor, note)
+        measure.publish([row])
+    if found.batch == 2:
+        assert lines[0]["images"] == 8, f"{lines[0]['images']} images through the vision encoder; 8 are there"
+        print("8 images through the vision encoder: 4 references and 4 targets, once each")
+
+
+def torch_dtype(device: str):
+    import torch
+
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 if __name__ == "__main__":
