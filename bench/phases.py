@@ -30,7 +30,7 @@ def main() -> None:
     for tile in (2048, 4096, 8192, 16384):
         took = time_of(lambda tile=tile: topk._propose(q, q, 32, itself, True, tile, iter))
         print(f"proposal, tiles of {tile}: {took:.1f} ms", flush=True)
-    proposal, columns, bound = topk._propose_triton(x, x, lengths, 32, itself, True, 4096)
+    proposal, columns, bound = topk._propose_triton(x, x, lengths, 48, itself, True, topk.TILE["cuda"])
     exact = []
     real = topk._exact_triton
     topk._exact_triton = lambda *a: exact.append(len(a[2])) or real(*a)

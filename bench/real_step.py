@@ -76,7 +76,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     losses = f"L_tcc {lines[0]['tcc']:.3f}, L_tdm {lines[0]['tdm']:.3f}"
     print(f"{parameters / 1e6:.0f} M parameters, {seconds:.0f} s, {peak:.1f} GiB of host memory at most; {losses}")
-    pace = sorted(line["items_per_s"] for line in lines[1:])
+    done = [(i + 1) / line["items_per_s"] for i, line in enumerate(lines)]  # it counts from the first step
+    pace = sorted(1 / (b - a) for a, b in zip(done, done[1:], strict=False))
     if pace:
         floor = generation.peak_flops(found.device, torch_dtype(found.device)) / 1e12  # TFLOP of a triplet
         size = f"446 M parameters, 384 px, B = B' = {found.batch}"

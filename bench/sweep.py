@@ -27,22 +27,23 @@ PROPOSE = [
     (128, 128, 128, 8, 2), (32, 256, 64, 4, 3), (64, 128, 64, 8, 4), (32, 128, 64, 4, 4),
 ]  # fmt: skip
 SUMS = [
-    (128, 128, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3),
-    (128, 256, 64, 8, 3), (128, 128, 32, 8, 4), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4),
-    (128, 128, 128, 8, 2),
+    (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3),
+    (128, 256, 64, 8, 3), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 128, 8, 2),
 ]  # fmt: skip
-SUMS_FP32 = [(64, 64, 32, 8, 2), (32, 32, 32, 4, 2), (64, 64, 16, 8, 3), (32, 64, 32, 4, 2), (64, 64, 32, 4, 2)]
-SUMS_FP32 += [(16, 64, 64, 4, 2), (32, 64, 64, 8, 2), (128, 64, 16, 8, 2), (16, 32, 64, 4, 2)]
+STRIP_SUMS = [(*tile, 16, warps, 1) for tile, warps in (
+    ((64, 64), 4), ((64, 128), 4), ((128, 64), 4), ((32, 128), 4), ((32, 64), 4), ((64, 32), 4), ((16, 256), 4),
+    ((64, 128), 8), ((128, 128), 8), ((32, 256), 8), ((128, 32), 4), ((64, 64), 8), ((32, 32), 2), ((64, 256), 8),
+)]  # fmt: skip
 FLASH = [
-    (64, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1),
-    (128, 64, 8, 3), (64, 32, 4, 3),
+    (128, 64, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2),
+    (128, 64, 8, 1), (64, 32, 4, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2),
 ]  # fmt: skip
 STRIP = [(16, 128, 4, 1), (1, 1024, 4, 1), (2, 512, 4, 1), (4, 256, 4, 1), (8, 128, 4, 1), (4, 512, 4, 1)]
-STRIP += [(2, 1024, 8, 1), (8, 256, 4, 1), (1, 2048, 8, 1), (8, 512, 8, 1)]
-ALONG = [(8, 256, 4), (4, 512, 4), (4, 256, 4), (8, 512, 8), (16, 128, 4), (2, 512, 2), (2, 1024, 4), (4, 1024, 8)]
-ALONG += [(1, 1024, 4), (1, 1024, 2), (1, 512, 1), (2, 256, 1), (16, 256, 8), (1, 2048, 4)]
-DOWN = [(32, 64, 4), (32, 128, 4), (16, 128, 4), (64, 64, 4), (32, 32, 4), (8, 256, 4), (32, 128, 8), (16, 64, 2)]
-DOWN += [(32, 32, 2), (32, 64, 2), (8, 128, 2), (32, 32, 1), (16, 256, 4), (64, 128, 8)]
+STRIP += [(2, 1024, 8, 1), (8, 256, 4, 1), (32, 128, 4, 1), (32, 64, 4, 1), (16, 128, 8, 1), (16, 256, 8, 1)]
+ALONG = [(1, 512, 1), (2, 256, 1), (1, 256, 1), (1, 1024, 2), (2, 512, 2), (1, 1024, 4), (2, 1024, 4), (4, 512, 4)]
+ALONG += [(16, 256, 8), (4, 1024, 8), (1, 2048, 4), (4, 256, 2), (8, 128, 2)]
+DOWN = [(16, 256, 4), (8, 256, 4), (32, 128, 8), (8, 128, 2), (64, 128, 8), (16, 128, 4), (8, 512, 4), (16, 512, 8)]
+DOWN += [(16, 256, 8), (32, 256, 8), (8, 512, 8), (16, 64, 1), (16, 128, 2)]
 
 
 def tiles_of(module, name: str, value: tuple) -> None:
@@ -63,20 +64,20 @@ def half(n: int, d: int, dtype=torch.float16, seed: int = 0):
 def propose(n: int, m: int, d: int):
     """The fused proposal; work in FLOP."""
     q, g = half(n, d), half(m, d, seed=1)
-    return lambda tiles: topk._propose_fused(q, g, 32, None, tiles), 2 * n * m * d
+    return lambda candidate: topk._propose_fused(q, g, 32, None, candidate), 2 * n * m * d
 
 
 def absorb(down: bool, n: int, d: int):
-    """A tile of scores into lists that have seen three before it; work in bytes."""
+    """A tile of scores into lists that hold better ones; work in bytes."""
     q = half(2 * n, d)
-    tiles = [q[:n].float() @ q[n:].float().T for _ in range(1)]
+    scores = q[:n].float() @ q[n:].float().T
     values = torch.full((n, 32), -torch.inf, device="cuda")
     columns = torch.full((n, 32), -1, dtype=torch.int32, device="cuda")
-    topk._absorb_triton(values, columns, tiles[0] * 1.02, 0, down, None)  # better ones than the tile's
+    topk._absorb_triton(values, columns, scores * 1.02, 0, down, None)  # better ones than the tile's
 
     def run(candidate):
         topk.ABSORB_TILES[down] = candidate
-        topk._absorb_triton(values, columns, tiles[0], n, down, None)
+        topk._absorb_triton(values, columns, scores, n, down, None)
 
     return run, 4 * n * n
 
@@ -97,7 +98,7 @@ def loss(kernel: str, n: int, d: int, dtype):
         tiles_of(contrastive, kernel, candidate)
         return contrastive._gradient_triton(*shape, vectors, torch.ones(n, device="cuda"))
 
-    return (sums, 2 * n * n * d) if kernel.startswith("sums") else (gradient, 6 * n * n * d)
+    return (sums, 2 * n * n * d) if "sums" in kernel else (gradient, 6 * n * n * d)
 
 
 def cases(small: int) -> dict:
@@ -107,13 +108,13 @@ def cases(small: int) -> dict:
     return {
         "propose D=2048, 16,384 x 102,400": (lambda: propose(size(16_384), size(102_400), 2048), PROPOSE),
         "propose D=256, 16,384 x 409,600": (lambda: propose(size(16_384), size(409_600), 256), PROPOSE),
-        "absorb along rows, 4,096 x 4,096": (lambda: absorb(False, size(4096), 2048), ALONG),
-        "absorb down columns, 4,096 x 4,096": (lambda: absorb(True, size(4096), 2048), DOWN),
-        "sums bf16 D=768, B=32,768": (lambda: loss("sums", size(32_768), 768, bf16), SUMS),
-        "sums fp32 D=256, B=1,024": (lambda: loss("sums fp32", size(1024), 256, fp32), SUMS_FP32),
+        "absorb along rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),
+        "absorb down columns, 8,192 x 8,192": (lambda: absorb(True, size(8192), 2048), DOWN),
+        "sums bf16 D=256, B=32,768": (lambda: loss("sums", size(32_768), 256, bf16), SUMS),
+        "sums of strips bf16 D=768, B=32,768": (lambda: loss("strip sums", size(32_768), 768, bf16), STRIP_SUMS),
+        "sums of strips fp32 D=256, B=1,024": (lambda: loss("strip sums", size(1024), 256, fp32), STRIP_SUMS),
         "flash bf16 D=256, B=32,768": (lambda: loss("flash", size(32_768), 256, bf16), FLASH),
         "strip bf16 D=768, B=32,768": (lambda: loss("strip", size(32_768), 768, bf16), STRIP),
-        "strip fp32 D=256, B=1,024": (lambda: loss("strip", size(1024), 256, fp32), STRIP),
     }
 
 
