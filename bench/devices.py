@@ -22,7 +22,7 @@ from demo import world
 ROOT = measure.ROOT / "out/devices"
 MODELS = measure.ROOT / "demo/models"
 LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-SIZES = {"train": 120, "dev": 1, "val": 12, "test": 1, "queries": 4, "chat": 120, "aux": 240, "fashioniq": 1}
+SIZES = {"train": 120, "dev": 1, "val": 12, "test": 1, "queries": 4, "chat": 96, "aux": 50, "fashioniq": 1}
 
 
 def commands(device: str, out: Path) -> list[dict[str, str]]:

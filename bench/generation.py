@@ -148,6 +148,8 @@ def main() -> None:
     if "release-8" in same:  # it was given fewer references: other pictures
         del same["release-8"]
     print("pairs whose tokens equal those of", chosen[0], {name: f"{share:.1%}" for name, share in same.items()})
+    first = {n: sum(a[0] == b[0] for a, b in zip(said[n], reference, strict=False)) / len(said[n]) for n in same}
+    print("  of their first tokens", {name: f"{share:.1%}" for name, share in first.items()}, flush=True)
     seconds = measure.interleave(contestants, found.rounds)
     if device == "cpu":
         for process in contestants.values():

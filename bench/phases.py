@@ -18,17 +18,17 @@ def main() -> None:
     lengths = [topk._lengths(x)] * 2
     time_of = lambda run: min(measure.clock(run, "cuda") for _ in range(found.repeats + 1)) * 1e3  # noqa: E731
     half = x.half()
-    product = time_of(mining.torch_mm(half, n))
+    product = time_of(mining.torch_mm(torch.nn.functional.pad(half, (0, 0, 0, -n % 64)), n))
     print(f"N = {n}, D = {found.d} on {torch.cuda.get_device_name()}: dense product {product:.1f} ms (fp16)")
     print(
         f"lengths {time_of(lambda: topk._lengths(x)):.1f} ms, rounding {time_of(lambda: topk._rounded(x, 64)):.1f} ms"
     )
     tiles = topk.TILES.get(torch.cuda.get_device_capability(), topk.OTHER_TILES)
-    q = topk._rounded(x, tiles[2])[0]
-    fused = time_of(lambda: topk._propose_fused(q, q, 32, itself, tiles))
+    q = torch.nn.functional.pad(topk._rounded(x, tiles[2])[0], (0, 0, 0, -n % 128))
+    fused = time_of(lambda: topk._propose_fused(q[:n], q[:n], 32, itself, tiles))
     print(f"proposal, fused: {fused:.1f} ms", flush=True)
-    for tile in (2048, 4096, 8192, 16384):
-        took = time_of(lambda tile=tile: topk._propose(q, q, 32, itself, True, tile, iter))
+    for tile in (4096, 7936, 16384):
+        took = time_of(lambda tile=tile: topk._propose(q, q, (n, n), 32, itself, True, tile, iter))
         print(f"proposal, tiles of {tile}: {took:.1f} ms", flush=True)
     proposal, columns, bound = topk._propose_triton(x, x, lengths, 48, itself, True, topk.TILE["cuda"])
     exact = []

@@ -30,10 +30,10 @@ SUMS = [
     (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3),
     (128, 256, 64, 8, 3), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 128, 8, 2),
 ]  # fmt: skip
-STRIP_SUMS = [(*tile, 16, warps, 1) for tile, warps in (
-    ((64, 64), 4), ((64, 128), 4), ((128, 64), 4), ((32, 128), 4), ((32, 64), 4), ((64, 32), 4), ((16, 256), 4),
-    ((64, 128), 8), ((128, 128), 8), ((32, 256), 8), ((128, 32), 4), ((64, 64), 8), ((32, 32), 2), ((64, 256), 8),
-)]  # fmt: skip
+SUMS_ALONG = [(2, 1024, 4), (1, 1024, 4), (1, 2048, 4), (4, 512, 4), (1, 512, 2), (2, 512, 2), (1, 2048, 8)]
+SUMS_ALONG += [(2, 2048, 8), (8, 256, 4), (1, 1024, 2), (4, 1024, 8), (1, 4096, 8)]
+SUMS_DOWN = [(256, 8, 4), (128, 8, 4), (128, 16, 4), (64, 16, 4), (64, 32, 4), (256, 4, 4), (512, 4, 4), (256, 8, 8)]
+SUMS_DOWN += [(128, 8, 2), (256, 4, 2), (512, 2, 4), (256, 16, 8), (512, 1, 4)]
 FLASH = [
     (128, 64, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2),
     (128, 64, 8, 1), (64, 32, 4, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2),
@@ -104,15 +104,15 @@ def loss(kernel: str, n: int, d: int, dtype):
 def cases(small: int) -> dict:
     """name -> (what prepares it, its candidates)."""
     size = lambda n: max(256, n // small)  # noqa: E731
-    bf16, fp32 = torch.bfloat16, torch.float32
+    bf16 = torch.bfloat16
     return {
         "propose D=2048, 16,384 x 102,400": (lambda: propose(size(16_384), size(102_400), 2048), PROPOSE),
         "propose D=256, 16,384 x 409,600": (lambda: propose(size(16_384), size(409_600), 256), PROPOSE),
         "absorb along rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),
         "absorb down columns, 8,192 x 8,192": (lambda: absorb(True, size(8192), 2048), DOWN),
         "sums bf16 D=256, B=32,768": (lambda: loss("sums", size(32_768), 256, bf16), SUMS),
-        "sums of strips bf16 D=768, B=32,768": (lambda: loss("strip sums", size(32_768), 768, bf16), STRIP_SUMS),
-        "sums of strips fp32 D=256, B=1,024": (lambda: loss("strip sums", size(1024), 256, fp32), STRIP_SUMS),
+        "sums along bf16 D=768, B=32,768": (lambda: loss("sums along", size(32_768), 768, bf16), SUMS_ALONG),
+        "sums down bf16 D=768, B=32,768": (lambda: loss("sums down", size(32_768), 768, bf16), SUMS_DOWN),
         "flash bf16 D=256, B=32,768": (lambda: loss("flash", size(32_768), 256, bf16), FLASH),
         "strip bf16 D=768, B=32,768": (lambda: loss("strip", size(32_768), 768, bf16), STRIP),
     }

@@ -50,6 +50,7 @@ from kernels.similarity_topk import INTERPRET, full_precision, fullest_waves, pr
 
 BLOCK = 1 << 21  # logits held at a time on CPU (8 MiB of fp32, five such arrays)
 STRIP = 1 << 27  # logits held at a time by the Triton path where they are written (512 MiB of fp32)
+FUSED_WIDTH = 256  # up to this D products of 16-bit inputs stay in registers
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
 # Tiles by compute capability: rows, columns, (depth,) warps, stages. Fixed, so that all ranks sum alike. [ours] 9.0:
@@ -57,20 +58,23 @@ STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
-        "strip sums": (64, 64, 16, 4, 1),  # no depth: the products are there
+        "sums along": (2, 1024, 4),  # of a written strip
+        "sums down": (256, 8, 4),
         "flash": (64, 64, 8, 1),
         "strip": (16, 128, 4, 1),
     },
     (9, 0): {
         "sums": (256, 128, 64, 8, 3),
-        "strip sums": (64, 64, 16, 4, 1),
+        "sums along": (2, 1024, 4),
+        "sums down": (256, 8, 4),
         "flash": (128, 64, 8, 3),
         "strip": (16, 128, 4, 1),
     },
 }
 OTHER_TILES = {  # any other GPU, and the interpreter
     "sums": (32, 64, 32, 4, 2),
-    "strip sums": (32, 64, 16, 4, 1),
+    "sums along": (2, 64, 4),
+    "sums down": (32, 8, 4),
     "flash": (32, 32, 8, 1),
     "strip": (16, 64, 4, 1),
 }
@@ -258,13 +262,11 @@ def _exponentials(u, BETA: tl.constexpr):
 
 @triton.jit
 def _sums_kernel(
-    rows, columns, logits, label, scale, row_out, column_out, start_row, stop_row, r, m, d, first_column, per_split,
+    rows, columns, label, scale, row_out, column_out, start_row, stop_row, r, m, d, first_column, per_split,
     BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
-    WRITTEN: tl.constexpr,
 ):  # fmt: skip
     """o, S and T of a tile of the rows start_row.. over one split of the columns, (splits, 3, R), and of those columns
-    over the tile, (tiles of this launch, 3, M): partial results, merged in a fixed order outside. WRITTEN: the products
-    of these rows are in `logits` (stop_row - start_row, M)."""
+    over the tile, (tiles of this launch, 3, M): partial results, merged in a fixed order outside."""
     LOWEST: tl.constexpr = -1e37  # finite: -inf less itself is NaN
     row = start_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = tl.load(label + row, mask=row < stop_row, other=-1)
@@ -274,12 +276,8 @@ def _sums_kernel(
     big, small = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for begin in range(start, stop, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
+        s = _tile_of_logits(rows, columns, row, stop_row, column, stop, scale, d, DEPTH, UPCAST)
         negative = (row < stop_row)[:, None] & (column < stop)[None, :] & (own[:, None] != column[None, :])
-        if WRITTEN:
-            at = (row - start_row).to(tl.int64)[:, None] * m + column[None, :]
-            s = tl.load(logits + at, mask=negative, other=0.0) * tl.load(scale)
-        else:
-            s = _tile_of_logits(rows, columns, row, stop_row, column, stop, scale, d, DEPTH, UPCAST)
         s = tl.where(negative, s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         fade_big, fade_small = _exponentials(top - higher, BETA)
@@ -296,6 +294,44 @@ def _sums_kernel(
     tl.store(out, top, mask=row < stop_row)
     tl.store(out + r, big, mask=row < stop_row)
     tl.store(out + 2 * r, small, mask=row < stop_row)
+
+
+@triton.jit
+def _strip_sums_kernel(
+    s, label, scale, out, start_row, n, m, row_step, column_step, first, per_split, total,
+    BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr,
+):  # fmt: skip
+    """o, S and T of n anchors over one split of the m others, (splits, 3, total), from a written strip s of products:
+    those of its rows, or, DOWN, of its columns (out then begins at its first column, else at its first row). label:
+    the positive of each row of the strip. Each lane sums for itself, and the lanes of an anchor meet at the end."""
+    LOWEST: tl.constexpr = -1e37
+    anchor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start, stop, _ = _span(tl.program_id(1), 0, first, m, per_split)
+    stop = tl.minimum(start + per_split, stop)
+    own = tl.load(label + start_row + anchor, mask=(anchor < n) & (DOWN == 0), other=-1)[:, None]
+    top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)
+    big, small = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in range(start, stop, COLUMNS):
+        other = begin + tl.arange(0, COLUMNS)
+        negative = (anchor < n)[:, None] & (other < stop)[None, :]
+        if DOWN:
+            positive = tl.load(label + start_row + other, mask=other < stop, other=-1)[None, :]
+            negative = negative & (positive != anchor[:, None])
+        else:
+            negative = negative & (own != other[None, :])
+        at = anchor.to(tl.int64)[:, None] * row_step + other.to(tl.int64)[None, :] * column_step
+        logits = tl.load(s + at, mask=negative, other=float("-inf")) * tl.load(scale)
+        higher = tl.maximum(top, logits)
+        fade_big, fade_small = _exponentials(top - higher, BETA)
+        new_big, new_small = _exponentials(logits - higher, BETA)
+        big, small = big * fade_big + new_big, small * fade_small + new_small
+        top = higher
+    highest = tl.max(top, 1)
+    fade_big, fade_small = _exponentials(top - highest[:, None], BETA)
+    at = out + tl.program_id(1).to(tl.int64) * 3 * total + anchor
+    tl.store(at, highest, mask=anchor < n)
+    tl.store(at + total, tl.sum(big * fade_big, 1), mask=anchor < n)
+    tl.store(at + 2 * total, tl.sum(small * fade_small, 1), mask=anchor < n)
 
 
 @triton.jit
@@ -384,42 +420,79 @@ def _tiles(begin: int, first: int, end: int, size: int) -> tuple[int, int]:
 
 
 def _fused(x: Tensor) -> bool:
-    """Whether products stay in registers: up to D = 256, where the tensor cores are not the limit, and not in fp32,
-    which they do not take. Else a strip of products is written by cuBLAS and read by the kernels."""
-    return x.size(1) <= 256 and x.dtype != torch.float32
+    """Whether products stay in registers: while D is small, and not in fp32, which the tensor cores do not take. Else a
+    strip of products is written by cuBLAS and read by the kernels."""
+    return x.size(1) <= FUSED_WIDTH and x.dtype != torch.float32
 
 
 def _statistics_triton(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float):
     """What _statistics returns (the bank's rows have sums too, which nobody reads)."""
-    r, m, d = len(x), len(c), x.size(1)
-    fused = _fused(x)
-    tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums" if fused else "strip sums")
-    held = STRIP_TILES * tile_rows if fused else max(1, STRIP // m)
-    held = triton.cdiv(r, triton.cdiv(r, held))  # equal launches
-    blocks = _blocks([0, first_row, r], 1, triton.cdiv(held, tile_rows) * tile_rows if fused else held)
-    tiles = max((triton.cdiv(part.stop - part.start, tile_rows) for part in blocks), default=1)
-    wanted = max(fullest_waves(tiles, processors(x)), processors(x) // tiles)  # few rows: divide the columns
-    per_split = triton.cdiv(triton.cdiv(m, tile_columns), wanted) * tile_columns
-    splits = _tiles(0, first_column, m, per_split)
+    sums = _sums_fused if _fused(x) else _sums_of_strips
     nothing = torch.zeros(3, 1, device=x.device)
     nothing[0] = torch.finfo(torch.float32).min
+    row_out, splits, columns = sums(x, c, label, first_row, first_column, scale, beta, nothing)
+    rows = [_merge(part, beta) if len(part) else nothing.expand(3, len(x)) for part in row_out.split(splits)]
+    return torch.stack(rows), torch.stack(columns)
+
+
+def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, nothing: Tensor):
+    """Partial sums of rows (splits, 3, R), the splits of either group, and the sums of columns (3, M) by group."""
+    r, m, d = len(x), len(c), x.size(1)
+    tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums")
+    launches = triton.cdiv(r, STRIP_TILES * tile_rows)
+    blocks = _blocks([0, first_row, r], 1, triton.cdiv(triton.cdiv(r, launches), tile_rows) * tile_rows)
+    per_split, splits = _cut(m, first_column, tile_columns, triton.cdiv(_tallest(blocks), tile_rows), x)
     row_out = nothing.expand(sum(splits), 3, r).clone()
-    columns = [nothing.expand(1, 3, m), nothing.expand(1, 3, m)]
+    columns = [nothing.expand(3, m), nothing.expand(3, m)]
     for part in blocks:
-        here = triton.cdiv(part.stop - part.start, tile_rows)
-        logits = x if fused else _product(x[part], c.T)
-        column_out = torch.empty(here, 3, m, device=x.device)
+        column_out = torch.empty(triton.cdiv(part.stop - part.start, tile_rows), 3, m, device=x.device)
         with torch.cuda.device_of(x):
-            _sums_kernel[here, sum(splits)](
-                x, c, logits, label, scale, row_out, column_out, part.start, part.stop, r, m, d, first_column,
-                per_split, beta, tile_rows, tile_columns, depth, not x.is_cuda, not fused,
-                num_warps=warps, num_stages=stages,
+            _sums_kernel[len(column_out), sum(splits)](
+                x, c, label, scale, row_out, column_out, part.start, part.stop, r, m, d, first_column, per_split,
+                beta, tile_rows, tile_columns, depth, not x.is_cuda, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         group = int(part.start >= first_row)
-        columns[group] = _merge(torch.cat([columns[group], column_out]), beta)[None]
-    groups = row_out.split(splits)
-    rows = [_merge(part, beta) if len(part) else nothing.expand(3, r) for part in groups]
-    return torch.stack(rows), torch.cat(columns)
+        columns[group] = _merge(torch.cat([columns[group][None], column_out]), beta)
+    return row_out, splits, columns
+
+
+def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, nothing: Tensor):
+    """What _sums_fused returns, from strips of products."""
+    r, m = len(x), len(c)
+    rows, row_columns, row_warps = _tile_sizes(x, "sums along")
+    columns_at_once, column_rows, column_warps = _tile_sizes(x, "sums down")
+    blocks = _blocks([0, first_row, r], m, STRIP)
+    tallest = _tallest(blocks)
+    per_split, splits = _cut(m, first_column, row_columns, triton.cdiv(tallest, rows), x)
+    per_part, (_, parts) = _cut(tallest, 0, column_rows, triton.cdiv(m, columns_at_once), x)
+    row_out = nothing.expand(sum(splits), 3, r).clone()
+    columns = [nothing.expand(3, m), nothing.expand(3, m)]
+    for part in blocks:
+        s, n = _product(x[part], c.T), part.stop - part.start
+        column_out = nothing.expand(parts, 3, m).clone()
+        along = s, label, scale, row_out[:, :, part.start :], part.start, n, m, *s.stride(), first_column, per_split, r
+        down = s, label, scale, column_out, part.start, m, n, *s.T.stride(), 0, per_part, m
+        with torch.cuda.device_of(x):
+            _strip_sums_kernel[triton.cdiv(n, rows), sum(splits)](
+                *along, beta, rows, row_columns, False, num_warps=row_warps
+            )
+            _strip_sums_kernel[triton.cdiv(m, columns_at_once), parts](
+                *down, beta, columns_at_once, column_rows, True, num_warps=column_warps
+            )
+        group = int(part.start >= first_row)
+        columns[group] = _merge(torch.cat([columns[group][None], column_out]), beta)
+    return row_out, splits, columns
+
+
+def _tallest(blocks: list[slice]) -> int:
+    return max((part.stop - part.start for part in blocks), default=1)
+
+
+def _cut(n: int, first: int, tile: int, programs: int, x: Tensor) -> tuple[int, tuple[int, int]]:
+    """What each program sums of n others, in whole tiles, and the splits that makes of either group."""
+    wanted = max(fullest_waves(programs, processors(x)), processors(x) // programs)  # few programs: more splits
+    per_split = triton.cdiv(triton.cdiv(n, tile), wanted) * tile
+    return per_split, _tiles(0, first, n, per_split)
 
 
 def _gradient_triton(

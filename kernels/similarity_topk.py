@@ -41,10 +41,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take t
 # all ranks propose alike. [ours] Not measured yet: the largest tiles whose accumulator and lists fit the registers.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
-ABSORB_TILES = {
-    False: (1, 512, 1),
-    True: (16, 256, 4),
-}  # rows of lists, scores of each, warps; along rows, down columns
+# Of the kernel that reads a written tile: rows of lists, scores of each, warps; along its rows, or down its columns.
+ABSORB_TILES = {False: (2, 1024, 4), True: (32, 256, 8)}
 
 
 @contextmanager
@@ -256,7 +254,7 @@ def _rounded(x: Tensor, multiple: int) -> tuple[Tensor, Tensor, float | Tensor]:
     """x / unit in fp16, unit a power of two (no overflow), its width filled with zeros to a multiple, and the lengths
     of what the rounding took from each row."""
     d = x.size(1)
-    unit = torch.exp2(x.abs().amax().clamp_(min=1e-30).log2().ceil()).to(x.dtype)
+    unit = torch.exp2(torch.maximum(x.amax(), x.amin().neg()).clamp_(min=1e-30).log2().ceil()).to(x.dtype)
     half = torch.zeros(len(x), triton.cdiv(d, multiple) * multiple, dtype=torch.float16, device=x.device)
     lost = torch.empty(len(x), dtype=torch.float64, device=x.device)
     step = max(1, (1 << 26) // d)
@@ -294,9 +292,10 @@ def _propose_triton(
     q, q_lost, q_unit = _rounded(queries, tiles[2])
     g, g_lost, g_unit = (q, q_lost, q_unit) if symmetric else _rounded(gallery, tiles[2])
     if symmetric and d >= TILE_WIDTH:
-        parts = triton.cdiv(len(q), tile)
-        even = triton.cdiv(triton.cdiv(len(q), parts), 128) * 128  # no narrow last tile
-        values, found = _propose(q, q, width, exclude, True, even, progress)
+        n = len(q)
+        even = triton.cdiv(triton.cdiv(n, triton.cdiv(n, tile)), 128) * 128  # whole tiles all: cuBLAS is slow at others
+        q = torch.nn.functional.pad(q, (0, 0, 0, -n % even))
+        values, found = _propose(q, q, (n, n), width, exclude, True, even, progress)
     else:
         values, found = _propose_fused(q, g, width, exclude, tiles)
     q_length, g_length = lengths
@@ -378,12 +377,12 @@ def _absorb(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: 
 
 
 def _propose(
-    queries: Tensor, gallery: Tensor, width: int, exclude: Tensor | None, symmetric: bool, tile: int, progress
+    queries: Tensor, gallery: Tensor, counts, width: int, exclude: Tensor | None, symmetric: bool, tile: int, progress
 ):
     """The `width` highest approximate scores of each row and their columns, (N, width) each; an excluded column has
-    score -inf. fp32 inputs on CPU; fp16 ones for Triton. symmetric: queries is gallery, and a row excludes itself or
-    nothing."""
-    n, m, device = len(queries), len(gallery), queries.device
+    score -inf. fp32 inputs on CPU; fp16 ones for Triton. counts: N and M; rows behind them are padding. symmetric:
+    queries is gallery, and a row excludes itself or nothing."""
+    (n, m), device = counts, queries.device
     on_gpu = queries.dtype == torch.float16
     absorb = _absorb_triton if on_gpu else _absorb
     values = torch.full((n, width), -torch.inf, device=device)
@@ -391,14 +390,15 @@ def _propose(
     order = [(i, j) for i in range(0, n, tile) for j in range(0, m, tile)]
     if symmetric:  # the diagonal first: every row then has a threshold that few scores pass
         order = [(i, i) for i in range(0, n, tile)] + [(i, j) for i, j in order if i < j]
-    buffer = torch.empty(min(tile, n) * min(tile, m), device=device)
+    buffer = torch.empty(min(tile, len(queries)) * min(tile, len(gallery)), device=device)
     for i, j in progress(order):
         rows, others = slice(i, min(i + tile, n)), slice(j, min(j + tile, m))
-        shape = rows.stop - i, others.stop - j
 
         # the scores of a tile
-        s = buffer[: shape[0] * shape[1]].view(shape)
-        _product(queries[rows], gallery[others], s)
+        q, g = queries[i : i + tile], gallery[j : j + tile]
+        s = buffer[: len(q) * len(g)].view(len(q), len(g))
+        _product(q, g, s)
+        s = s[: rows.stop - i, : others.stop - j]
 
         # each serves its rows and, where queries and gallery are one, its columns
         own = exclude[rows] if exclude is not None and (not symmetric or i == j) else None
@@ -514,7 +514,7 @@ def exact_topk(
             if queries.is_cuda or INTERPRET:
                 proposal, columns, bound = _propose_triton(*narrow, lengths, wide, exclude, symmetric, tile, progress)
             else:
-                proposal, columns = _propose(*narrow, wide, exclude, symmetric, tile, progress)
+                proposal, columns = _propose(*narrow, (n, m), wide, exclude, symmetric, tile, progress)
                 bound = fp32
             scores[:, :found], indices[:, :found] = _decide(queries, gallery, found, proposal, columns, bound)
             doubtful = torch.zeros(0, dtype=torch.int64)
