@@ -28,7 +28,6 @@ from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages
 from common.files import is_finished, load_state, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
-from common.hub import located
 from common.images import augment
 from common.ranks import all_sum, any_rank, stop_requested
 from common.retrieval import Validation, begin_validation, read_validation, validate
@@ -38,7 +37,7 @@ from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
 MODEL = "blip_tdm"  # "combiner" (CLIP + Combiner), "blip_tdm" [S3.3], or "sum" (CLIP, image + text: stage I of [Bi])
-BACKBONE = ""  # folder or hub id; empty: openai/clip-vit-large-patch14 or Salesforce/blip-itm-large-coco [S6.1]
+BACKBONE = ""  # folder or hub id; empty: START's, or openai/clip-vit-large-patch14, Salesforce/blip-itm-large-coco
 START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)
 FIRST_TOKEN = "enc"  # blip_tdm: "enc" as BLIP was trained, "cls" as Hugging Face feeds and the release does
@@ -111,8 +110,8 @@ DTYPE = "auto"  # compute: auto = bf16 on cuda, fp32 on CPU; weights, similariti
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count triplets and images, name what is missing, stop
 
-_HUB = {"combiner": "openai/clip-vit-large-patch14", "blip_tdm": "Salesforce/blip-itm-large-coco"}
-_HUB["sum"] = _HUB["combiner"]
+_CLIP, _BLIP = "openai/clip-vit-large-patch14", "Salesforce/blip-itm-large-coco"
+_HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP}
 
 
 # ---- models ----
@@ -415,7 +414,7 @@ def complete_data(sources: list[Source], validation: Validation, world: ranks.Wo
 
 def model_settings() -> dict:
     """The arguments of build_cir that stand in config.json."""
-    build = {"model": MODEL, "backbone": located(BACKBONE) or _HUB.get(MODEL, ""), "start": located(START)}
+    build = {"model": MODEL} | cir_model.places_of(BACKBONE, START, _HUB.get(MODEL, ""))
     build |= {"text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
     build["directions"] = bool(BIDIRECTIONAL) and REVERSED_TEXT == "token"
     if MODEL == "combiner":
@@ -499,6 +498,7 @@ def main() -> None:
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
+    settings = model_settings()
     sources = read_sources()
     validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT)
     if CHECK:
@@ -510,7 +510,7 @@ def main() -> None:
 
     # model
     torch.manual_seed(SEED)  # the start of a Combiner, of [FORWARD] and [BACKWARD]
-    model = build_cir(**model_settings(), tau=TAU, learn_tau=LEARN_TAU)
+    model = build_cir(**settings, tau=TAU, learn_tau=LEARN_TAU)
     model = model.to(world.device).train()
     model.say_too_long(batches.texts_of(sources))
     optimizer = make_optimizer(model)

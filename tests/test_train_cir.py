@@ -479,6 +479,27 @@ def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
         train(arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "one", pseudo="", steps=1))
 
 
+def test_a_start_brings_its_own_backbone_and_all_before_it(world, zoo, tmp_path, monkeypatch):
+    """Without --backbone the one that the checkpoint stands on; another one stops; a start of a start counts too."""
+    shutil.copytree(zoo / "clip", tmp_path / "clip")
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] += 1e-3
+    save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    how = {"steps": 2, "pseudo": ""}
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    train(arguments(world, zoo, one, "sum", backbone=tmp_path / "clip", **how))
+    with pytest.raises(UserError, match="--start .*one stands on other frozen weights than .*clip holds: leave --back"):
+        train(arguments(world, zoo, tmp_path / "x", "combiner", start=one, **how))
+    monkeypatch.setitem(train_cir._HUB, "combiner", str(zoo / "clip"))  # what it took instead
+    train(arguments(world, zoo, two, "combiner", backbone="", start=one, train_text=False, **how))
+    assert json.loads((two / "config.json").read_text())["build"]["backbone"] == str(tmp_path / "clip")
+    train(arguments(world, zoo, three, "combiner", backbone="", start=two, train_text=False, **how))
+    state, text = train_cir.load_cir(str(three)).state_dict(), load_file(one / "model.safetensors")
+    assert all(torch.equal(state[name], text[name]) for name in text)  # stage I's, though stage II holds none of it
+    with pytest.raises(UserError, match="nowhere/config.json not found; wanted a finished checkpoint"):
+        train([*arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "nowhere"), "--check"])
+
+
 def test_reversed_training_teaches_reversed_queries(world, zoo, tmp_path):
     """On a handful of triplets L_rev falls, and the checkpoint keeps its directions."""
     how = {"steps": 40, "views": 1, "augment": False, "pseudo": "", "lr": 3e-3, "batch": 12, "bidirectional": 1.0}
