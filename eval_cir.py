@@ -64,6 +64,7 @@ from common.pretrained import model_kind
 from common.ranks import World, barrier, init_world
 from common.retrieval import (
     NEVER,
+    SECOND_FIRST,
     Indices,
     Ranks,
     Shortlist,
@@ -432,22 +433,23 @@ def report(results: list[Result], system: System, protocol: str) -> None:
     if DATASET == "fashioniq":
         metrics["Avg"] = (metrics["R@10"] + metrics["R@50"]) / 2
 
+    split = results[0].benchmark.split.replace("held", "held-out")  # of one's own triplets that, or "all"
     headers, rows = [DATASET, *metrics, "queries", "gallery"], []
     for part in parts:
         numbers = [part["metrics"].get(key, "") for key in metrics]
-        rows.append([part["category"] or SPLIT, *numbers, part["queries"], part["gallery"]])
+        rows.append([part["category"] or split, *numbers, part["queries"], part["gallery"]])
     if DATASET == "fashioniq":
         rows.append(["mean", *metrics.values(), sum(part["queries"] for part in parts), ""])
-    say(f"{DATASET} {SPLIT}, {protocol}\n{pages.text_table(rows, headers)}\n{system.name}: sha256 {system.sha256}")
+    say(f"{DATASET} {split}, {protocol}\n{pages.text_table(rows, headers)}\n{system.name}: sha256 {system.sha256}")
 
-    record = {"dataset": DATASET, "split": SPLIT, "protocol": protocol, "checkpoint": system.name}
+    record = {"dataset": DATASET, "split": split, "protocol": protocol, "checkpoint": system.name}
     record |= {"sha256": system.sha256, "metrics": metrics, "parts": parts}
     write_json(os.path.join(OUT, "metrics.json"), record, indent=1)
     write_jsonl(os.path.join(OUT, "found.jsonl"), [line for result in results for line in found_lines(result)])
     if SHOW:
         weights = f"Checkpoint {system.name}, sha256 {system.sha256}"
         sections = [section for result in results for section in sections_of(result, SHOW)]
-        top = (f"{DATASET} {SPLIT}", pages.table(rows, headers), protocol, weights)
+        top = (f"{DATASET} {split}", pages.table(rows, headers), protocol, weights)
         write_text(os.path.join(OUT, "index.html"), pages.page("What the model found", [top, *sections]))
 
 
@@ -487,7 +489,7 @@ def protocol_text() -> str:
     unusual = {
         "not the official data": not OFFICIAL,
         "reversed queries": REVERSED,
-        "the second caption first": DATASET == "fashioniq" and JOIN == "reverse",
+        SECOND_FIRST: DATASET == "fashioniq" and JOIN == "reverse",
         f"texts of {REVERSE_TEXT}": REVERSE_TEXT,
         f"first {RERANK} re-ranked by the tdm head": RERANK,
     }

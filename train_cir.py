@@ -96,6 +96,7 @@ VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views per image, enc
 
 # ---- validation ----
 VAL_SPLIT = ""  # split of DATASET under ROOT whose recall is measured while training; empty: none
+JOIN = "forward"  # FashionIQ's captions there, or "reverse", as in eval_cir.py; training draws both and each alone
 MISSING = 0.0  # largest share of its pictures that may be missing; counted, in OUT/missing.txt, the protocol marked
 VAL_EVERY = 500  # steps between two measurements; the last step is always measured
 KEEP_BEST = True  # save the best measured step, not the last: by mean R@1, 5, 10 (CIRR), R@10, 50 (FashionIQ) [ours]
@@ -385,7 +386,7 @@ def check_flags() -> None:
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))
-    one_of(globals(), REVERSED_TEXT=("token", "delta"), FIRST_TOKEN=("enc", "cls"))
+    one_of(globals(), REVERSED_TEXT=("token", "delta"), FIRST_TOKEN=("enc", "cls"), JOIN=("forward", "reverse"))
     if BETA != "auto" and not str(BETA).replace(".", "", 1).isdecimal():
         raise UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     if not TRIPLETS and not PSEUDO:
@@ -500,7 +501,7 @@ def main() -> None:
     # data: what to train on and to measure, checked before a model loads
     settings = model_settings()
     sources = read_sources()
-    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT)
+    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT, JOIN)
     if CHECK:
         return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
     lock_folder(OUT)
