@@ -26,10 +26,11 @@ from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages
-from common.files import is_finished, load_state, load_tensors, lock_folder, save_folder, save_state
+from common.files import is_finished, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.images import augment
 from common.ranks import all_sum, any_rank, stop_requested
+from common.resume import resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
@@ -443,9 +444,9 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
     return rate
 
 
-def resume(model: CirModel, optimizer: torch.optim.Optimizer, constants: dict) -> tuple[int, dict | None]:
+def resume(model: CirModel, optimizer, constants: dict, sources: list[Source]) -> tuple[int, dict | None]:
     """-> steps done, and the best measured one so far, from the newest training state in OUT."""
-    if not (found := load_state(OUT, constants)):
+    if not (found := resume_state(OUT, constants, batches.pictures_of(sources))):
         return 0, None
     start, state = found
     put_trained(model, state["weights"], OUT)
@@ -520,7 +521,7 @@ def main() -> None:
     constants = constants_of(globals()) | {"RANKS": world.size}
     constants["TRIPLETS_SHA256"] = batches.sources_sha256(sources)
     constants["FROZEN_SHA256"] = frozen_sha256(model)  # load_cir compares it
-    start, best = resume(model, optimizer, constants)
+    start, best = resume(model, optimizer, constants, sources)
     if is_finished(OUT, "model.safetensors", start, steps):
         return
     log = ranks.Log(OUT, resume_step=start)

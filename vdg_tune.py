@@ -34,9 +34,10 @@ from common.decode import Sampling, describe, prompt_parts, start_engine
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import locate, near
 from common.images import ImageStore, load_pixels, random_resized_crop
-from common.llama import answer_ids, bitsandbytes, llm_shape, load_llm, tokenize
+from common.llama import answer_ids, llm_shape, load_llm, load_tokenizer, make_optimizer, tokenize
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
+from common.resume import resume_state
 from common.tokenizer import require_same, tokenizer_sha256
 from common.triplets import names_of
 from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
@@ -282,14 +283,6 @@ def load_projection(vision: VisionProjector, folder: str) -> None:
     copy_weights(vision.projection.state_dict(), tensors, where)
 
 
-def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
-    if kind == "adamw8bit":
-        return bitsandbytes("--optimizer adamw8bit").optim.AdamW8bit(weights, **how)
-    if kind != "adamw":
-        raise UserError(f"--optimizer {kind}: wanted adamw or adamw8bit")
-    return torch.optim.AdamW(weights, **how)
-
-
 # ---- loss ----
 def delta_batch(llm, vision, pieces: list, queries: torch.Tensor, answers: list, names: list | None = None) -> Packed:
     """Fig. 3's prompt around each pair: queries (B, 2, Q, q_width) of reference and target, ids of the deltas.
@@ -373,6 +366,14 @@ def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
     add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     share_start(lora_weights(llm), world)
     return Model(llm, tokenizer, vision, prompt_pieces(tokenizer, PROMPT))
+
+
+def earlier_state(aligned: dict, per_step: int, triplets: list[Triplet], images: ImageStore) -> tuple:
+    """-> what a resume must agree on, and how far an earlier run came: its steps and its state, or 0 and None."""
+    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(triplets)}
+    constants["tokenizer"] = tokenizer_sha256(load_tokenizer(aligned["llm"]))
+    found = resume_state(OUT, constants, [(images, names_of(triplets))], files.MAY_CHANGE | _FREE)
+    return constants, *(found or (0, None))
 
 
 def state_of(model: Model, optimizer: torch.optim.Optimizer) -> dict:
@@ -513,10 +514,9 @@ def main() -> None:
 
     # the folder is this run's alone; the same command goes on where it stopped
     files.lock_folder(OUT)
-    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint([*triplets, *held])}
-    start, state = files.load_state(OUT, constants, files.MAY_CHANGE | _FREE) or (0, None)
-    if start >= total and os.path.exists(f"{OUT}/projection.safetensors"):
-        return say(f"{OUT} is finished ({total} steps); for another run take another --out")
+    constants, start, state = earlier_state(aligned, per_step, [*triplets, *held], images)
+    if files.is_finished(OUT, "projection.safetensors", start, total):
+        return
 
     # projection and LoRA learn; ViT, Q-Former and the LLM's own weights stay as they are
     memory.say(options, [memory.has(world.device)], world.device.type)

@@ -166,6 +166,11 @@ def images_of(sources: list[Source]) -> list[tuple[int, str]]:
     return sorted({image for item in items for image in (item.reference, item.target)})
 
 
+def pictures_of(sources: list[Source]) -> list[tuple[ImageStore, list[str]]]:
+    """Each source's images and the names that are trained on, for resume_state."""
+    return [(source.images, [name for item in source.items for name in _names(item)]) for source in sources]
+
+
 def texts_of(sources: list[Source]) -> list[str]:
     """Every text that may be drawn, once, in one order."""
     items = [item for source in sources for item in source.items]
