@@ -44,8 +44,11 @@ def clean(monkeypatch):
 
 @pytest.fixture(scope="module")
 def vdg(zoo, tmp_path_factory):
+    return tiny_vdg(zoo, tmp_path_factory.mktemp("vdg"))
+
+
+def tiny_vdg(zoo: Path, root: Path) -> Path:
     """A checkpoint as vdg_tune.py writes it: random LoRA, random projection, an LLM that ends now and then."""
-    root = tmp_path_factory.mktemp("vdg")
     shutil.copytree(zoo / "llama", root / "llama")
     llm = AutoModelForCausalLM.from_pretrained(root / "llama", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
