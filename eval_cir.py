@@ -44,11 +44,13 @@ from common.annotations import (
     training_triplets,
     without_unreadable,
 )
+from common.cir_model import find_again, read_settings
 from common.console import UserError, run, say
 from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
 from common.files import (
     file_sha256,
+    load_tensors,
     lock_folder,
     read_json,
     read_jsonl,
@@ -451,6 +453,7 @@ def report(results: list[Result], system: System, protocol: str) -> None:
         sections = [section for result in results for section in sections_of(result, SHOW)]
         top = (f"{DATASET} {split}", pages.table(rows, headers), protocol, weights)
         write_text(os.path.join(OUT, "index.html"), pages.page("What the model found", [top, *sections]))
+    say(f"wrote {OUT}/metrics.json, found.jsonl{' and index.html' if SHOW else ''}")
 
 
 # ---- main ----
@@ -482,6 +485,27 @@ def check_flags(world: World) -> None:
 def gallery_protocol() -> str:
     own = GALLERY or "all pictures"
     return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017", "jsonl": own}[DATASET]
+
+
+def trained_on() -> str:
+    """For the protocol line, where the checkpoint was trained on the very triplets that are asked; else empty."""
+    constants = read_settings(CHECKPOINT).get("constants", {}) if CHECKPOINT else {}
+    if not constants.get("TRIPLETS") or constants.get("DATASET") != DATASET:
+        return ""
+    if DATASET == "jsonl":
+        seen = os.path.basename(constants["ROOT"]) == os.path.basename(ROOT) and constants["HOLD_OUT"] != HOLD_OUT
+    else:
+        seen = constants["SPLIT"] == SPLIT
+    return "the checkpoint was trained on these queries" if seen else ""
+
+
+def check_models() -> None:
+    """--check: the checkpoint or the backbone that is named must be there."""
+    if CHECKPOINT:
+        find_again(read_settings(CHECKPOINT), CHECKPOINT, BACKBONE)
+        load_tensors(CHECKPOINT, "model.safetensors")
+    elif BACKBONE:
+        model_kind(BACKBONE, "--backbone")
 
 
 def protocol_text() -> str:
@@ -530,11 +554,11 @@ def main() -> None:
     # a benchmark: its protocol, and every image that it needs, before a model loads
     benchmarks = read_asked()
     if CHECK:
-        return
+        return check_models()
     if SCORE:
         return score(benchmarks[0], SCORE, protocol_text())
     benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
-    protocol = "; ".join(filter(None, (protocol_text(), note)))
+    protocol = "; ".join(filter(None, (protocol_text(), note, trained_on())))
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]

@@ -387,7 +387,8 @@ def check_flags() -> None:
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))
-    one_of(globals(), REVERSED_TEXT=("token", "delta"), FIRST_TOKEN=("enc", "cls"), JOIN=("forward", "reverse"))
+    one_of(globals(), MODEL=_HUB, REVERSED_TEXT=("token", "delta"))
+    one_of(globals(), FIRST_TOKEN=("enc", "cls"), JOIN=("forward", "reverse"))
     if BETA != "auto" and not str(BETA).replace(".", "", 1).isdecimal():
         raise UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     if not TRIPLETS and not PSEUDO:

@@ -19,6 +19,7 @@ from pathlib import Path
 import measure  # noqa: F401  first: it puts the repository on the path
 
 from common.console import UserError, run, say
+from common.disk import open_as_umask_says
 from common.pretrained import quiet
 
 ENDS = ("<|im_start|>", "<|im_end|>")  # begin and end of a text
@@ -76,6 +77,7 @@ def main() -> None:
     shutil.rmtree(aside, ignore_errors=True)
     llm.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    open_as_umask_says(aside)
     os.rename(aside, out)
     say(f"{out}: {sum(p.numel() for p in llm.parameters()):,} weights; try vdg_align.py --llm {out}")
 

@@ -106,9 +106,12 @@ def human_source(
         raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
     triplets, store = training_triplets(dataset, root, split, "all", images or None, keys, pool, hold_out)
     same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
-    if not triplets:
+    said = [t for t in triplets if t.delta.strip()]
+    if len(said) < len(triplets):
+        say(f"{root}: {len(triplets) - len(said):,} of {len(triplets):,} triplets have no text and are left out")
+    if not said:
         raise UserError(f"{root} holds no triplet to train on")
-    return Source(store, human_items(triplets, dataset, same, same_deltas, alike=bool(keys)))
+    return Source(store, human_items(said, dataset, same, same_deltas, alike=bool(keys)))
 
 
 def pseudo_source(file: str, images: str, keys: str = "", pool: str = "") -> Source:
@@ -137,6 +140,9 @@ def complete_sources(sources: list[Source], batch: int, ranks: int, out: str, wo
     fewest = min(len(source.items) for source in complete if source.items)
     if fewest < batch * ranks:
         raise UserError(f"{fewest} triplets are fewer than {batch} on each of {ranks} ranks: lower --batch")
+    items = [item for source in complete for item in source.items]
+    if batch * ranks * sum(bool(source.items) for source in complete) < 2 or len({item.target for item in items}) < 2:
+        raise UserError("every step has one target, and no negative to tell it from: nothing is learned; raise --batch")
     return complete
 
 

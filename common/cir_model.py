@@ -137,6 +137,8 @@ def find_again(config: dict, checkpoint: str, backbone: str) -> dict:
 
 def places_of(backbone: str, start: str, usual: str) -> dict[str, str]:
     """For build_cir: --backbone, else what the checkpoint of --start stands on, else the usual one; and --start."""
+    if backbone:
+        model_kind(backbone, "--backbone")  # UserError before any picture is looked at
     found = find_again(read_settings(start), start, backbone)["backbone"] if start else located(backbone)
     return {"backbone": found or usual, "start": located(start)}
 

@@ -468,6 +468,33 @@ def test_the_report_names_what_was_measured(own, zoo, tmp_path, capsys, hold_out
     assert f"jsonl {split}" in page and "jsonl val" not in page
 
 
+def test_a_report_on_what_was_trained_on_says_so(own, zoo, tmp_path, monkeypatch, capsys):
+    """Training with --hold_out 10, then the 10, then all 60; --check wants the checkpoint that is named."""
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
+    how = {"dataset": "jsonl", "root": own[0], "images": own[1], "device": "cpu", "workers": 0}
+    trained = {
+        "model": "sum",
+        "backbone": zoo / "clip",
+        "batch": 4,
+        "steps": 1,
+        "hold_out": 10,
+        "out": tmp_path / "cir",
+    }
+    run_stage(train_cir, **how, **trained)
+    for hold_out in (10, 0):
+        capsys.readouterr()
+        run_stage(eval_cir, **how, checkpoint=tmp_path / "cir", hold_out=hold_out, show=2, out=tmp_path / "out")
+        said, report = capsys.readouterr().out, json.loads((tmp_path / "out/metrics.json").read_text())
+        assert ("the checkpoint was trained on these queries" in said) == (hold_out == 0)
+        assert ("the checkpoint was trained on these queries" in report["protocol"]) == (hold_out == 0)
+        assert f"wrote {tmp_path}/out/metrics.json, found.jsonl and index.html" in said
+    run_stage(eval_cir, **how, checkpoint=tmp_path / "cir", check="true")
+    with pytest.raises(UserError, match="wanted a finished checkpoint of train_cir.py"):
+        run_stage(eval_cir, **how, checkpoint=tmp_path / "nowhere", check="true")
+    with pytest.raises(UserError, match="--backbone .*: no config.json"):
+        run_stage(eval_cir, **how, baseline="sum", backbone=tmp_path, check="true")
+
+
 def test_the_gallery_of_one_s_own_triplets(own, tmp_path):
     path, folder = own
     names = [f"{i % 3}/{i}.png" for i in range(20, 40)]

@@ -715,6 +715,38 @@ def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
     assert "left out" in capsys.readouterr().out
 
 
+def test_check_names_a_wrong_model(world, zoo, tmp_path):
+    for more, words in (
+        ({"model": "Combiner"}, "--model Combiner: wanted .*; meant combiner"),
+        ({"backbone": tmp_path}, "--backbone .*: no config.json"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train([*arguments(world, zoo, tmp_path / "out", **more), "--check"])
+
+
+def test_nothing_to_learn_stops_and_blank_texts_are_left_out(world, zoo, tmp_path, capsys):
+    """One triplet a step, or one target for all, has no negative: a loss of zero is no training."""
+    with pytest.raises(UserError, match="no negative .* raise --batch"):
+        train(arguments(world, zoo, tmp_path / "out", "sum", batch=1, pseudo=""))
+    names = [f"3-00{i}.png" for i in range(6)]
+    records = [{"reference": name, "target": "3-009.png", "delta": "make it red"} for name in names]
+    own = {"dataset": "jsonl", "root": tmp_path / "own.jsonl", "images": world / "aux", "pseudo": "", "batch": 2}
+
+    def run() -> None:
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        train(arguments(world, zoo, tmp_path / "own", "sum", **own, steps=1))
+
+    with pytest.raises(UserError, match="every step has one target"):
+        run()
+    records[0]["target"], records[1]["delta"] = "3-008.png", " "
+    run()
+    assert "own.jsonl: 1 of 6 triplets have no text and are left out" in capsys.readouterr().out
+    for record in records:
+        record["delta"] = ""
+    with pytest.raises(UserError, match="holds no triplet to train on"):
+        run()
+
+
 @pytest.mark.parametrize("model", ["combiner", "blip_tdm"])
 def test_it_learns_a_handful_of_triplets(world, zoo, tmp_path, model):
     train(arguments(world, zoo, tmp_path, model, steps=40, views=1, augment=False, pseudo="", lr=3e-3, batch=12))
