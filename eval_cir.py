@@ -44,7 +44,7 @@ from common.annotations import (
     training_triplets,
     without_unreadable,
 )
-from common.cir_model import find_again, read_settings
+from common.cir_model import find_again, read_settings, trained_on
 from common.console import UserError, run, say
 from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
@@ -487,18 +487,6 @@ def gallery_protocol() -> str:
     return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017", "jsonl": own}[DATASET]
 
 
-def trained_on() -> str:
-    """For the protocol line, where the checkpoint was trained on the very triplets that are asked; else empty."""
-    constants = read_settings(CHECKPOINT).get("constants", {}) if CHECKPOINT else {}
-    if not constants.get("TRIPLETS") or constants.get("DATASET") != DATASET:
-        return ""
-    if DATASET == "jsonl":
-        seen = os.path.basename(constants["ROOT"]) == os.path.basename(ROOT) and constants["HOLD_OUT"] != HOLD_OUT
-    else:
-        seen = constants["SPLIT"] == SPLIT
-    return "the checkpoint was trained on these queries" if seen else ""
-
-
 def check_models() -> None:
     """--check: the checkpoint or the backbone that is named must be there."""
     if CHECKPOINT:
@@ -558,7 +546,7 @@ def main() -> None:
     if SCORE:
         return score(benchmarks[0], SCORE, protocol_text())
     benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
-    protocol = "; ".join(filter(None, (protocol_text(), note, trained_on())))
+    protocol = "; ".join(filter(None, (protocol_text(), note, trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT))))
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]

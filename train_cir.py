@@ -409,7 +409,7 @@ def read_sources() -> list[Source]:
 def complete_data(sources: list[Source], validation: Validation, world: ranks.World) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
     validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
-    sources = batches.complete_sources(sources, BATCH, world.size, OUT, WORKERS)
+    sources = batches.complete_sources(sources, BATCH, world.size, OUT, WORKERS, BANK)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)
     return sources, validation

@@ -128,8 +128,12 @@ def _names(item: Item) -> tuple[str, str]:
     return item.reference[1], item.target[1]
 
 
-def complete_sources(sources: list[Source], batch: int, ranks: int, out: str, workers: int) -> list[Source]:
+def complete_sources(
+    sources: list[Source], batch: int, ranks: int, out: str, workers: int, bank: bool = False
+) -> list[Source]:
     """The same with only those triplets whose images are there; UserError if they do not make one batch a rank.
+
+    UserError too where no step has a negative, unless there is a `bank` of them.
 
     What cannot be read of one's own pictures is in out/unreadable-human.txt and unreadable-auxiliary.txt."""
     complete = []
@@ -140,8 +144,9 @@ def complete_sources(sources: list[Source], batch: int, ranks: int, out: str, wo
     fewest = min(len(source.items) for source in complete if source.items)
     if fewest < batch * ranks:
         raise UserError(f"{fewest} triplets are fewer than {batch} on each of {ranks} ranks: lower --batch")
-    items = [item for source in complete for item in source.items]
-    if batch * ranks * sum(bool(source.items) for source in complete) < 2 or len({item.target for item in items}) < 2:
+    targets = {item.target for source in complete for item in source.items}
+    a_step = batch * ranks * sum(bool(source.items) for source in complete)
+    if not bank and (a_step < 2 or len(targets) < 2):
         raise UserError("every step has one target, and no negative to tell it from: nothing is learned; raise --batch")
     return complete
 

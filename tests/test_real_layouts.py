@@ -469,7 +469,7 @@ def test_the_report_names_what_was_measured(own, zoo, tmp_path, capsys, hold_out
 
 
 def test_a_report_on_what_was_trained_on_says_so(own, zoo, tmp_path, monkeypatch, capsys):
-    """Training with --hold_out 10, then the 10, then all 60; --check wants the checkpoint that is named."""
+    """Training with --hold_out 10, then these, four of them, all 60; --check wants the checkpoint that is named."""
     monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
     how = {"dataset": "jsonl", "root": own[0], "images": own[1], "device": "cpu", "workers": 0}
     trained = {
@@ -481,7 +481,7 @@ def test_a_report_on_what_was_trained_on_says_so(own, zoo, tmp_path, monkeypatch
         "out": tmp_path / "cir",
     }
     run_stage(train_cir, **how, **trained)
-    for hold_out in (10, 0):
+    for hold_out in (10, 4, 0):
         capsys.readouterr()
         run_stage(eval_cir, **how, checkpoint=tmp_path / "cir", hold_out=hold_out, show=2, out=tmp_path / "out")
         said, report = capsys.readouterr().out, json.loads((tmp_path / "out/metrics.json").read_text())

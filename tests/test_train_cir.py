@@ -728,6 +728,8 @@ def test_nothing_to_learn_stops_and_blank_texts_are_left_out(world, zoo, tmp_pat
     """One triplet a step, or one target for all, has no negative: a loss of zero is no training."""
     with pytest.raises(UserError, match="no negative .* raise --batch"):
         train(arguments(world, zoo, tmp_path / "out", "sum", batch=1, pseudo=""))
+    train(arguments(world, zoo, tmp_path / "bank", "sum", batch=1, pseudo="", steps=1, bank=True))
+    assert log_of(tmp_path / "bank")[0]["loss"] > 0
     names = [f"3-00{i}.png" for i in range(6)]
     records = [{"reference": name, "target": "3-009.png", "delta": "make it red"} for name in names]
     own = {"dataset": "jsonl", "root": tmp_path / "own.jsonl", "images": world / "aux", "pseudo": "", "batch": 2}
