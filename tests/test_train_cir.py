@@ -743,6 +743,8 @@ def test_nothing_to_learn_stops_and_blank_texts_are_left_out(world, zoo, tmp_pat
     records[0]["target"], records[1]["delta"] = "3-008.png", " "
     run()
     assert "own.jsonl: 1 of 6 triplets have no text and are left out" in capsys.readouterr().out
+    items = human_source("jsonl", str(tmp_path / "own.jsonl"), "", str(world / "aux")).items
+    assert [item.reference[1] for item in items] == [names[0], *names[2:]]
     for record in records:
         record["delta"] = ""
     with pytest.raises(UserError, match="holds no triplet to train on"):
