@@ -147,7 +147,8 @@ def trained_on(checkpoint: str, dataset: str, root: str, split: str, hold_out: f
     """For the protocol line, where a checkpoint was trained on the very queries that are asked; else empty.
 
     hold_out: of one's own triplets; of fewer held out than in training each is among those."""
-    constants = read_settings(checkpoint).get("constants", {}) if checkpoint else {}
+    known = checkpoint and os.path.isfile(f"{checkpoint}/config.json")  # what is absent stops where it is loaded
+    constants = read_settings(checkpoint).get("constants", {}) if known else {}
     if not constants.get("TRIPLETS") or constants.get("DATASET") != dataset:
         return ""
     seen = constants.get("SPLIT") == split
