@@ -44,11 +44,13 @@ from common.annotations import (
     training_triplets,
     without_unreadable,
 )
+from common.cir_model import find_again, read_settings, trained_on
 from common.console import UserError, run, say
 from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
 from common.files import (
     file_sha256,
+    load_tensors,
     lock_folder,
     read_json,
     read_jsonl,
@@ -64,6 +66,7 @@ from common.pretrained import model_kind
 from common.ranks import World, barrier, init_world
 from common.retrieval import (
     NEVER,
+    SECOND_FIRST,
     Indices,
     Ranks,
     Shortlist,
@@ -432,23 +435,25 @@ def report(results: list[Result], system: System, protocol: str) -> None:
     if DATASET == "fashioniq":
         metrics["Avg"] = (metrics["R@10"] + metrics["R@50"]) / 2
 
+    split = results[0].benchmark.split.replace("held", "held-out")  # of one's own triplets that, or "all"
     headers, rows = [DATASET, *metrics, "queries", "gallery"], []
     for part in parts:
         numbers = [part["metrics"].get(key, "") for key in metrics]
-        rows.append([part["category"] or SPLIT, *numbers, part["queries"], part["gallery"]])
+        rows.append([part["category"] or split, *numbers, part["queries"], part["gallery"]])
     if DATASET == "fashioniq":
         rows.append(["mean", *metrics.values(), sum(part["queries"] for part in parts), ""])
-    say(f"{DATASET} {SPLIT}, {protocol}\n{pages.text_table(rows, headers)}\n{system.name}: sha256 {system.sha256}")
+    say(f"{DATASET} {split}, {protocol}\n{pages.text_table(rows, headers)}\n{system.name}: sha256 {system.sha256}")
 
-    record = {"dataset": DATASET, "split": SPLIT, "protocol": protocol, "checkpoint": system.name}
+    record = {"dataset": DATASET, "split": split, "protocol": protocol, "checkpoint": system.name}
     record |= {"sha256": system.sha256, "metrics": metrics, "parts": parts}
     write_json(os.path.join(OUT, "metrics.json"), record, indent=1)
     write_jsonl(os.path.join(OUT, "found.jsonl"), [line for result in results for line in found_lines(result)])
     if SHOW:
         weights = f"Checkpoint {system.name}, sha256 {system.sha256}"
         sections = [section for result in results for section in sections_of(result, SHOW)]
-        top = (f"{DATASET} {SPLIT}", pages.table(rows, headers), protocol, weights)
+        top = (f"{DATASET} {split}", pages.table(rows, headers), protocol, weights)
         write_text(os.path.join(OUT, "index.html"), pages.page("What the model found", [top, *sections]))
+    say(f"wrote {OUT}/metrics.json, found.jsonl{' and index.html' if SHOW else ''}")
 
 
 # ---- main ----
@@ -482,12 +487,21 @@ def gallery_protocol() -> str:
     return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017", "jsonl": own}[DATASET]
 
 
+def check_models() -> None:
+    """--check: the checkpoint or the backbone that is named must be there."""
+    if CHECKPOINT:
+        find_again(read_settings(CHECKPOINT), CHECKPOINT, BACKBONE)
+        load_tensors(CHECKPOINT, "model.safetensors")
+    elif BACKBONE:
+        model_kind(BACKBONE, "--backbone")
+
+
 def protocol_text() -> str:
     """What stands beside every number: the gallery, and all that is not as usual."""
     unusual = {
         "not the official data": not OFFICIAL,
         "reversed queries": REVERSED,
-        "the second caption first": DATASET == "fashioniq" and JOIN == "reverse",
+        SECOND_FIRST: DATASET == "fashioniq" and JOIN == "reverse",
         f"texts of {REVERSE_TEXT}": REVERSE_TEXT,
         f"first {RERANK} re-ranked by the tdm head": RERANK,
     }
@@ -528,11 +542,11 @@ def main() -> None:
     # a benchmark: its protocol, and every image that it needs, before a model loads
     benchmarks = read_asked()
     if CHECK:
-        return
+        return check_models()
     if SCORE:
         return score(benchmarks[0], SCORE, protocol_text())
     benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
-    protocol = "; ".join(filter(None, (protocol_text(), note)))
+    protocol = "; ".join(filter(None, (protocol_text(), note, trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT))))
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]

@@ -538,6 +538,7 @@ def main() -> None:
         say(f"{len(pairs):,} pairs; {report}")
         if not ok:
             raise UserError("images are missing or unreadable; complete the folder or correct --images")
+        digest_of(VDG)  # UserError where there is none yet
         return
     check_images(names, data.images)
 

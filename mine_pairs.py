@@ -445,6 +445,18 @@ def check_flags() -> None:
     at_least(globals(), BATCH=1, BLOCK=1)
 
 
+def check_pictures(names: list[str], images: ImageStore) -> None:
+    """Counts; UserError for pictures that cannot be read, for a wrong EXCLUDE, and where its names leave none."""
+    report, ok = check_report(names, images, CHECK_DECODE, WORKERS)
+    stems, _ = excluded(EXCLUDE)
+    by_name = sum(stem(name) in stems for name in names)
+    if by_name == len(names):
+        raise UserError(f"all {len(names):,} pictures of {IMAGES} are excluded; check --exclude")
+    if not ok:
+        raise UserError(report)
+    say(report + (f"; {by_name:,} excluded by name" if EXCLUDE else ""))
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -452,11 +464,7 @@ def main() -> None:
     world = init_world(DEVICE)
     names, images = list_images(IMAGES), ImageStore(IMAGES, own=True)
     if CHECK:
-        report, ok = check_report(names, images, CHECK_DECODE, WORKERS)
-        if not ok:
-            raise UserError(report)
-        say(report)
-        return
+        return check_pictures(names, images)
     if Path(OUT).resolve().is_relative_to(Path(IMAGES).resolve()):
         raise UserError(f"--out {OUT} is in --images: its contact sheet would be mined next time; move --out")
     lock_folder(OUT)

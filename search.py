@@ -181,10 +181,12 @@ def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[d
     model = site.engine.model
     frozen = vision_weights(model).keys()
     start = {name: p for name, p in inner(model).named_parameters() if name not in frozen and name != "tau"}
-    save_folder(folder / "start", {"model.safetensors": start}, {})  # whole: a --start does not follow its own start
+    backbone, tau = located(inner(model).source), inner(model).tau.item()
+    config = {"stage": "cir", "build": {"backbone": backbone}, "tau": tau}
+    save_folder(folder / "start", {"model.safetensors": start}, {"config.json": config})
     constants, flags = site.engine.settings["constants"], site.flags
     given = {name: constants[name] for name in _KEPT.split() if name in constants}
-    given |= {"BACKBONE": located(inner(model).source), "START": folder / "start", "OUT": folder}
+    given |= {"BACKBONE": backbone, "START": folder / "start", "OUT": folder}
     given |= {"DATASET": "jsonl", "ROOT": folder / "train.jsonl"}
     images = site.engine.gallery.folder
     uploads = {path.name for path in (site.out / "uploads").glob("*")}

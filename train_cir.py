@@ -26,11 +26,11 @@ from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages, threads_of_rank
-from common.files import is_finished, load_state, load_tensors, lock_folder, save_folder, save_state
+from common.files import is_finished, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
-from common.hub import located
 from common.images import augment
 from common.ranks import all_sum, any_rank, stop_requested
+from common.resume import resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from common.vision import fuse_attention, in_compute_dtype
 from kernels.contrastive import l_tcc_ranks
@@ -39,7 +39,7 @@ from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
 MODEL = "blip_tdm"  # "combiner" (CLIP + Combiner), "blip_tdm" [S3.3], or "sum" (CLIP, image + text: stage I of [Bi])
-BACKBONE = ""  # folder or hub id; empty: openai/clip-vit-large-patch14 or Salesforce/blip-itm-large-coco [S6.1]
+BACKBONE = ""  # folder or hub id; empty: START's, or openai/clip-vit-large-patch14, Salesforce/blip-itm-large-coco
 START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)
 FIRST_TOKEN = "enc"  # blip_tdm: "enc" as BLIP was trained, "cls" as Hugging Face feeds and the release does
@@ -98,6 +98,7 @@ VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views an image, enco
 
 # ---- validation ----
 VAL_SPLIT = ""  # split of DATASET under ROOT whose recall is measured while training; empty: none
+JOIN = "forward"  # FashionIQ's captions there, or "reverse", as in eval_cir.py; training draws both and each alone
 MISSING = 0.0  # largest share of its pictures that may be missing; counted, in OUT/missing.txt, the protocol marked
 VAL_EVERY = 500  # steps between two measurements; the last step is always measured
 KEEP_BEST = True  # save the best measured step, not the last: by mean R@1, 5, 10 (CIRR), R@10, 50 (FashionIQ) [ours]
@@ -112,8 +113,8 @@ DTYPE = "auto"  # compute: auto = bf16 on cuda, fp32 on CPU; weights, similariti
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count triplets and images, name what is missing, stop
 
-_HUB = {"combiner": "openai/clip-vit-large-patch14", "blip_tdm": "Salesforce/blip-itm-large-coco"}
-_HUB["sum"] = _HUB["combiner"]
+_CLIP, _BLIP = "openai/clip-vit-large-patch14", "Salesforce/blip-itm-large-coco"
+_HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP}
 
 
 # ---- models ----
@@ -388,7 +389,8 @@ def check_flags() -> None:
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))
-    one_of(globals(), REVERSED_TEXT=("token", "delta"), FIRST_TOKEN=("enc", "cls"))
+    one_of(globals(), MODEL=_HUB, REVERSED_TEXT=("token", "delta"))
+    one_of(globals(), FIRST_TOKEN=("enc", "cls"), JOIN=("forward", "reverse"))
     if BETA != "auto" and not str(BETA).replace(".", "", 1).isdecimal():
         raise UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     if not TRIPLETS and not PSEUDO:
@@ -409,7 +411,7 @@ def read_sources() -> list[Source]:
 def complete_data(sources: list[Source], validation: Validation, size: int, workers: int) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
     validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
-    sources = batches.complete_sources(sources, BATCH, size, OUT, workers)
+    sources = batches.complete_sources(sources, BATCH, size, OUT, workers, BANK)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)
     return sources, validation
@@ -417,7 +419,7 @@ def complete_data(sources: list[Source], validation: Validation, size: int, work
 
 def model_settings() -> dict:
     """The arguments of build_cir that stand in config.json."""
-    build = {"model": MODEL, "backbone": located(BACKBONE) or _HUB.get(MODEL, ""), "start": located(START)}
+    build = {"model": MODEL} | cir_model.places_of(BACKBONE, START, _HUB.get(MODEL, ""))
     build |= {"text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
     build["directions"] = bool(BIDIRECTIONAL) and REVERSED_TEXT == "token"
     if MODEL == "combiner":
@@ -445,9 +447,9 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
     return rate
 
 
-def resume(model: CirModel, optimizer: torch.optim.Optimizer, constants: dict) -> tuple[int, dict | None]:
+def resume(model: CirModel, optimizer, constants: dict, sources: list[Source]) -> tuple[int, dict | None]:
     """-> steps done, and the best measured one so far, from the newest training state in OUT."""
-    if not (found := load_state(OUT, constants)):
+    if not (found := resume_state(OUT, constants, batches.pictures_of(sources))):
         return 0, None
     start, state = found
     put_trained(model, state["weights"], OUT)
@@ -501,8 +503,9 @@ def main() -> None:
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
+    settings = model_settings()
     sources = read_sources()
-    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT)
+    validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT, JOIN)
     if CHECK:
         return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
     lock_folder(OUT)
@@ -512,8 +515,7 @@ def main() -> None:
 
     # model
     torch.manual_seed(SEED)  # the start of a Combiner, of [FORWARD] and [BACKWARD]
-    model = build_cir(**model_settings(), tau=TAU, learn_tau=LEARN_TAU)
-    model = model.to(world.device).train()
+    model = build_cir(**settings, tau=TAU, learn_tau=LEARN_TAU).to(world.device).train()
     model.say_too_long(batches.texts_of(sources))
     optimizer = make_optimizer(model)
 
@@ -521,7 +523,7 @@ def main() -> None:
     constants = constants_of(globals()) | {"RANKS": world.size}
     constants["TRIPLETS_SHA256"] = batches.sources_sha256(sources)
     constants["FROZEN_SHA256"] = frozen_sha256(model)  # load_cir compares it
-    start, best = resume(model, optimizer, constants)
+    start, best = resume(model, optimizer, constants, sources)
     if is_finished(OUT, "model.safetensors", start, steps):
         return
     log = ranks.Log(OUT, resume_step=start)
@@ -583,8 +585,7 @@ def main() -> None:
         # save, and stop where a signal asks for it
         stop = any_rank(stop_requested()) and not last
         if stop or last or done % SAVE_EVERY == 0:
-            state = {"weights": get_trained(model), "best": best}
-            state["optimizer"] = optimizer.state_dict()
+            state = {"weights": get_trained(model), "optimizer": optimizer.state_dict(), "best": best}
             save_state(OUT, done, state, constants)
         if stop:
             say(f"stopped after step {done} of {steps}; the same command goes on from there")

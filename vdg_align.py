@@ -28,9 +28,10 @@ from common.console import UserError, progress, run, say
 from common.flags import at_least, below, constants_of, override, within
 from common.hub import located, near
 from common.images import ImageStore, Preprocess, load_pixels
-from common.llama import answer_ids, attention, llm_shape, load_llm, run_layers, tokenize
+from common.llama import answer_ids, attention, llm_shape, load_llm, load_tokenizer, run_layers, tokenize
 from common.pretrained import build_empty, read_config, read_exactly
 from common.ranks import Log, World
+from common.resume import resume_state
 from common.tokenizer import tokenizer_sha256
 
 # ---- models ----
@@ -393,9 +394,11 @@ def main() -> None:
     # the folder is this run's alone; the same command goes on where it stopped
     files.lock_folder(OUT)
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
-    start, state = files.load_state(OUT, constants, files.MAY_CHANGE | _FREE) or (0, None)
-    if start >= total and os.path.exists(f"{OUT}/projection.safetensors"):
-        return say(f"{OUT} is finished ({total} steps); for another run take another --out")
+    constants["tokenizer"] = tokenizer_sha256(load_tokenizer(LLM))
+    pictures = [(images, [caption.image for caption in captions])]
+    start, state = resume_state(OUT, constants, pictures, files.MAY_CHANGE | _FREE) or (0, None)
+    if files.is_finished(OUT, "projection.safetensors", start, total):
+        return
 
     # ViT, Q-Former and LLM stay as they are, the projection learns
     memory.say(options, [memory.has(world.device)], world.device.type)

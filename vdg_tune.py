@@ -29,16 +29,19 @@ from torch import nn
 import vdg_align
 from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
-from common.console import UserError, progress, run, say
+from common.console import UserError, progress, run, say, warn
 from common.decode import Sampling, describe, prompt_parts, start_engine
+from common.disk import open_as_umask_says
+from common.exports import adapter_config
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import locate, near
 from common.images import ImageStore, load_pixels, random_resized_crop
-from common.llama import answer_ids, bitsandbytes, llm_shape, load_llm, tokenize
+from common.llama import answer_ids, llm_shape, load_llm, load_tokenizer, make_optimizer, tokenize
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
+from common.resume import resume_state
 from common.tokenizer import require_same, tokenizer_sha256
-from common.triplets import names_of
+from common.triplets import groups_of, names_of
 from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
 
 # ---- data ----
@@ -158,24 +161,6 @@ def adapter_tensors(llm: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def adapter_config(lora: dict, llm: str) -> dict:
-    """adapter_config.json as PEFT reads it; lora = {"rank", "alpha", "dropout", "targets"}."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": llm,
-        "r": lora["rank"],
-        "lora_alpha": lora["alpha"],
-        "lora_dropout": lora["dropout"],
-        "target_modules": list(lora["targets"]),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-    }
-
-
 def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinear]:
     """Add the LoRA saved in a folder to the LLM; lora are the settings that it was trained with, from config.json.
 
@@ -256,6 +241,7 @@ def write_merged(folder: str, out: str, dtype: str, llm: str = "") -> None:
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside, max_shard_size="5GB")
     tokenizer.save_pretrained(aside)
+    open_as_umask_says(aside)
     os.rename(aside, out)
     say(f"wrote {out}, a LLaMA with the LoRA of {folder} in its weights")
 
@@ -280,14 +266,6 @@ def load_projection(vision: VisionProjector, folder: str) -> None:
     tensors = files.load_tensors(folder, "projection.safetensors")
     where = f"{folder}/projection.safetensors holds a projection between other models"
     copy_weights(vision.projection.state_dict(), tensors, where)
-
-
-def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
-    if kind == "adamw8bit":
-        return bitsandbytes("--optimizer adamw8bit").optim.AdamW8bit(weights, **how)
-    if kind != "adamw":
-        raise UserError(f"--optimizer {kind}: wanted adamw or adamw8bit")
-    return torch.optim.AdamW(weights, **how)
 
 
 # ---- loss ----
@@ -329,6 +307,20 @@ def read_aligned() -> dict:
     if QUANTIZE:
         aligned["quantize"] = "" if QUANTIZE == "none" else QUANTIZE
     return aligned
+
+
+def check_data(triplets: list[Triplet], images: ImageStore) -> None:
+    """--check: UserError where an image is missing, or what training begins with."""
+    batches.say_check(names_of(triplets), images, f"{len(triplets):,} triplets", CHECK_DECODE, WORKERS)
+    read_stage(ALIGNED, "align", LLM, VISION)
+
+
+def steps_of(count: int, per_step: int) -> tuple[int, int]:
+    """-> optimiser steps of an epoch of `count` triplets, and of the run."""
+    per_epoch = math.ceil(count / per_step)
+    if WARMUP >= (total := EPOCHS * per_epoch):
+        warn(f"--warmup {WARMUP}: the run has {total} steps, so its rate never comes to --lr")
+    return per_epoch, total
 
 
 def memory_options(aligned: dict, dtype: torch.dtype) -> dict[str, dict[str, float]]:
@@ -375,6 +367,14 @@ def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
     return Model(llm, tokenizer, vision, prompt_pieces(tokenizer, PROMPT))
 
 
+def earlier_state(aligned: dict, per_step: int, triplets: list[Triplet], images: ImageStore) -> tuple:
+    """-> what a resume must agree on, and how far an earlier run came: its steps and its state, or 0 and None."""
+    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(triplets)}
+    constants["tokenizer"] = tokenizer_sha256(load_tokenizer(aligned["llm"]))
+    found = resume_state(OUT, constants, [(images, names_of(triplets))], files.MAY_CHANGE | _FREE)
+    return constants, *(found or (0, None))
+
+
 def state_of(model: Model, optimizer: torch.optim.Optimizer) -> dict:
     state = {"projection": model.vision.projection.state_dict(), "lora": adapter_tensors(model.llm)}
     return state | {"optimizer": optimizer.state_dict()}
@@ -384,16 +384,6 @@ def restore(model: Model, optimizer: torch.optim.Optimizer, state: dict) -> None
     model.vision.projection.load_state_dict(state["projection"])
     fill_lora(model.llm, state["lora"], OUT)
     optimizer.load_state_dict(state["optimizer"])
-
-
-def groups_of(triplets: list[Triplet]) -> list[list[int]]:
-    """What stays together in the order of an epoch: each triplet by itself, with TREE those of a subgroup."""
-    if not TREE:
-        return [[i] for i in range(len(triplets))]
-    groups = {}
-    for i in sorted(range(len(triplets)), key=lambda i: (triplets[i].reference, i)):
-        groups.setdefault(triplets[i].members or triplets[i].reference, []).append(i)
-    return list(groups.values())
 
 
 def load_steps(triplets: list[Triplet], images: ImageStore, vision: VisionProjector, steps: Iterable, world: World):
@@ -505,18 +495,16 @@ def main() -> None:
         return memory.say(options)
     triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, KEYS, POOL)
     if CHECK:
-        return batches.say_check(names_of(triplets), images, f"{len(triplets):,} triplets", CHECK_DECODE, WORKERS)
+        return check_data(triplets, images)
     triplets, held = split_triplets(triplets, images)
     per_step = BATCH * ACCUMULATE * world.size  # triplets
-    per_epoch = math.ceil(len(triplets) / per_step)  # steps
-    total = EPOCHS * per_epoch
+    per_epoch, total = steps_of(len(triplets), per_step)
 
     # the folder is this run's alone; the same command goes on where it stopped
     files.lock_folder(OUT)
-    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint([*triplets, *held])}
-    start, state = files.load_state(OUT, constants, files.MAY_CHANGE | _FREE) or (0, None)
-    if start >= total and os.path.exists(f"{OUT}/projection.safetensors"):
-        return say(f"{OUT} is finished ({total} steps); for another run take another --out")
+    constants, start, state = earlier_state(aligned, per_step, [*triplets, *held], images)
+    if files.is_finished(OUT, "projection.safetensors", start, total):
+        return
 
     # projection and LoRA learn; ViT, Q-Former and the LLM's own weights stay as they are
     memory.say(options, [memory.has(world.device)], world.device.type)
@@ -529,7 +517,7 @@ def main() -> None:
 
     # Algorithm 2
     of_held = encode_held_out(held, images, vision, world)
-    steps = batches.training_steps(groups_of(triplets), EPOCHS, per_step, SEED, world, start)
+    steps = batches.training_steps(groups_of(triplets, TREE), EPOCHS, per_step, SEED, world, start)
     loaded = load_steps(triplets, images, vision, steps, world)
     log, began, seen = Log(OUT, start), time.time(), 0
     bar = progress(loaded, "tune", total, start)

@@ -106,9 +106,12 @@ def human_source(
         raise UserError("--root is empty: where the triplets lie, or --triplets false with --pseudo")
     triplets, store = training_triplets(dataset, root, split, "all", images or None, keys, pool, hold_out)
     same = with_text(read_triplets(same_pairs), same_pairs) if same_pairs else []
-    if not triplets:
+    said = [t for t in triplets if t.delta.strip()]
+    if len(said) < len(triplets):
+        say(f"{root}: {len(triplets) - len(said):,} of {len(triplets):,} triplets have no text and are left out")
+    if not said:
         raise UserError(f"{root} holds no triplet to train on")
-    return Source(store, human_items(triplets, dataset, same, same_deltas, alike=bool(keys)))
+    return Source(store, human_items(said, dataset, same, same_deltas, alike=bool(keys)))
 
 
 def pseudo_source(file: str, images: str, keys: str = "", pool: str = "") -> Source:
@@ -125,8 +128,12 @@ def _names(item: Item) -> tuple[str, str]:
     return item.reference[1], item.target[1]
 
 
-def complete_sources(sources: list[Source], batch: int, ranks: int, out: str, workers: int) -> list[Source]:
+def complete_sources(
+    sources: list[Source], batch: int, ranks: int, out: str, workers: int, bank: bool = False
+) -> list[Source]:
     """The same with only those triplets whose images are there; UserError if they do not make one batch a rank.
+
+    UserError too where no step has a negative, unless there is a `bank` of them.
 
     What cannot be read of one's own pictures is in out/unreadable-human.txt and unreadable-auxiliary.txt."""
     complete = []
@@ -137,6 +144,10 @@ def complete_sources(sources: list[Source], batch: int, ranks: int, out: str, wo
     fewest = min(len(source.items) for source in complete if source.items)
     if fewest < batch * ranks:
         raise UserError(f"{fewest} triplets are fewer than {batch} on each of {ranks} ranks: lower --batch")
+    targets = {item.target for source in complete for item in source.items}
+    a_step = batch * ranks * sum(bool(source.items) for source in complete)
+    if not bank and (a_step < 2 or len(targets) < 2):
+        raise UserError("every step has one target, and no negative to tell it from: nothing is learned; raise --batch")
     return complete
 
 
@@ -164,6 +175,11 @@ def images_of(sources: list[Source]) -> list[tuple[int, str]]:
     """Every image that is trained on, once, in one order."""
     items = [item for source in sources for item in source.items]
     return sorted({image for item in items for image in (item.reference, item.target)})
+
+
+def pictures_of(sources: list[Source]) -> list[tuple[ImageStore, list[str]]]:
+    """Each source's images and the names that are trained on, for resume_state."""
+    return [(source.images, [name for item in source.items for name in _names(item)]) for source in sources]
 
 
 def texts_of(sources: list[Source]) -> list[str]:

@@ -1,11 +1,14 @@
 """What all CIR models share: a frozen CLIP or BLIP of Hugging Face, texts as ids, tau, and what of it trains."""
 
+import os
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
 from common.console import UserError, say
 from common.files import load_tensors, read_json, tensors_sha256
-from common.hub import locate, near
+from common.hub import locate, located, near
 from common.images import Preprocess
 from common.pretrained import copy_weights, load_model, model_kind, read_config
 from common.tokenizer import read_tokenizer, tokenizer_sha256
@@ -108,6 +111,8 @@ class CirModel(nn.Module):
 def read_settings(checkpoint: str) -> dict:
     """config.json of a folder written by train_cir.py: "build" (arguments of build_cir), "tau", and more."""
     file = f"{checkpoint}/config.json"
+    if not os.path.isfile(file):
+        raise UserError(f"{file} not found; wanted a finished checkpoint of train_cir.py")
     config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("build"), dict):
         raise UserError(f"{file} is not one of train_cir.py")
@@ -130,6 +135,30 @@ def find_again(config: dict, checkpoint: str, backbone: str) -> dict:
     return build | found
 
 
+def places_of(backbone: str, start: str, usual: str) -> dict[str, str]:
+    """For build_cir: --backbone, else what the checkpoint of --start stands on, else the usual one; and --start."""
+    if backbone:
+        model_kind(backbone, "--backbone")  # UserError before any picture is looked at
+    found = find_again(read_settings(start), start, backbone)["backbone"] if start else located(backbone)
+    return {"backbone": found or usual, "start": located(start)}
+
+
+def trained_on(checkpoint: str, dataset: str, root: str, split: str, hold_out: float) -> str:
+    """For the protocol line, where a checkpoint was trained on the very queries that are asked; else empty.
+
+    hold_out: of one's own triplets; of fewer held out than in training each is among those."""
+    known = checkpoint and os.path.isfile(f"{checkpoint}/config.json")  # what is absent stops where it is loaded
+    constants = read_settings(checkpoint).get("constants", {}) if known else {}
+    if not constants.get("TRIPLETS") or constants.get("DATASET") != dataset:
+        return ""
+    seen = constants.get("SPLIT") == split
+    if dataset == "jsonl":
+        kept = constants.get("HOLD_OUT", 0)
+        held = 0 < hold_out <= kept and (hold_out < 1) == (kept < 1)
+        seen = os.path.realpath(constants.get("ROOT", "")) == os.path.realpath(root) and not held
+    return "the checkpoint was trained on these queries" if seen else ""
+
+
 # ---- what of it trains ----
 
 
@@ -147,23 +176,41 @@ def put_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) -> Non
     copy_weights(trained_of(model), tensors, where)
 
 
-def frozen_sha256(model: CirModel, words: bool = True) -> str:
-    """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer."""
-    frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-    return tensors_sha256(frozen, repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else ""))
+def frozen_sha256(model: CirModel, words: bool = True, held: Container[str] | None = None) -> str:
+    """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer.
+
+    held: names of the weights that it does hold, where the model does not say by what it trains."""
+    named = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    if held is not None:
+        named = [(name, p) for name, p in model.named_parameters() if name.startswith("backbone.") and name not in held]
+    return tensors_sha256(sorted(named), repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else ""))
 
 
 def start_from(model: CirModel, checkpoint: str) -> None:
-    """Copies the weights of a checkpoint of train_cir.py over those of the same names, frozen or not."""
+    """Copies the weights of a checkpoint of train_cir.py over those of the same names, frozen or not.
+
+    First those that it started from itself. UserError where the model stands on other weights than the checkpoint."""
+    config = read_settings(checkpoint)
+    build, beside = config["build"], config.get("near", {})
+    if build.get("start"):
+        start_from(model, locate(build["start"], checkpoint, "--start", beside=beside.get("start", "")))
     tensors = load_tensors(checkpoint, "model.safetensors")
+    if not stands_on(model, config, tensors):
+        remedy = "leave --backbone out, or name the one it was trained on"
+        raise UserError(f"--start {checkpoint} stands on other frozen weights than {model.source} holds: {remedy}")
     own = {name: p for name, p in model.named_parameters() if name in tensors}
     copy_weights(own, tensors, f"--start {checkpoint} (both with --bidirectional, or both without)")
 
 
+def stands_on(model: CirModel, config: dict, held: Container[str] | None = None) -> bool:
+    """Whether a checkpoint with this config.json was trained on the model's frozen weights; held: of frozen_sha256."""
+    trained_on = config.get("constants", {}).get("FROZEN_SHA256")
+    older = frozen_sha256(model, words=False, held=held)  # checkpoints from before the tokenizer was hashed with them
+    return trained_on in (None, frozen_sha256(model, held=held), older)
+
+
 def check_frozen(model: CirModel, config: dict, folder: str) -> None:
     """UserError if the model stands on other frozen weights than the checkpoint in `folder` was trained on."""
-    trained_on = config.get("constants", {}).get("FROZEN_SHA256")
-    known = (frozen_sha256(model), frozen_sha256(model, words=False))  # older checkpoints: without the tokenizer
-    if trained_on and trained_on not in known:
+    if not stands_on(model, config):
         on = " or ".join(filter(None, (model.source, config["build"].get("start"))))
         raise UserError(f"{folder} was trained on other frozen weights than {on} holds now; train it again")

@@ -83,6 +83,15 @@ def whole(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def open_as_umask_says(folder: str | Path) -> None:
+    """Gives a folder's files the mode of new ones: safetensors makes its own with 0600, which no colleague can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in Path(folder).iterdir():
+        if path.is_file() and not path.is_symlink():
+            os.chmod(path, 0o666 & ~mask)
+
+
 def remove(path: Path) -> None:
     """A file, a link (not what it leads to) or a folder with all that is in it; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():

@@ -109,3 +109,21 @@ def write_release(path: str | os.PathLike, records: Iterable[dict], images: Imag
         reference, target = (images.relative(record[role]).removeprefix("./") for role in ("reference", "target"))
         triplets.append({"reference": reference, "target": target, "caption": record["delta"]})
     write_json(path, triplets)
+
+
+def adapter_config(lora: dict, llm: str) -> dict:
+    """adapter_config.json as PEFT reads it; lora = {"rank", "alpha", "dropout", "targets"}."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": llm,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "target_modules": list(lora["targets"]),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers import AutoModelForCausalLM
 
-from common.console import UserError, warn
+from common.console import UserError
+from common.disk import warn_once
 from common.hub import has_file, shown
 from common.pretrained import build_empty, read_config, read_exactly
 from common.tokenizer import read_tokenizer
@@ -88,6 +89,15 @@ def bitsandbytes(flag: str = "--quantize"):
     return bitsandbytes
 
 
+def make_optimizer(kind: str, weights: list, **how) -> torch.optim.Optimizer:
+    """AdamW over the weights, "adamw8bit" with bitsandbytes' state of a quarter of the bytes."""
+    if kind == "adamw8bit":
+        return bitsandbytes("--optimizer adamw8bit").optim.AdamW8bit(weights, **how)
+    if kind != "adamw":
+        raise UserError(f"--optimizer {kind}: wanted adamw or adamw8bit")
+    return torch.optim.AdamW(weights, **how)
+
+
 def load_tokenizer(name: str, flag: str = "--llm"):
     """Tokenizer of a LLaMA folder or hub id; it must have the fast form, a start and an end token."""
     if not has_file(name, "tokenizer.json", flag):
@@ -102,7 +112,7 @@ def load_tokenizer(name: str, flag: str = "--llm"):
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if tokenizer.eos_token_id not in ends:
         own = f"{tokenizer.eos_token} ({tokenizer.eos_token_id})"
-        warn(f"{shown(name, flag)}: texts end with the tokenizer's {own}, config.json says {config.eos_token_id}")
+        warn_once(f"{shown(name, flag)}: texts end with the tokenizer's {own}, config.json says {config.eos_token_id}")
     return tokenizer
 
 

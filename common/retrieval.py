@@ -4,7 +4,7 @@ Rank of a target = 1 + the gallery images with a higher score + those with an eq
 order. Scores are cosines in float32 (TF32 off). A target outside the gallery is never found."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,11 @@ from common.annotations import Benchmark, all_without_missing, read_benchmarks, 
 from common.batches import chunks
 from common.console import UserError, say
 from common.encoding import Compute, encode
-from common.images import ImageStore
+from common.images import ImageStore, shown
 from common.ranks import gather_objects
 
 CIRR_KS, SUBSET_KS, FASHIONIQ_KS, CIRCO_KS = (1, 5, 10, 50), (1, 2, 3), (10, 50), (5, 10, 25, 50)
+SECOND_FIRST = "the second caption first"  # what a protocol says of FashionIQ's captions with --join reverse
 NEVER = 2**62  # rank of a target that is not in the gallery: beyond every K, however small the gallery
 
 
@@ -136,13 +137,18 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
 
 
 def require_images(benchmark: Benchmark, names: tuple[str, ...]) -> None:
-    """Every image of the protocol must be there: UserError naming the first that is not."""
-    missing = benchmark.images.missing(names)
-    if missing:
-        raise UserError(
-            f"{benchmark.title}: {len(missing):,} of {len(names):,} images missing, the first is {missing[0]!r};"
-            " recall over fewer is not reported: add them, or name their folder with --images"
-        )
+    """Every image of the protocol must be there: UserError with their number and the first that are not."""
+    if missing := benchmark.images.missing(names):
+        first = f"{len(missing):,} of {len(names):,} images missing: {first_of(missing)}"
+        where = f"looked in {', '.join(benchmark.images.roots)}"
+        remedy = "add them, name their folder with --images, list all with --check, or go on without by --missing SHARE"
+        raise UserError(f"{benchmark.title}: {first} ({where}); recall over fewer is not reported: {remedy}")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more
 
 
 def asked(places: list[list[int]]) -> dict[int, list[int]]:
@@ -299,11 +305,18 @@ class Validation(NamedTuple):
 
 
 def read_validation(
-    dataset: str, root: str, split: str, images: str, keys: str = "", pool: str = "", hold_out: float = 0
+    dataset: str,
+    root: str,
+    split: str,
+    images: str,
+    keys: str = "",
+    pool: str = "",
+    hold_out: float = 0,
+    join: str = "forward",
 ) -> Validation:
     """The labelled benchmarks of --val_split, "" for none; UserError for a split that cannot be measured.
 
-    keys, pool, hold_out: of one's own triplets (read_own), whose split is "held"."""
+    keys, pool, hold_out: of one's own triplets (read_own), whose split is "held"; join: of read_fashioniq."""
     if not split:
         return Validation([])
     if dataset == "jsonl":
@@ -313,11 +326,12 @@ def read_validation(
         benchmarks = [read_own(root, images, hold_out=hold_out, keys=keys, pool=pool)]
     else:
         protocol = "original" if dataset == "fashioniq" else "split"
-        benchmarks = read_benchmarks(dataset, root, split, "all", images, protocol)
+        benchmarks = read_benchmarks(dataset, root, split, "all", images, protocol, join)
     if any(query.target is None for benchmark in benchmarks for query in benchmark.queries):
         raise UserError(f"--val_split {split}: its targets are hidden; take a split with labels")
     counts = [f"{len(b.queries):,} queries, {len(b.gallery):,} gallery images" for b in benchmarks]
-    return Validation(benchmarks, f"{protocol_of(dataset, protocol, True, ())}: {'; '.join(counts)}")
+    unusual = (SECOND_FIRST,) if dataset == "fashioniq" and join == "reverse" else ()
+    return Validation(benchmarks, f"{protocol_of(dataset, protocol, True, unusual)}: {'; '.join(counts)}")
 
 
 def begin_validation(validation: Validation, split: str, share: float, out: str) -> Validation:
@@ -328,7 +342,8 @@ def begin_validation(validation: Validation, split: str, share: float, out: str)
     validation = Validation(benchmarks, "; ".join(filter(None, (validation.says, note))))
     for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
-            raise UserError(f"--val_split {split}: {len(missing):,} images missing, first {missing[0]!r}")
+            remedy = "add them, list all with --check, or go on without them by --missing SHARE"
+            raise UserError(f"--val_split {split}: {len(missing):,} images missing: {first_of(missing)}; {remedy}")
     if validation.benchmarks:
         say(f"validation on {split}, {validation.says}")
     return validation

@@ -223,3 +223,13 @@ def held_out(triplets: list[Triplet], count: float, seed: int = 0) -> tuple[list
     pairs = {(triplets[i].reference, triplets[i].target) for i in held}
     kept = [t for t in triplets if (t.reference, t.target) not in pairs]
     return kept, [triplets[i] for i in sorted(held)]
+
+
+def groups_of(triplets: list[Triplet], tree: bool) -> list[list[int]]:
+    """Places of what stays together in the order of an epoch: each triplet by itself, with `tree` a subgroup's."""
+    if not tree:
+        return [[i] for i in range(len(triplets))]
+    groups: dict[object, list[int]] = {}
+    for i in sorted(range(len(triplets)), key=lambda i: (triplets[i].reference, i)):
+        groups.setdefault(triplets[i].members or triplets[i].reference, []).append(i)
+    return list(groups.values())

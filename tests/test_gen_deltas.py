@@ -44,8 +44,11 @@ def clean(monkeypatch):
 
 @pytest.fixture(scope="module")
 def vdg(zoo, tmp_path_factory):
+    return tiny_vdg(zoo, tmp_path_factory.mktemp("vdg"))
+
+
+def tiny_vdg(zoo: Path, root: Path) -> Path:
     """A checkpoint as vdg_tune.py writes it: random LoRA, random projection, an LLM that ends now and then."""
-    root = tmp_path_factory.mktemp("vdg")
     shutil.copytree(zoo / "llama", root / "llama")
     llm = AutoModelForCausalLM.from_pretrained(root / "llama", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -653,7 +656,8 @@ def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
     write_jsonl(path, pairs)
     vars(gen_deltas).update(DEFAULTS)
     override(vars(gen_deltas), [*arguments(tmp_path / "no vdg", mined, tmp_path / "out", check=True)])
-    gen_deltas.main()  # the data alone
+    with pytest.raises(UserError, match="no vdg/config.json not found; wanted a finished checkpoint of vdg_tune.py"):
+        gen_deltas.main()  # the data, then what describes them
     assert "36 pairs; " in capsys.readouterr().out
     fails("no folder", images=tmp_path / "nowhere")
     fails("temperature", temperature=-1.0)

@@ -381,6 +381,10 @@ def test_wrong_encoders_are_one_line(zoo, gallery, tmp_path):
 def test_other_mistakes(zoo, gallery, tmp_path, capsys):
     mine(zoo, gallery, tmp_path / "out", check="true")
     assert "72 expected, 72 present" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--exclude nowhere: not found"):
+        mine(zoo, gallery, tmp_path / "out", check="true", exclude="nowhere")
+    with pytest.raises(UserError, match="all 72 pictures of .* are excluded; check --exclude"):
+        mine(zoo, gallery, tmp_path / "out", check="true", exclude=gallery)
     copy = tmp_path / "gallery"
     shutil.copytree(gallery, copy)
     (copy / "bad.png").write_bytes(b"")

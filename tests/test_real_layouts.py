@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import mixed
 import pytest
+from test_real_pictures import run_stage
 
+import eval_cir
+import train_cir
 from common.annotations import (
     FASHIONIQ_CATEGORIES,
     all_without_missing,
@@ -26,9 +30,8 @@ from common.batches import draw as draw_items
 from common.batches import drop_missing, human_deltas, human_items
 from common.console import UserError
 from common.exports import write_cirr_captions, write_exports
-from common.flags import constants_of, override
 from common.images import ImageStore
-from common.retrieval import index
+from common.retrieval import index, read_validation
 from common.triplets import held_out, read_triplets
 
 
@@ -165,6 +168,26 @@ def test_the_order_of_the_two_captions(tmp_path):
         assert benchmark.queries[0].delta == wanted
     with pytest.raises(UserError, match="--join"):
         read_fashioniq(str(tmp_path), "val", "hat", join="both")
+
+
+@pytest.mark.parametrize("join, wanted", [("forward", "Is red and has dots"), ("reverse", "Has dots and Is Red")])
+def test_validation_joins_as_evaluation_does(tmp_path, monkeypatch, join, wanted):
+    for kind in FASHIONIQ_CATEGORIES:
+        query = {"candidate": "a", "target": "b", "captions": ["Is Red.", "has dots"]}
+        put(tmp_path / f"captions/cap.{kind}.val.json", [query])
+        put(tmp_path / f"image_splits/split.{kind}.val.json", ["a", "b"])
+    found = read_validation("fashioniq", str(tmp_path), "val", "", join=join)
+    assert [q.delta for benchmark in found.benchmarks for q in benchmark.queries] == [wanted] * 3
+    assert ("the second caption first" in found.says) == (join == "reverse")
+
+    # and a run hands its --join over
+    def measured(*given, **more):
+        raise UserError(f"read: {read_validation(*given, **more).benchmarks[0].queries[0].delta}")
+
+    monkeypatch.setattr(train_cir, "read_sources", lambda: [])
+    monkeypatch.setattr(train_cir, "read_validation", measured)
+    with pytest.raises(UserError, match=f"read: {wanted}"):
+        run_stage(train_cir, dataset="fashioniq", root=tmp_path, val_split="val", join=join, device="cpu")
 
 
 # ---- pictures that are missing ----
@@ -433,6 +456,45 @@ def test_one_s_own_triplets_held_out_of_training_are_what_is_evaluated(own, tmp_
             held_out(read_triplets(path), count)
 
 
+@pytest.mark.parametrize("hold_out, split, count", [(10, "held-out", 10), (0, "all", 60)])
+def test_the_report_names_what_was_measured(own, zoo, tmp_path, capsys, hold_out, split, count):
+    """Not --split, which of one's own triplets nobody asked."""
+    given = {"dataset": "jsonl", "root": own[0], "images": own[1], "hold_out": hold_out, "baseline": "sum"}
+    run_stage(eval_cir, **given, backbone=zoo / "clip", out=tmp_path / "out", workers=0, show=2, device="cpu")
+    said = capsys.readouterr().out
+    assert f"jsonl {split}, one's own triplets" in said and re.search(rf"(?m)^ *{split} .* {count} +40$", said), said
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["split"] == split
+    page = (tmp_path / "out/index.html").read_text()
+    assert f"jsonl {split}" in page and "jsonl val" not in page
+
+
+def test_a_report_on_what_was_trained_on_says_so(own, zoo, tmp_path, monkeypatch, capsys):
+    """Training with --hold_out 10, then these, four of them, all 60; --check wants the checkpoint that is named."""
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
+    how = {"dataset": "jsonl", "root": own[0], "images": own[1], "device": "cpu", "workers": 0}
+    trained = {
+        "model": "sum",
+        "backbone": zoo / "clip",
+        "batch": 4,
+        "steps": 1,
+        "hold_out": 10,
+        "out": tmp_path / "cir",
+    }
+    run_stage(train_cir, **how, **trained)
+    for hold_out in (10, 4, 0):
+        capsys.readouterr()
+        run_stage(eval_cir, **how, checkpoint=tmp_path / "cir", hold_out=hold_out, show=2, out=tmp_path / "out")
+        said, report = capsys.readouterr().out, json.loads((tmp_path / "out/metrics.json").read_text())
+        assert ("the checkpoint was trained on these queries" in said) == (hold_out == 0)
+        assert ("the checkpoint was trained on these queries" in report["protocol"]) == (hold_out == 0)
+        assert f"wrote {tmp_path}/out/metrics.json, found.jsonl and index.html" in said
+    run_stage(eval_cir, **how, checkpoint=tmp_path / "cir", check="true")
+    with pytest.raises(UserError, match="wanted a finished checkpoint of train_cir.py"):
+        run_stage(eval_cir, **how, checkpoint=tmp_path / "nowhere", check="true")
+    with pytest.raises(UserError, match="--backbone .*: no config.json"):
+        run_stage(eval_cir, **how, baseline="sum", backbone=tmp_path, check="true")
+
+
 def test_the_gallery_of_one_s_own_triplets(own, tmp_path):
     path, folder = own
     names = [f"{i % 3}/{i}.png" for i in range(20, 40)]
@@ -495,8 +557,6 @@ def test_of_several_texts_one_is_drawn(tmp_path):
 
 # ---- the stage ----
 def test_eval_cir_marks_every_number_when_pictures_are_missing(zoo, tmp_path):
-    import eval_cir
-
     names = [f"B{i:03d}" for i in range(12)]
     for kind in FASHIONIQ_CATEGORIES:
         pairs = zip(names[:-1], names[1:], strict=True)
@@ -508,13 +568,7 @@ def test_eval_cir_marks_every_number_when_pictures_are_missing(zoo, tmp_path):
 
     def run(**given) -> None:
         given = {"dataset": "fashioniq", "root": tmp_path, "official": "false", "baseline": "sum"} | given
-        given |= {"backbone": zoo / "clip", "out": tmp_path / "out", "workers": 0, "show": 2, "device": "cpu"}
-        constants = constants_of(vars(eval_cir))
-        try:
-            override(vars(eval_cir), [word for name, value in given.items() for word in (f"--{name}", str(value))])
-            eval_cir.main()
-        finally:
-            vars(eval_cir).update(constants)
+        run_stage(eval_cir, **given, backbone=zoo / "clip", out=tmp_path / "out", workers=0, show=2, device="cpu")
 
     with pytest.raises(UserError, match="1 of 12 images missing"):
         run()

@@ -17,7 +17,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_gen_deltas import tiny_vdg
 
+import eval_cir
+import gen_deltas
+import mine_pairs
 from common import images as images_file
 from common import pixels
 from common.console import UserError
@@ -96,10 +100,7 @@ def run_stage(stage, **given) -> None:
         vars(stage).update(constants)
 
 
-def test_a_mixed_folder_is_mined_and_queried_without_a_stop(folder, zoo, tmp_path, capsys):
-    import eval_cir
-    import mine_pairs
-
+def test_a_mixed_folder_is_mined_described_and_queried_without_a_stop(folder, zoo, tmp_path, capsys):
     root, good, bad = folder
     how = {"device": "cpu", "workers": 2}
     rule = {"max_score": 0.9999, "min_gap": 0, "show": 2}
@@ -111,7 +112,16 @@ def test_a_mixed_folder_is_mined_and_queried_without_a_stop(folder, zoo, tmp_pat
     text = (tmp_path / "mine/pairs.jsonl").read_text()
     assert text and not [name for name in bad if f'"{name}"' in text]
 
+    # every pair that was mined is described
     capsys.readouterr()
+    pairs = [json.loads(line) for line in text.splitlines()]
+    what = {"vdg": tiny_vdg(zoo, tmp_path), "pairs": tmp_path / "mine/pairs.jsonl", "max_new": 4, "show": 2}
+    run_stage(gen_deltas, images=root, out=tmp_path / "deltas", **what, **how)
+    lines = [json.loads(line) for line in (tmp_path / "deltas/pseudo.jsonl").read_text().splitlines()]
+    assert [(line["reference"], line["target"]) for line in lines] == [(p["reference"], p["target"]) for p in pairs]
+    named = {name for pair in pairs for name in (pair["reference"], pair["target"])}
+    assert f"pairs {len(pairs):,}, images {len(named):,}" in capsys.readouterr().out and len(named) > 100
+
     ask = {"reference": root / "108 megapixels.jpg", "text": "in red", "gallery": root, "top": mixed.TOTAL}
     run_stage(eval_cir, baseline="sum", backbone=zoo / "clip", out=tmp_path / "query", **ask, **how)
     said = capsys.readouterr().out

@@ -365,6 +365,8 @@ def test_on_a_phone(browser, server):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{view} is wider than the phone"
     page.goto(server.address + "#label")
     expect(page.locator("#label .row button").first).to_be_visible()
+    for i in (0, 1):  # the pair is drawn anew when its view comes back
+        expect(page.locator(".frame").nth(i)).to_be_visible()
     boxes = [page.locator(".frame").nth(i).bounding_box() for i in (0, 1)]
     boxes += [page.locator("#label .row button").first.bounding_box()]
     assert all(box["y"] + box["height"] <= 844 for box in boxes), "both pictures and the buttons are seen at once"

@@ -11,12 +11,11 @@ import transformers
 import zoo as writer
 
 import train_cir
-import vdg_align
 import vdg_tune
 from common import tokenizer as module
 from common.console import UserError
 from common.files import read_json
-from common.llama import load_llm, load_tokenizer, tokenize
+from common.llama import load_tokenizer, tokenize
 from common.pretrained import read_config
 from common.tokenizer import read_tokenizer, tokenizer_sha256
 
@@ -305,43 +304,3 @@ def test_a_vdg_holds_to_its_tokenizer_too(zoo, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {"tokenizer_sha256": digest}))
         with pytest.raises((UserError, OSError), match=words):
             vdg_tune.load_vdg(str(tmp_path), "cpu", torch.float32)
-
-
-# ---- a real one ----
-@pytest.fixture(scope="module")
-def smollm2() -> str:
-    """Folder of a pretrained LLaMA, as bench/real_llm.py makes it."""
-    folder = os.environ.get("VDG_SMOLLM2", "")
-    if not os.path.isdir(folder):
-        pytest.skip("needs a pretrained LLaMA: VDG_SMOLLM2=FOLDER, which bench/real_llm.py makes")
-    return folder
-
-
-@torch.no_grad()
-def test_a_pretrained_llama_equals_hugging_face(smollm2):
-    """9 heads and 3 of keys, embeddings tied, ByteLevel words, <|im_start|>: logits, and Eq. 1's loss of captions."""
-    llm, tokenizer = load_llm(smollm2, torch.float32, "cpu")
-    theirs = transformers.LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
-    for text in ("make it red", "Ünïcode, 12 dogs\n and  two spaces <|im_end|>"):
-        assert tokenizer.decode(tokenize(tokenizer, text)) == text
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenize(tokenizer, "The capital of France is")]])
-    ours, wanted = llm(ids).logits, theirs(ids).logits
-    assert tokenizer.decode(ours[0, -1].argmax()) == " Paris"
-    assert (ours - wanted).abs().max() <= 1e-4 * wanted.abs().max()
-
-    torch.manual_seed(0)
-    image = torch.randn(32, 576) * llm.get_input_embeddings().weight.std()
-    prompt, texts = tokenize(tokenizer, "Describe the image.\n"), ("a red dress with short sleeves", "two dogs in snow")
-    answers = [[*tokenize(tokenizer, text), tokenizer.eos_token_id] for text in texts]
-    rows = [[[tokenizer.bos_token_id] + prompt, image, tokenize(tokenizer, "\n")] for _ in texts]
-    count = sum(map(len, answers))
-    batch = vdg_align.pack(llm.get_input_embeddings(), rows, answers)
-    loss = vdg_align.caption_loss(llm, batch, count)
-    total = 0.0
-    embed = theirs.get_input_embeddings()
-    for row, answer in zip(rows, answers, strict=True):
-        pieces = [piece if torch.is_tensor(piece) else embed(torch.tensor(piece)) for piece in (*row, answer)]
-        logits = theirs(inputs_embeds=torch.cat(pieces)[None]).logits[0, -len(answer) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
-    assert loss.item() == pytest.approx((total / count).item(), rel=1e-4)

@@ -481,6 +481,27 @@ def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
         train(arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "one", pseudo="", steps=1))
 
 
+def test_a_start_brings_its_own_backbone_and_all_before_it(world, zoo, tmp_path, monkeypatch):
+    """Without --backbone the one that the checkpoint stands on; another one stops; a start of a start counts too."""
+    shutil.copytree(zoo / "clip", tmp_path / "clip")
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] += 1e-3
+    save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    how = {"steps": 2, "pseudo": ""}
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    train(arguments(world, zoo, one, "sum", backbone=tmp_path / "clip", **how))
+    with pytest.raises(UserError, match="--start .*one stands on other frozen weights than .*clip holds: leave --back"):
+        train(arguments(world, zoo, tmp_path / "x", "combiner", start=one, **how))
+    monkeypatch.setitem(train_cir._HUB, "combiner", str(zoo / "clip"))  # what it took instead
+    train(arguments(world, zoo, two, "combiner", backbone="", start=one, train_text=False, **how))
+    assert json.loads((two / "config.json").read_text())["build"]["backbone"] == str(tmp_path / "clip")
+    train(arguments(world, zoo, three, "combiner", backbone="", start=two, train_text=False, **how))
+    state, text = train_cir.load_cir(str(three)).state_dict(), load_file(one / "model.safetensors")
+    assert all(torch.equal(state[name], text[name]) for name in text)  # stage I's, though stage II holds none of it
+    with pytest.raises(UserError, match="nowhere/config.json not found; wanted a finished checkpoint"):
+        train([*arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "nowhere"), "--check"])
+
+
 def test_reversed_training_teaches_reversed_queries(world, zoo, tmp_path):
     """On a handful of triplets L_rev falls, and the checkpoint keeps its directions."""
     how = {"steps": 40, "views": 1, "augment": False, "pseudo": "", "lr": 3e-3, "batch": 12, "bidirectional": 1.0}
@@ -562,7 +583,7 @@ def test_only_a_learned_temperature_is_clamped_and_it_does_not_decay(zoo, monkey
 
 def test_wrong_flags_are_one_line(world, zoo, tmp_path):
     for flags, words in (
-        ({"model": "blip"}, "one of combiner"),
+        ({"model": "blip"}, "--model blip: wanted combiner, sum or blip_tdm; meant blip_tdm"),
         ({"beta": "hard"}, "--beta hard"),
         ({"reversed_text": "words"}, "--reversed_text words"),
         ({"steps": -5}, "--steps -5: wanted 0 or more"),
@@ -674,7 +695,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world, zoo, tmp_path, m
     monkeypatch.setattr(train_cir, "l_tcc_ranks", lambda *given, **more: real(*given, **more) * next(factors))
     with pytest.raises(UserError, match="not finite at step 3"):
         train(arguments(world, zoo, tmp_path, save_every=1))
-    assert sorted(p.name for p in (tmp_path / "last").iterdir()) == ["step-1", "step-2"]
+    assert sorted(p.name for p in (tmp_path / "last").glob("step-*")) == ["step-1", "step-2"]
     assert not (tmp_path / "model.safetensors").exists()
     bad = log_of(tmp_path)[-1]
     assert bad["step"] == 3 and len(bad["items"]) == 12
@@ -695,6 +716,42 @@ def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
     store = ImageStore(str(world / "aux"))
     assert len(drop_missing(items, lambda item: (item.reference[1], item.target[1]), store, "auxiliary")) == 1999
     assert "left out" in capsys.readouterr().out
+
+
+def test_check_names_a_wrong_model(world, zoo, tmp_path):
+    for more, words in (
+        ({"model": "Combiner"}, "--model Combiner: wanted .*; meant combiner"),
+        ({"backbone": tmp_path}, "--backbone .*: no config.json"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train([*arguments(world, zoo, tmp_path / "out", **more), "--check"])
+
+
+def test_nothing_to_learn_stops_and_blank_texts_are_left_out(world, zoo, tmp_path, capsys):
+    """One triplet a step, or one target for all, has no negative: a loss of zero is no training."""
+    with pytest.raises(UserError, match="no negative .* raise --batch"):
+        train(arguments(world, zoo, tmp_path / "out", "sum", batch=1, pseudo=""))
+    train(arguments(world, zoo, tmp_path / "bank", "sum", batch=1, pseudo="", steps=1, bank=True))
+    assert log_of(tmp_path / "bank")[0]["loss"] > 0
+    names = [f"3-00{i}.png" for i in range(6)]
+    records = [{"reference": name, "target": "3-009.png", "delta": "make it red"} for name in names]
+    own = {"dataset": "jsonl", "root": tmp_path / "own.jsonl", "images": world / "aux", "pseudo": "", "batch": 2}
+
+    def run() -> None:
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        train(arguments(world, zoo, tmp_path / "own", "sum", **own, steps=1))
+
+    with pytest.raises(UserError, match="every step has one target"):
+        run()
+    records[0]["target"], records[1]["delta"] = "3-008.png", " "
+    run()
+    assert "own.jsonl: 1 of 6 triplets have no text and are left out" in capsys.readouterr().out
+    items = human_source("jsonl", str(tmp_path / "own.jsonl"), "", str(world / "aux")).items
+    assert [item.reference[1] for item in items] == [names[0], *names[2:]]
+    for record in records:
+        record["delta"] = ""
+    with pytest.raises(UserError, match="holds no triplet to train on"):
+        run()
 
 
 @pytest.mark.parametrize("model", ["combiner", "blip_tdm"])

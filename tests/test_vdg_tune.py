@@ -476,6 +476,9 @@ def test_merged_folder_is_a_plain_llama_with_the_same_logits(whole, zoo, tmp_pat
         out = llm(ids).logits
         torch.testing.assert_close(theirs(ids).logits, out, rtol=1e-4, atol=1e-4)
         assert (hugging_face(zoo)(ids).logits - out).abs().max() > 1e-2
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}  # a colleague may read all of it, as umask says
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert again("make it red").input_ids == tokenizer("make it red").input_ids
     with pytest.raises(UserError, match="exists; name a new folder"):
@@ -597,8 +600,17 @@ def test_say_names_the_first_option_that_fits(capsys):
 
 
 def test_check_looks_at_the_data_alone(flags, tmp_path, capsys):
-    stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--check")
+    stage("vdg_tune", *flags, "--out", str(tmp_path / "out"), "--check")
     assert "12 triplets; images: 9 expected, 9 present" in capsys.readouterr().out
-    with pytest.raises(UserError, match="wanted a finished checkpoint of vdg_align.py"):
-        stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+    for more in ([], ["--check"]):  # --check counts first, then it names what is absent
+        with pytest.raises(UserError, match="wanted a finished checkpoint of vdg_align.py"):
+            stage("vdg_tune", *flags[2:], "--aligned", str(tmp_path / "none"), "--out", str(tmp_path / "out"), *more)
+    assert "12 triplets; images: 9 expected, 9 present" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_warm_up_longer_than_the_run_is_said(flags, tmp_path, capsys):
+    stage("vdg_tune", *flags, "--batch", "10", "--warmup", "2", "--out", str(tmp_path / "out"))
+    assert "--warmup 2: the run has 2 steps, so its rate never comes to --lr" in capsys.readouterr().err
+    stage("vdg_tune", *flags, "--batch", "10", "--warmup", "1", "--out", str(tmp_path / "other"))
+    assert "--warmup" not in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""A run that goes on finds what it began with, or names what changed: pictures, tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import zoo as writer
+from pictures import noise
+from ranks import run_ranks
+from test_real_pictures import run_stage
+from test_vdg_align import chat
+
+import train_cir
+import vdg_align
+import vdg_tune
+from common.console import UserError
+from common.files import save_state
+from common.images import ImageStore
+from common.resume import resume_state
+
+
+def names(folder: Path, count: int) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        noise(16, 16, i).save(folder / f"{i}.png")
+    return [f"{i}.png" for i in range(count)]
+
+
+def test_what_changed_is_named(tmp_path):
+    """Pictures of another size, gone and new ones, each with their number; the same name in two folders is two."""
+    one, two = names(tmp_path / "one", 5), names(tmp_path / "two", 2)
+    stores = ImageStore(tmp_path / "one"), ImageStore(tmp_path / "two")
+    begun = list(zip(stores, (one, two), strict=True))
+    assert resume_state(tmp_path / "out", {"data": "x"}, begun) is None
+    save_state(tmp_path / "out", 3, {"w": 1}, {"data": "x"})
+    assert resume_state(tmp_path / "out", {"data": "x"}, begun) == (3, {"w": 1})
+
+    (tmp_path / "two/1.png").write_bytes(b"x" * 77)
+    with pytest.raises(
+        UserError, match=r"1 changed, first '1.png' \(\d+ bytes then, 77 now\); bring the old ones back"
+    ):
+        resume_state(tmp_path / "out", {"data": "x"}, begun)
+    noise(16, 16, 1).save(tmp_path / "two/1.png")
+    assert resume_state(tmp_path / "out", {"data": "x"}, begun)[0] == 3
+
+    # other records have another hash: the message holds both, and what became of the pictures
+    other = [(stores[0], [*one[2:], *names(tmp_path / "one", 7)[5:]]), begun[1]]
+    with pytest.raises(UserError, match="data: .*began, of its pictures 2 gone, first '0.png'; 2 new, first '5.png'"):
+        resume_state(tmp_path / "out", {"data": "y"}, other)
+    with pytest.raises(UserError, match="with those, or start anew with another --out$"):  # no picture changed
+        resume_state(tmp_path / "out", {"data": "x", "LR": 1}, begun)
+    (tmp_path / "out/last/pictures.txt").unlink()  # of a run from before there was a list
+    assert resume_state(tmp_path / "out", {"data": "x"}, other)[0] == 3
+
+
+def _resume(out: str, folder: str) -> str:
+    try:
+        return str(resume_state(out, {}, [(ImageStore(folder), ["0.png", "1.png"])]))
+    except UserError as fault:
+        return str(fault)
+
+
+def test_every_rank_stops(tmp_path):
+    names(tmp_path / "images", 2)
+    resume_state(tmp_path / "out", {}, [(ImageStore(tmp_path / "images"), ["0.png", "1.png"])])
+    save_state(tmp_path / "out", 3, {"w": 1}, {})
+    (tmp_path / "images/1.png").write_bytes(b"x")
+    one, two = run_ranks(2, _resume, str(tmp_path / "out"), str(tmp_path / "images"))
+    assert one == two and "'1.png'" in one
+
+
+@pytest.fixture
+def tuned(zoo, tmp_path) -> dict[str, dict]:
+    """Flags of stages 1, 2 and 5 on a few pictures; the LLaMA is a copy that a test may change."""
+    chat(tmp_path, 4)
+    shutil.copytree(zoo / "llama", tmp_path / "llama")
+    pictures = writer.draw(tmp_path / "images", 6, seed=1)
+    lines = [
+        {"reference": a, "target": b, "delta": "make it red"} for a, b in zip(pictures, pictures[1:], strict=False)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = {"images": tmp_path / "images", "device": "cpu", "workers": 0, "batch": 4}
+    own = how | {"dataset": "jsonl", "root": tmp_path / "own.jsonl"}
+    align = how | {"chat": tmp_path / "chat.json", "vision": zoo / "instructblip", "llm": tmp_path / "llama"}
+    tune = own | {"aligned": tmp_path / "align", "epochs": 1, "held_out": 0, "lora_rank": 2}
+    train = own | {"model": "sum", "backbone": zoo / "clip", "steps": 1, "out": tmp_path / "cir"}
+    return {"align": align | {"out": tmp_path / "align"}, "tune": tune | {"out": tmp_path / "vdg"}, "train": train}
+
+
+def test_training_names_the_picture_that_changed(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
+    stages = {"align": (vdg_align, "0-001.png"), "tune": (vdg_tune, "1-003.png"), "train": (train_cir, "1-003.png")}
+    for name, (stage, picture) in stages.items():
+        run_stage(stage, **tuned[name])
+        before = (tmp_path / "images" / picture).read_bytes()
+        noise(50, 50).save(tmp_path / "images" / picture)
+        with pytest.raises(UserError, match=f"1 changed, first '{picture}'"):
+            run_stage(stage, **tuned[name])
+        (tmp_path / "images" / picture).write_bytes(before)
+        run_stage(stage, **tuned[name])  # it is finished
+
+
+def test_a_tokenizer_swapped_between_two_runs_is_refused(tuned, tmp_path):
+    """Of align, which has no checkpoint yet that knows it; of tune, whose aligned checkpoint may be an older one."""
+    run_stage(vdg_align, **tuned["align"])
+    config = json.loads((tmp_path / "align/config.json").read_text())
+    del config["tokenizer_sha256"]
+    (tmp_path / "align/config.json").write_text(json.dumps(config))
+    run_stage(vdg_tune, **tuned["tune"])
+    text = (tmp_path / "llama/tokenizer.json").read_text()
+    swapped = json.loads(text)
+    vocab = swapped["model"]["vocab"]
+    one, two = [word for word in vocab if len(word) == 1][:2]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (tmp_path / "llama/tokenizer.json").write_text(json.dumps(swapped))
+    for stage, name in ((vdg_align, "align"), (vdg_tune, "tune")):
+        with pytest.raises(UserError, match="other constants .tokenizer: "):
+            run_stage(stage, **tuned[name])
+    (tmp_path / "llama/tokenizer.json").write_text(text)
+    for stage, name in ((vdg_align, "align"), (vdg_tune, "tune")):
+        run_stage(stage, **tuned[name])
