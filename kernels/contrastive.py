@@ -59,14 +59,14 @@ TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
         "sums along": (2, 1024, 4),  # of a written strip
-        "sums down": (256, 8, 4),
+        "sums down": (64, 32, 4),
         "flash": (64, 64, 8, 1),
         "strip": (16, 128, 4, 1),
     },
     (9, 0): {
         "sums": (256, 128, 64, 8, 3),
         "sums along": (2, 1024, 4),
-        "sums down": (256, 8, 4),
+        "sums down": (64, 32, 4),
         "flash": (128, 64, 8, 3),
         "strip": (16, 128, 4, 1),
     },

@@ -38,11 +38,13 @@ RESCAN = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores of uncertified rows held at
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take the Triton path
 
 # Tiles of the proposal kernel by compute capability: rows, columns and depth of a tile, warps, stages. Fixed, so that
-# all ranks propose alike. [ours] Not measured yet: the largest tiles whose accumulator and lists fit the registers.
+# all ranks propose alike. [ours] 9.0: the fastest of bench/sweep.py on an H200; 8.0 not measured: what fits its registers.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
 # Of the kernel that reads a written tile: rows of lists, scores of each, warps; along its rows, or down its columns.
-ABSORB_TILES = {False: (2, 1024, 4), True: (32, 256, 8)}
+# Larger ones read lists that are full faster, but mining as a whole took 130 ms with them and 94 with these (H200,
+# N = 102,436, D = 2048): while lists fill, each round looks at a whole tile.
+ABSORB_TILES = {False: (1, 512, 1), True: (16, 256, 4)}
 
 
 @contextmanager
