@@ -38,7 +38,7 @@ RESCAN = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores of uncertified rows held at
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take the Triton path
 
 # Tiles of the proposal kernel by compute capability: rows, columns and depth of a tile, warps, stages. Fixed, so that
-# all ranks propose alike. [ours] 9.0: the fastest of bench/sweep.py on an H200; 8.0 not measured: what fits its registers.
+# all ranks propose alike. [ours] 9.0: the fastest of bench/sweep.py on an H200; 8.0: what fits its registers, untimed.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
 # Of the kernel that reads a written tile: rows of lists, scores of each, warps; along its rows, or down its columns.
