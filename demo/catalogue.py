@@ -54,6 +54,7 @@ CHANGE = {
     "sleeves": 0.05,
 }
 _SPARE = 20  # sets that a split could have besides its own: the more to choose from, the more alike are six
+_FLAGS = {"train": "train", "dev": "dev_groups", "val": "val_groups", "test1": "test_groups"}
 _LOOKED_AT = 400  # candidates tried for a place in a set
 
 
@@ -104,13 +105,20 @@ def parts_of(products: list[Product], seed: int, sizes: Sizes) -> dict[str, list
             raise UserError(f"--{part} {count}: the catalogue has {len(taken):,} products left for it; take fewer")
         waiting = without(waiting, taken)
 
-    left = sum(map(len, waiting))
-    groups = {"train": -(-sizes.train // len(RING)), "dev": sizes.dev, "val": sizes.val, "test1": sizes.test}
+    left, groups = sum(map(len, waiting)), groups_of(sizes)
+    most = max(groups, key=groups.get)
+    if 6 * sum(groups.values()) > left:
+        raise UserError(f"--{_FLAGS[most]}: {sum(groups.values())} sets of six, and {left:,} products left; take fewer")
     total = sum(count + _SPARE for count in groups.values())
     for split, count in groups.items():
         parts[f"cirr/{split}"] = taken = first_of(waiting, left * (count + _SPARE) // total)
         waiting = without(waiting, taken)
     return parts
+
+
+def groups_of(sizes: Sizes) -> dict[str, int]:
+    """Sets of six in each of CIRR's splits."""
+    return {"train": -(-sizes.train // len(RING)), "dev": sizes.dev, "val": sizes.val, "test1": sizes.test}
 
 
 def first_of(waiting: list[list[Product]], count: int) -> list[Product]:
@@ -156,7 +164,8 @@ def families(rng, products: list[Product], count: int, part: str, flag: str) -> 
 
 def family(rng, pool: list[Product]) -> list[Product] | None:
     """Six of one pool, or None where the first one has too few near it."""
-    first = pool[rng.integers(len(pool))]
+    drawn = [pool[k] for k in rng.integers(len(pool), size=4)]
+    first = max(drawn, key=lambda product: len(product.attributes))  # of what much is known, more can be asked
     members = [first]
     for _ in range(30):
         source = first if rng.random() < 0.6 else members[rng.integers(len(members))]
@@ -254,19 +263,17 @@ def write_world(data: str, out: str, seed: int, sizes: Sizes) -> None:
     parts, shelf = parts_of(unseen, seed, sizes), Shelf()
     say(f"{len(catalogue.products):,} products; {len(unseen):,} of them were not trained on, and may be shown")
 
-    # sets of six for CIRR and FashionIQ
-    groups = {"train": -(-sizes.train // len(RING)), "dev": sizes.dev, "val": sizes.val, "test1": sizes.test}
-    flags = {"train": "train", "dev": "dev_groups", "val": "val_groups", "test1": "test_groups"}
-    pairs = 0
-    for split, count in groups.items():
-        rng = seeded_rng("families", seed, split)
-        sets = families(rng, parts[f"cirr/{split}"], count, f"cirr/{split}", flags[split])
-        pairs = put_cirr(out, shelf, seed, split, sets, sizes.train if split == "train" else sizes.queries, pairs)
+    # sets of six for FashionIQ and CIRR
     for category in FASHIONIQ_ARTICLES:
         for split in ("train", "val"):
             part = f"fashioniq/{category}/{split}"
             sets = families(seeded_rng("families", seed, part), parts[part], sizes.fashioniq, part, "fashioniq")
             put_fashioniq(out, shelf, seed, category, split, sets)
+    pairs = 0
+    for split, count in groups_of(sizes).items():
+        rng = seeded_rng("families", seed, split)
+        sets = families(rng, parts[f"cirr/{split}"], count, f"cirr/{split}", _FLAGS[split])
+        pairs = put_cirr(out, shelf, seed, split, sets, sizes.train if split == "train" else sizes.queries, pairs)
 
     # single photographs; those of the gallery in no order, so that names tell nothing
     put_chat(out, shelf, seed, parts["chat"][: sizes.chat])
