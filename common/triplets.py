@@ -91,7 +91,7 @@ def read_triplets(path: str | os.PathLike, keys: str = "", pool: str = "") -> li
 
 
 def split_paths(path: str | os.PathLike) -> list[str]:
-    """"a.jsonl,b.jsonl" -> both; a file whose own name has a comma is one."""
+    """ "a.jsonl,b.jsonl" -> both; a file whose own name has a comma is one."""
     path = os.fspath(path)
     return [path] if os.path.exists(path) else [part.strip() for part in path.split(",") if part.strip()] or [path]
 

@@ -202,6 +202,7 @@ def _vocabulary() -> dict[str, tuple[str, str]]:
 
 _NAMES = _vocabulary()
 _NAME = re.compile(r"(?<![\w'-])(" + "|".join(sorted(map(re.escape, _NAMES), key=len, reverse=True)) + r")(?![\w'-])")
+_BETWEEN = r"(,|;|\band\b|\bbut\b|\bwith\b)"  # clauses
 _REST = re.compile(r"\b(instead of|rather than|as opposed to)\b.*")
 
 
@@ -209,7 +210,7 @@ def claims(text: str) -> list[Claim]:
     """What a delta says of the target, clause by clause; the longest name wins ("casual shoes" is an article)."""
     found = []
     text = text.lower().replace("\u2019", "'").replace(".", " ")
-    for clause in re.split(r",|;|\band\b|\bbut\b|\bwith\b", text):
+    for clause in re.split(_BETWEEN, text)[::2]:
         clause = " ".join(_REST.sub("", clause).split())
         if not clause:
             continue
@@ -258,3 +259,27 @@ def judged(text: str, one: dict[str, str], other: dict[str, str]) -> list[tuple[
             continue
         found[claim] = (claim.attribute, verdict(claim, one, other))
     return list(found.values())
+
+
+def marks(text: str, one: dict[str, str], other: dict[str, str]) -> list[tuple[str, bool | None]]:
+    """The text clause by clause, each with its verdict: wrong where any claim is, right where one is and none wrong."""
+    pieces = []
+    for place, piece in enumerate(re.split(_BETWEEN, text, flags=re.IGNORECASE)):
+        verdicts = [good for _, good in judged(piece, one, other)] if place % 2 == 0 else []
+        if piece.strip():
+            pieces.append((piece.strip(), False if False in verdicts else True if True in verdicts else None))
+    return pieces
+
+
+# ---- what else is a right answer ----
+def wished(text: str, one: dict[str, str], other: dict[str, str]):
+    """A test for the gallery: whether a product is of the target's article and has all that the text asks for of it.
+
+    Which is CIRCO's way: a shop has many right answers, and the benchmark's one target is among them."""
+    asked = [claim for claim in claims(text) if claim.attribute not in ("?", "article")]
+
+    def right(product: dict[str, str]) -> bool:
+        same = product["article"] == other["article"]
+        return same and all(verdict(claim, one, product) is True for claim in asked)
+
+    return right

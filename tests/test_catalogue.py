@@ -6,17 +6,20 @@ import io
 import json
 import re
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_demo import finished_demo
 
+from common import pages
 from common.annotations import FASHIONIQ_CATEGORIES, read_chat, read_cirr, read_fashioniq, training_triplets
 from common.console import UserError
 from common.files import write_jsonl
-from demo import catalogue, products, wordings
+from demo import catalogue, products, report, wordings
 
 SIZES = catalogue.Sizes(train=20, dev=2, val=4, test=1, queries=4, chat=12, aux=30, fashioniq=1)
 KINDS = {  # article -> the kind it is filed under
@@ -277,6 +280,73 @@ def test_verdicts():
     assert wordings.judged("the shoes are brown", shoes, shoes | {"colour": "brown"}) == [("colour", True)]
     assert wordings.judged("is shoes", one, shoes) == [("article", True)]
     assert wordings.judged("is casual shoes", one, shoes) == [("article", False)]
+
+
+def test_marks_follow_the_verdicts_clause_by_clause():
+    one = {"article": "t-shirt", "colour": "white", "usage": "casual"}
+    other = one | {"colour": "navy", "pattern": "stripes"}
+    text = "Is navy, is plain and is striped with a red v-neck"
+    wanted = [("Is navy", True), (",", None), ("is plain", False), ("and", None), ("is striped", None)]
+    assert wordings.marks(text, one, other) == [*wanted, ("with", None), ("a red v-neck", False)]
+    shown = pages.marked([("is <navy>", True), ("is plain", False), ("and", None)])
+    wanted = '<span class="good">is &lt;navy&gt;</span> <span class="bad">is plain</span> <span>and</span>'
+    assert isinstance(shown, pages.Html) and shown == wanted
+
+
+def test_wished_pictures_have_what_is_asked():
+    one = {"article": "t-shirt", "colour": "white", "gender": "men"}
+    other = {"article": "shirt", "colour": "navy", "gender": "men"}
+    for text, product, wanted in (
+        ("is navy", other, True),
+        ("is navy", other | {"gender": "women"}, True),  # not asked
+        ("is navy", other | {"article": "t-shirt"}, False),
+        ("is a shirt", other | {"colour": "red"}, True),
+        ("is navy", other | {"colour": "blue"}, False),
+        ("is darker", other | {"colour": "black"}, True),
+        ("is navy and is for women", other, False),
+        ("is navy with a v-neck", other, False),  # not known to have one
+    ):
+        assert wordings.wished(text, one, other)(product) == wanted, (text, product)
+
+
+def test_average_precision_is_circos():
+    """By its definition, a sum over all K places, in fractions."""
+    rng = np.random.default_rng(5)
+    names = [str(i) for i in range(30)]
+    for _ in range(200):
+        top = [str(name) for name in rng.permutation(names)[:10]]
+        right = {str(name) for name in rng.permutation(names)[: rng.integers(1, 20)]}
+        hits = [name in right for name in top]
+        terms = [Fraction(sum(hits[: k + 1]), k + 1) for k in range(10) if hits[k]]
+        assert report.average_precision(top, right) == pytest.approx(float(sum(terms) / min(10, len(right))))
+
+
+def test_report_on_photographs_marks_deltas_and_counts_all_right_answers(small, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "demo"
+    val = finished_demo(out, small)
+    for name, value in (("OUT", str(out)), ("WORLD", str(small)), ("KIND", "photos")):
+        monkeypatch.setattr(report, name, value)
+    report.main()
+    found = json.loads((out / "metrics.json").read_text())
+    attributes = json.loads((small / "attributes.json").read_text())
+    deltas = found["deltas"]
+    assert deltas["VDG, held-out pairs"]["precision"] == 100 and deltas["VDG, auxiliary pairs"]["precision"] < 100
+    scores = []
+    for (
+        query
+    ) in val.queries:  # as report.py, by another road: every claim of the text about each picture of the gallery
+        top = [query.target] + [name for name in val.gallery if name not in (query.target, query.reference)][:9]
+        one, other = attributes[query.reference], attributes[query.target]
+        right = []
+        for name in set(val.gallery) - {query.reference}:
+            verdicts = [good for key, good in wordings.judged(query.delta, one, attributes[name]) if key != "article"]
+            if attributes[name]["article"] == other["article"] and all(good is True for good in verdicts):
+                right.append(name)
+        hits = [name in right for name in top]
+        scores.append(sum(sum(hits[: k + 1]) / (k + 1) for k in range(10) if hits[k]) / min(10, len(right)))
+    assert found["rows"][0]["mAP@10"] == pytest.approx(100 * np.mean(scores)) and "mAP@10" in capsys.readouterr().out
+    page = (out / "index.html").read_text()
+    assert page.count('<span class="good">') >= 8 and '<span class="bad">is red</span>' in page
 
 
 def test_frames_have_fashioniqs_frequencies():
