@@ -6,7 +6,10 @@ the catalogue knows of each and its shop title. A part goes on from its last sta
 Hugging Face folder (demo/formats.py) with its time and its held-out scores beside it.
 """
 
+import hashlib
+import io
 import json
+import math
 import os
 import sys
 import time
@@ -69,8 +72,6 @@ def read_shelves(folder: str) -> tuple[Slots, Shelf, Shelf]:
 
 
 def hash_of(key: str) -> bytes:
-    import hashlib
-
     return hashlib.sha256(b"held out " + key.encode()).digest()
 
 
@@ -79,14 +80,12 @@ def brand(product: products.Product) -> str:
 
 
 def brands(found: list[products.Product]) -> tuple[str, ...]:
-    """The most frequent ones, without words that are no brand."""
+    """The most frequent first words of titles."""
     count = Counter(brand(product) for product in found)
     return tuple(sorted(name for name, _ in count.most_common(_BRANDS)))
 
 
 def shelf(catalogue: products.Catalogue, found: list[products.Product], slots: Slots) -> Shelf:
-    import io
-
     pictures = np.empty((len(found), 80, 60, 3), np.uint8)
     labels = torch.full((len(found), len(slots.values)), -100)
     for i, photo in enumerate(progress(catalogue.photos(found), "reading photographs", len(found))):
@@ -141,7 +140,7 @@ def train(name: str, states: str, model: nn.Module, steps: int, lr: float, loss_
         say(f"{name}: goes on from step {first}")
     began, mean = time.time(), None
     for step in range(first, steps):
-        rate = min(1, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+        rate = min(1, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in adam.param_groups:
             group["lr"] = lr * rate
         torch.manual_seed(step)  # of the views
@@ -447,8 +446,8 @@ def pretrain_blip(
     tok = bert_tokenizer(f"{out}/blip", frequent(shown.titles, corpus))
     vocab, sizes = len(tok) + 2, slots.sizes()  # [DEC] and [ENC] come last, as in the released weights
     model = new_blip(out, vocab, seed)
-    all_ = nn.ModuleDict({"model": model, "guide": nn.Linear(128, sum(sizes))})
-    all_.register_parameter("scale", nn.Parameter(torch.tensor(2.6)))
+    trained = nn.ModuleDict({"model": model, "guide": nn.Linear(128, sum(sizes))})
+    trained.register_parameter("scale", nn.Parameter(torch.tensor(2.6)))
 
     def encode(titles, tokens=None):
         words = tok(told(titles), padding=True, truncation=True, max_length=40, return_tensors="pt")
@@ -467,7 +466,7 @@ def pretrain_blip(
             tokens = model.vision_model(pixel_values=views(shown.pictures[picks], True)).last_hidden_state
         titles = [shown.titles[i] for i in picks]
         image, words = model.vision_proj(tokens[:, 0]), model.text_proj(encode(titles))
-        itc = contrast(image, words, all_.scale.exp().clamp(max=100))
+        itc = contrast(image, words, trained.scale.exp().clamp(max=100))
         # each title also meets its hardest picture of the batch, each picture its hardest title
         with torch.no_grad():
             near = 20 * F.normalize(image.float(), dim=-1) @ F.normalize(words.float(), dim=-1).T
@@ -477,7 +476,7 @@ def pretrain_blip(
             hard_image = torch.multinomial(near.T.softmax(1), 1)[:, 0]
         both = encode(titles * 2 + [titles[i] for i in hard_text], torch.cat([tokens, tokens[hard_image], tokens]))
         truth = torch.cat([torch.ones(96), torch.zeros(192)]).long()
-        guide = attribute_loss(all_["guide"](image), shown.labels[picks], sizes)
+        guide = attribute_loss(trained["guide"](image), shown.labels[picks], sizes)
         return itc + F.cross_entropy(model.itm_head(both).float(), truth) + 0.5 * guide
 
     @torch.no_grad()
@@ -489,7 +488,7 @@ def pretrain_blip(
             scores[name] = round(float(said.float().mean()), 3)
         return scores
 
-    seconds = train("blip", states, all_, steps, 1e-3, loss_at, report)
+    seconds = train("blip", states, trained, steps, 1e-3, loss_at, report)
     facts = {"seconds": round(seconds), "steps": steps, "pictures": len(shown.pictures), "held_out": report()}
     save(model, f"{out}/blip", **facts)
     preprocessor(f"{out}/blip", "blip", PIXELS)

@@ -41,11 +41,18 @@ M=${MODELS:-demo/models_photos} W=$OUT/world
 START=$SECONDS
 
 # ---- sizes: two hours on 2 cores ----
-CHAT=${CHAT:-2000} ALIGN_EPOCHS=${ALIGN_EPOCHS:-4}                  # titles, and passes over them
-TRAIN=${TRAIN:-300} TUNE_EPOCHS=${TUNE_EPOCHS:-8}                   # human-like triplets, and passes over them
-AUX=${AUX:-3000} SUBGROUPS=${SUBGROUPS:-300} HELD_OUT=${HELD_OUT:-500} # unlabelled pictures, subgroups described, pairs judged
-DEV_GROUPS=${DEV_GROUPS:-60} VAL_GROUPS=${VAL_GROUPS:-250}          # sets of six, four queries each
-STEPS=${STEPS:-160} DTYPE=${DTYPE:-bf16}                            # of a retrieval model; of the language model
+CHAT=${CHAT:-3000}               # shop titles to align with, ...
+ALIGN_EPOCHS=${ALIGN_EPOCHS:-4}  # ... and passes over them
+TRAIN=${TRAIN:-300}              # human-like triplets, ...
+TUNE_EPOCHS=${TUNE_EPOCHS:-8}    # ... and passes over them
+AUX=${AUX:-3000}                 # unlabelled photographs
+SUBGROUPS=${SUBGROUPS:-300}      # mined subgroups that are described, nine pairs each
+HELD_OUT=${HELD_OUT:-500}        # held-out pairs whose deltas are judged
+DEV_GROUPS=${DEV_GROUPS:-60}     # sets of six of dev, four queries each
+VAL_GROUPS=${VAL_GROUPS:-250}    # ... and of val
+STEPS=${STEPS:-160}              # of each retrieval model
+# of the language model: 16 bits where the processor computes with them, as GPUs do by themselves
+DTYPE=${DTYPE:-$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo auto)}
 
 step() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - START)); }
 

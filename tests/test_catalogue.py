@@ -19,7 +19,8 @@ from common import pages
 from common.annotations import FASHIONIQ_CATEGORIES, read_chat, read_cirr, read_fashioniq, training_triplets
 from common.console import UserError
 from common.files import write_jsonl
-from demo import catalogue, products, report, wordings
+from common.images import Preprocess
+from demo import catalogue, photo_models, products, report, wordings
 
 SIZES = catalogue.Sizes(train=20, dev=2, val=4, test=1, queries=4, chat=12, aux=30, fashioniq=1)
 KINDS = {  # article -> the kind it is filed under
@@ -391,3 +392,112 @@ def test_frames_have_fashioniqs_frequencies():
         for key in spoken:
             spoken[key] += bool(re.search(words[key], text))
     assert spoken == wordings.SPOKEN_OF
+
+
+# ---- the committed stand-ins ----
+MODELS = ROOT / "demo" / "models_photos"
+
+
+@pytest.mark.parametrize("name", ["instructblip", "clip", "blip", "resnet"])
+def test_committed_models_are_ordinary_folders(name):
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    folder = MODELS / name
+    config = transformers.AutoConfig.from_pretrained(folder)
+    _, info = getattr(transformers, config.architectures[0]).from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    kinds = {tensor.dtype for tensor in load_file(folder / "model.safetensors").values() if tensor.is_floating_point()}
+    assert kinds == {torch.float16}  # in half precision: one saved in fp32 by mistake would be twice as large
+    facts = json.loads((folder / "pretraining.json").read_text())
+    assert facts["seconds"] > 60 and facts["pictures"] == 19_221 and facts["held_out"]
+
+
+@pytest.mark.parametrize("name", ["instructblip", "clip", "blip", "resnet"])
+def test_the_whole_photograph_is_seen_and_as_hugging_face_sees_it(name):
+    """60 x 80 and other shapes are squashed, none is cropped; pixels equal transformers' own."""
+    import transformers
+
+    picture = Image.open(io.BytesIO(jpeg(np.random.default_rng(2))))
+    ours = Preprocess.from_folder(str(MODELS / name), name)
+    assert (ours.size, ours.keep_ratio) == (photo_models.PIXELS, False)
+    kind = json.loads((MODELS / name / "preprocessor_config.json").read_text())["image_processor_type"]
+    theirs = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
+    wanted = theirs.from_pretrained(MODELS / name)(picture, return_tensors="pt")["pixel_values"][0]
+    assert float((ours(picture) - wanted).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["clip", "blip"])
+def test_a_word_of_a_delta_is_a_token(name):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODELS / name)
+    text = "is a purple sweatshirt and has more stripes , for women and less casual"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids).strip() == text and len(ids) <= len(text.split()) + 2
+
+
+def test_committed_models_are_small():
+    size = sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file())
+    assert size < 20e6, f"{size / 1e6:.1f} MB"
+    assert sorted(folder.name for folder in MODELS.iterdir()) == ["blip", "clip", "instructblip", "resnet"]
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
+    """Two runs, the first stopped behind its state, against one."""
+    import torch
+
+    def trained(states: Path, stop: int) -> tuple[float, dict]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 2)
+
+        def loss_at(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 6)  # by the step's own seed
+            return (model(x).float() - x[:, :2]).pow(2).mean()
+
+        seconds = photo_models.train("linear", str(states), model, 300, 1e-2, loss_at, dict)
+        return seconds, {key: value.clone() for key, value in model.state_dict().items()}
+
+    for folder in ("whole", "stopped"):
+        (tmp_path / folder).mkdir()
+    _, wanted = trained(tmp_path / "whole", -1)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped", 250)
+    seconds, found = trained(tmp_path / "stopped", -1)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted) and seconds > 0
+
+
+def test_every_photograph_is_seen_once_an_epoch():
+    rows = np.concatenate([photo_models.batch_of(50, 16, 7, step) for step in range(25)])  # 8 epochs of 50
+    assert all(sorted(rows[50 * epoch : 50 * (epoch + 1)]) == list(range(50)) for epoch in range(8))
+    assert list(rows[:50]) != list(rows[50:100])
+
+
+def test_what_is_not_known_teaches_nothing():
+    import torch
+
+    logits = torch.randn(4, 5, requires_grad=True)
+    labels = torch.tensor([[0, -100], [1, 2], [-100, -100], [1, -100]])
+    photo_models.attribute_loss(logits, labels, [2, 3]).backward()
+    known = logits.grad.abs().sum(1) > 0
+    assert known.tolist() == [True, True, False, True]
+    assert (logits.grad[[0, 3], 2:] == 0).all() and (logits.grad[1, 2:] != 0).all()
+
+
+def test_photographs_trained_on_and_held_out_share_no_title(folders):
+    slots, shown, held = photo_models.read_shelves(str(folders["zipped"]))
+    assert not set(shown.titles) & set(held.titles) and len(held.titles) >= 30
+    stages = {
+        product.title
+        for product in products.read_catalogue(str(folders["zipped"])).products
+        if not products.is_for_pretraining(product)
+    }
+    assert not stages & (set(shown.titles) | set(held.titles))
+    article = slots.values["article"]
+    row = next(i for i, title in enumerate(shown.titles) if title.endswith("Kurtas, Sleeveless"))
+    assert article[shown.labels[row, 0]] == "kurta" and shown.pictures[row].shape == (80, 60, 3)
