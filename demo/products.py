@@ -211,12 +211,16 @@ def _rows_of_csv(folder: str) -> list[tuple]:
         header = next(lines, [])
         if absent := [key for key in keys if key not in header]:
             raise UserError(f"{folder}/styles.csv: no column {absent[0]}")
-        rows = []
+        rows, short = [], 0
         for fields in lines:
+            if len(fields) < len(header):
+                short += 1
+                continue
             record = dict(zip(header, fields, strict=False))
             record[header[-1]] = ",".join(fields[len(header) - 1 :])
-            if len(fields) >= len(header):
-                rows.append((record["id"] + ".jpg", *(record[key] for key in keys[1:])))
+            rows.append((record["id"] + ".jpg", *(record[key] for key in keys[1:])))
+    if short:
+        say(f"{folder}/styles.csv: {short:,} lines have too few columns and are left out")
     return rows
 
 

@@ -73,6 +73,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         for row in made:  # the title's comma unquoted, as in the public file
             fields = [row["image"][:-4], "Men", "Apparel", row["sub"], row["article"], row["colour"], "Fall", "2011"]
             file.write(",".join([*fields, row["usage"], row["title"]]) + "\r\n")
+        file.write("7,Men,Apparel\r\n")  # cut short: left out
     return {"zipped": zipped, "public": public}
 
 
