@@ -1,6 +1,6 @@
 """Trains the stand-in models of product photographs from scratch and saves them as ordinary Hugging Face folders.
 
-    python demo/pretrain_photos.py --data FOLDER                   # everything, about 40 minutes on one CPU core
+    python demo/pretrain_photos.py --data FOLDER                   # everything, about an hour on one CPU core
     python demo/pretrain_photos.py --data FOLDER --only clip       # some of resnet, vision, clip, blip
 
 FOLDER holds "Fashion Product Images (Small)" (demo/products.py reads both of its forms). Stopped, the same command goes
