@@ -2,8 +2,13 @@
 # The whole road on the embedded world: draw, align, tune, mine, generate, train, evaluate, report.
 #   ./demo.sh            -> out/demo/{index.html, metrics.json}, the committed default seed
 #   ./demo.sh --seed 1   -> out/demo-seed-1: another world, other triplets, other weights, other samples
+#   ./demo.sh --world photos --data FOLDER [--llm FOLDER]   product photographs, a pretrained LLM: see demo/photos.sh
 # Every line below is a stage with its public flags; copy one to play with it. Sizes are flags, nothing else is special.
 set -euo pipefail
+if [ "${1:-} ${2:-}" = "--world photos" ]; then
+  shift 2
+  exec "$(dirname "$0")/demo/photos.sh" "$@"
+fi
 cd "$(dirname "$0")"
 SEED=0
 OUT=out/demo
@@ -11,7 +16,7 @@ if [ "${1:-}" = "--seed" ] && [ -n "${2:-}" ]; then
   SEED=$2
   [ "$SEED" = 0 ] || OUT=out/demo-seed-$SEED
 elif [ $# -gt 0 ]; then
-  echo "usage: ./demo.sh [--seed N]" >&2
+  echo "usage: ./demo.sh [--seed N], or ./demo.sh --world photos --data FOLDER [--llm FOLDER] [--seed N]" >&2
   exit 1
 fi
 if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -f "$OUT/.demo" ]; then

@@ -53,6 +53,7 @@ figcaption { font-size: .76rem; line-height: 1.3; margin-top: .3rem; color: var(
 .panel .found { flex: 1 1 16rem; min-width: 0; }
 .panel .strip { margin: 0; }
 .delta { margin: 0 0 .3rem; font-weight: 600; }
+.good { color: var(--right); } .bad { color: var(--soft); text-decoration: line-through; }
 .note { margin: 0 0 .6rem; color: var(--soft); font-size: .86rem; }
 svg { display: block; width: 100%; max-width: 44rem; height: auto; }
 svg text { fill: var(--soft); font-size: 11px; }
@@ -154,6 +155,12 @@ def delta_panel(images: ImageStore, reference: str, target: str, delta: str, not
     query = (images.path(reference), f"reference {reference}")
     found = [(images.path(target), f"target {target}")]
     return panel(query, delta or "(nothing)", found, note=" · ".join(notes))
+
+
+def marked(pieces: list[tuple[str, bool | None]]) -> Html:
+    """A text in pieces: what is right in green, what is wrong struck out, what nobody knows (None) as it is."""
+    kinds = {True: ' class="good"', False: ' class="bad"', None: ""}
+    return Html(" ".join(f"<span{kinds[good]}>{escape(text)}</span>" for text, good in pieces))
 
 
 def table(rows: list, headers: list) -> Html:

@@ -63,7 +63,7 @@ def bert_tokenizer(folder: str, lines: list[str]):
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def clip_tokenizer(folder: str, lines: list[str]):
+def clip_tokenizer(folder: str, lines: list[str], size: int = 1200):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -71,7 +71,7 @@ def clip_tokenizer(folder: str, lines: list[str]):
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     tok.train_from_iterator(
         [" ".join(words_of([line])) for line in lines],
-        trainers.BpeTrainer(vocab_size=1200, end_of_word_suffix="</w>", show_progress=False, min_frequency=5),
+        trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False, min_frequency=5),
     )
     merges = [tuple(m) for m in json.loads(tok.to_str())["model"]["merges"]]
     vocab = {}
@@ -107,7 +107,8 @@ def write(path: str, obj) -> None:
         json.dump(obj, f, indent=1)
 
 
-def preprocessor(folder: str, kind: str) -> None:
+def preprocessor(folder: str, kind: str, pixels: int = PIXELS) -> None:
+    """kind: "blip" and "clip-squashed" squash to a square, "clip" and "resnet" crop one."""
     base = {
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -117,7 +118,7 @@ def preprocessor(folder: str, kind: str) -> None:
         "do_resize": True,
         "resample": 3,
     }
-    square = {"height": PIXELS, "width": PIXELS}
+    square = {"height": pixels, "width": pixels}
     write(
         f"{folder}/preprocessor_config.json",
         base
@@ -125,14 +126,20 @@ def preprocessor(folder: str, kind: str) -> None:
             "blip": {"image_processor_type": "BlipImageProcessor", "size": square},
             "clip": {
                 "image_processor_type": "CLIPImageProcessor",
-                "size": {"shortest_edge": PIXELS},
+                "size": {"shortest_edge": pixels},
                 "do_center_crop": True,
                 "crop_size": square,
                 "do_convert_rgb": True,
             },
+            "clip-squashed": {
+                "image_processor_type": "CLIPImageProcessor",
+                "size": square,
+                "do_center_crop": False,
+                "do_convert_rgb": True,
+            },
             "resnet": {
                 "image_processor_type": "ConvNextImageProcessor",
-                "size": {"shortest_edge": PIXELS},
+                "size": {"shortest_edge": pixels},
                 "crop_pct": 0.875,
             },
         }[kind],

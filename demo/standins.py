@@ -397,7 +397,7 @@ def start_from_vit(tower: nn.Module, folder: str) -> None:
     new["embeddings.class_embedding"] = state["embeddings.class_embedding"].flatten()
     new["embeddings.patch_embedding.weight"] = state["embeddings.patch_embedding.weight"]
     new["embeddings.position_embedding.weight"] = state["embeddings.position_embedding"][0]
-    for i in range(4):
+    for i in range(len(tower.encoder.layers)):
         old, here = f"encoder.layers.{i}.", f"encoder.layers.{i}."
         for part in ("weight", "bias"):
             q, k, v = state[f"{old}self_attn.qkv.{part}"].chunk(3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.annotations import FASHIONIQ_CATEGORIES, read_chat, read_cirr, read_fashioniq, training_triplets
+from common.annotations import FASHIONIQ_CATEGORIES, Benchmark, read_chat, read_cirr, read_fashioniq, training_triplets
 from common.files import write_json, write_jsonl, write_text
 from common.images import Preprocess
 from demo import formats, report, texts, world
@@ -219,14 +219,13 @@ def test_demo_removes_what_it_wrote_and_nothing_else(tmp_path):
     assert notes.exists()
 
 
-def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, monkeypatch, capsys):
-    """From files as the stages write them: all sections, the right picture framed, the files' numbers."""
+def finished_demo(out: Path, small: Path) -> Benchmark:
+    """A demo's folders as the stages write them, made up: every second run finds the target first. -> its val."""
     val = read_cirr(str(small / "cirr"), "val")
     records = [{"reference": q.reference, "target": q.target, "delta": q.delta} for q in val.queries]
     attributes = json.loads((small / "attributes.json").read_text())
     aux = sorted(name for name in attributes if name.startswith("aux_"))
     pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
-    out = tmp_path / "demo"
     for folder, lines in (("heldout", records), ("pseudo", pairs), ("same", records)):
         write_jsonl(out / folder / "pseudo.jsonl", lines)
     for folder in ("align", "vdg"):
@@ -244,13 +243,33 @@ def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, mo
             write_json(out / "cir" / run / "config.json", {"step": 5})
             log = [{"step": 5, "loss": 3.0}, {"step": 5, "score": 1.0}]
             write_jsonl(out / "cir" / run / "log.jsonl", log)
+    return val
+
+
+def test_report_is_one_page_with_table_retrievals_and_losses(small, tmp_path, monkeypatch, capsys):
+    """From files as the stages write them: all sections, the right picture framed, the files' numbers."""
+    out = tmp_path / "demo"
+    val = finished_demo(out, small)
     monkeypatch.setattr(report, "OUT", str(out))
     monkeypatch.setattr(report, "WORLD", str(small))
     report.main()
     rows = json.loads((out / "metrics.json").read_text())["rows"]
     assert [(r["model"], r["name"]) for r in rows] == [(m, n) for m in report._MODELS for n in report.ROWS.values()]
     assert rows[3]["R@1"] == 13.0 and rows[3]["mean"] == pytest.approx((13 + 20 + 30) / 3)
+    assert all("mAP@10" not in row for row in rows)  # a drawn garment's place is told by no catalogue
     page = (out / "index.html").read_text()
     assert "<script" not in page and "Retrievals of combiner" in page and "Retrievals of blip_tdm" in page
     assert page.count('class="right"') == 2 * len(val.queries[::2]) and page.count("<svg") == 5
     assert "VDG, held-out pairs          precision 100.0" in capsys.readouterr().out
+
+
+def test_demo_of_photographs_says_what_it_wants(tmp_path):
+    def said(*argv):
+        done = subprocess.run(["bash", ROOT / "demo.sh", "--world", "photos", *argv], capture_output=True, text=True)
+        assert done.returncode == 1 and not done.stdout
+        return done.stderr
+
+    assert said("--nonsense", "1").startswith("usage: ./demo.sh --world photos --data FOLDER")
+    assert said("--data", str(tmp_path)).startswith(f"error: --data '{tmp_path}': wanted the folder of the catalogue")
+    write_text(tmp_path / "styles.csv", "")
+    assert "no language model there" in said("--data", str(tmp_path), "--llm", str(tmp_path))
