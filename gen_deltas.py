@@ -40,9 +40,10 @@ import transformers
 
 import vdg_align
 import vdg_tune
-from common import memory, pages
+from common import memory
 from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
 from common.batches import ahead, chunks, gather_dealt, rank_batches, stop_together
+from common.browse import write_pages
 from common.console import UserError, progress, run, say, warn
 from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, row_key, start_engine
 from common.exports import write_exports
@@ -55,7 +56,6 @@ from common.files import (
     tensors_sha256,
     write_json,
     write_jsonl,
-    write_text,
 )
 from common.flags import at_least, override
 from common.images import ImageStore, check_report, load_pixels, safe_name, shown
@@ -102,6 +102,7 @@ OUT = "out/deltas"  # folder of everything written
 BATCH = 64  # pairs decoded together
 ENCODE_BATCH = 32  # images per forward pass of the ViT
 SHOW = 24  # pairs on the sample page deltas.html
+BROWSE = 20_000  # pairs on the pages browse/0001.html ..., 200 each, with links to their pictures; 0 = none
 WORKERS = 8  # threads that decode images
 SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
@@ -453,7 +454,7 @@ def with_deltas(pairs: list[dict], said: dict[tuple, dict]) -> list[dict]:
 
 
 def write_results(records: list[dict], members: dict, images: ImageStore) -> dict:
-    """Writes pseudo.jsonl, the same in the layout of CIRR or FashionIQ, report.json, deltas.html -> the report."""
+    """Writes pseudo.jsonl, the same in the layout of CIRR or FashionIQ, report.json and pages -> the report."""
     out = Path(OUT)
     write_jsonl(out / "pseudo.jsonl", records)
     dataset, split = (TRIPLETS.split("/") + ["train"])[:2] if TRIPLETS else ("cirr", "train")
@@ -470,21 +471,9 @@ def write_results(records: list[dict], members: dict, images: ImageStore) -> dic
         **{"empty": 0, "runaway": 0, "repeated": 0, **dict(sorted(flags.items()))},
     }
     drawn = sorted(seeded_rng("show", SEED).permutation(len(records))[:SHOW].tolist())
-    write_text(out / "deltas.html", sample_page([records[i] for i in drawn], report, images))
+    write_pages(out, records, drawn, report, images, BROWSE)
     write_json(out / "report.json", report, indent=2)
     return report
-
-
-def sample_page(records: list[dict], report: dict, images: ImageStore) -> str:
-    """A page of deltas beside their two pictures."""
-    panels = []
-    for record in records:
-        notes = [f"pair {record['id']}", *record.get("flags", ())]
-        if "reverse_delta" in record:
-            notes.append(f"reversed: {record['reverse_delta']}")
-        panels.append(pages.delta_panel(images, record["reference"], record["target"], record["delta"], notes))
-    counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in report.items())
-    return pages.page("Generated deltas", [("Counts", counts), (f"{len(records)} pairs at random", *panels)])
 
 
 def digest_of(folder: str) -> str:
@@ -499,7 +488,7 @@ def digest_of(folder: str) -> str:
 # ---- the run ----
 def check_flags() -> None:
     at_least(globals(), TEMPERATURE=0, TOP_K=0, MAX_NEW=1, BATCH=1, ENCODE_BATCH=1)
-    at_least(globals(), SUBGROUPS=0, MAX_PAIRS=0, SHOW=0, WORKERS=0)
+    at_least(globals(), SUBGROUPS=0, MAX_PAIRS=0, SHOW=0, BROWSE=0, WORKERS=0)
 
 
 def plan(dtype: torch.dtype) -> dict[str, dict[str, float]]:

@@ -36,11 +36,11 @@ def write_page(out: str, held: list[Triplet], said: list[tuple[str, list[str]]],
     panels = []
     for triplet, (delta, flags) in list(zip(held, said, strict=True))[:show]:
         notes = [f"human: {triplet.delta}", *flags]
-        panels.append(pages.delta_panel(images, triplet.reference, triplet.target, delta, notes))
+        panels.append(pages.delta_panel(images, triplet.reference, triplet.target, delta, notes, out))
     names = ("step", "held_out_loss", "perplexity", "deltas", "empty", "repeated", "too_long", "copied")
     rows = [[record[name] for name in names] for record in records(out)]
     table = pages.table(rows, [name.replace("_", " ") for name in names])
-    sections = [("Each epoch", table), ("Generated deltas, greedy", *panels)]
+    sections = [("Each epoch", table), ("Generated deltas, greedy", pages.pairs(panels))]
     write_text(f"{out}/held_out.html", pages.page("Held-out triplets", sections))
 
 

@@ -14,6 +14,7 @@ import io
 import math
 import os
 import unicodedata
+import urllib.parse
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -37,7 +38,7 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem .35rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; }
 .strip { display: flex; flex-wrap: wrap; gap: .5rem; margin: .6rem 0; }
 figure { margin: 0; width: 6.6rem; }
 figure.big { width: auto; max-width: 100%; }
@@ -52,6 +53,17 @@ figcaption { font-size: .76rem; line-height: 1.3; margin-top: .3rem; color: var(
 .panel .ask { width: 9rem; }
 .panel .found { flex: 1 1 16rem; min-width: 0; }
 .panel .strip { margin: 0; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: .8rem;
+  margin: .8rem 0; }
+.pair { display: grid; grid-template-columns: 7rem 1fr 7rem; gap: 0 .6rem; padding: .8rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; align-items: start; }
+.pair figure { width: auto; min-width: 0; }
+.pair img { aspect-ratio: 1; object-fit: contain; }
+.pair .delta { align-self: center; text-align: center; margin: 0; overflow-wrap: anywhere; }
+.pair .delta::after { content: "→"; display: block; color: var(--soft); font-weight: 400; }
+.pair .note { grid-column: 1 / -1; margin: .5rem 0 0; overflow-wrap: anywhere; }
+.turn a, .turn b { display: inline-block; padding: .1rem .5rem; }
+a { color: inherit; }
 .delta { margin: 0 0 .3rem; font-weight: 600; }
 .good { color: var(--right); } .bad { color: var(--soft); text-decoration: line-through; }
 .note { margin: 0 0 .6rem; color: var(--soft); font-size: .86rem; }
@@ -60,9 +72,11 @@ svg text { fill: var(--soft); font-size: 11px; }
 .axis { stroke: var(--soft); } .grid { stroke: var(--line); } .path { fill: none; stroke-width: 1.8; }
 .s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); } .s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
 .s4 { stroke: var(--s4); } .s5 { stroke: var(--s5); }
-@media (max-width: 30rem) { body { padding: 1.2rem .8rem 3rem; } figure { width: 5rem; } }
+@media (max-width: 30rem) { body { padding: 1.2rem .8rem 3rem; } figure { width: 5rem; }
+  .pair { grid-template-columns: 1fr 1fr 1fr; } }
 """
 
+NAME = 30  # characters of a name under a small picture; a longer one is cut in the middle, whole in its tooltip
 CUT = 600  # characters of one text shown on a page; the rest becomes an ellipsis that says how much was left out
 
 
@@ -116,22 +130,46 @@ def thumbnail(image: str | os.PathLike | Image.Image, size: int = 200) -> str:
     return _encode(_open(image), size) if isinstance(image, Image.Image) else _thumbnail_of(os.fspath(image), size)
 
 
-def figure(image: str | os.PathLike | Image.Image, caption: object = "", size: int = 900, kind: str = "big") -> Html:
-    """One picture with its caption; kind: "big" (as wide as it is), "small", "query" or "right" (framed)."""
+def shortened(text: object, most: int = NAME) -> Html:
+    """A name that keeps its two ends: "dresses-long-…-0013.jpg", the whole in a tooltip."""
+    line = clean(text)
+    if isinstance(text, Html) or len(line) <= most:
+        return escape(text)
+    short = f"{line[: most // 2]}…{line[-(most // 2) :]}"
+    return Html(f'<span title="{escape(line)}">{html.escape(short)}</span>')
+
+
+def address(path: str | os.PathLike, beside: str | os.PathLike) -> str:
+    """The address of a file as seen from a page in the folder `beside`; only bytes that a link may hold."""
+    return urllib.parse.quote(os.path.relpath(path, beside).encode("utf-8", "surrogateescape"))
+
+
+def figure(
+    image: str | os.PathLike | Image.Image, caption: object = "", size: int = 900, kind: str = "big", beside: str = ""
+) -> Html:
+    """One picture with its caption; kind: "big" (as wide as it is), "small", "query" or "right" (framed).
+
+    beside: the folder of the page, which makes the picture, if it is a path, a link to its file."""
     assert kind in ("big", "small", "query", "right"), kind
     alt = html.escape(clean(caption)[:200], quote=True) if not isinstance(caption, Html) else ""
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return Html(f'<figure class="{kind}"><img src="{thumbnail(image, size)}" alt="{alt}">{below}</figure>')
+    words = escape(caption) if kind == "big" else shortened(caption)
+    below = f"<figcaption>{words}</figcaption>" if caption else ""
+    seen = f'<img src="{thumbnail(image, size)}" alt="{alt}">'
+    if beside and not isinstance(image, Image.Image):
+        seen = f'<a href="{address(image, beside)}">{seen}</a>'
+    return Html(f'<figure class="{kind}">{seen}{below}</figure>')
 
 
-def strip(items: list, right: int | None = None) -> Html:
+def strip(items: list, right: int | None = None, beside: str = "") -> Html:
     """Thumbnails side by side: images or (image, label) pairs; the one at index `right` is framed."""
     pairs = [item if isinstance(item, tuple) else (item, "") for item in items]
-    cells = [figure(im, label, 200, "right" if i == right else "small") for i, (im, label) in enumerate(pairs)]
+    cells = [figure(im, label, 200, "right" if i == right else "small", beside) for i, (im, label) in enumerate(pairs)]
     return Html(f'<div class="strip">{"".join(cells)}</div>')
 
 
-def panel(query, text: object, ranked: list, right: int | None = None, note: object = "", answer=None) -> Html:
+def panel(
+    query, text: object, ranked: list, right: int | None = None, note: object = "", answer=None, beside: str = ""
+) -> Html:
     """One retrieval: the query picture and its text, then the ranked pictures, with the right one framed.
 
     query: image or (image, label). ranked: images or (image, label), best first; `right`: index of the right one among
@@ -144,17 +182,34 @@ def panel(query, text: object, ranked: list, right: int | None = None, note: obj
         items.append(answer)
     words = f'<p class="delta" dir="auto">{escape(text)}</p>' if text else ""
     below = f'<p class="note">{escape(note)}</p>' if note else ""
-    ask = f'<div class="ask">{figure(image, label, 300, "query")}</div>'
-    return Html(f'<div class="panel">{ask}<div class="found">{words}{below}{strip(items, right)}</div></div>')
+    ask = f'<div class="ask">{figure(image, label, 300, "query", beside)}</div>'
+    return Html(f'<div class="panel">{ask}<div class="found">{words}{below}{strip(items, right, beside)}</div></div>')
 
 
-def delta_panel(images: ImageStore, reference: str, target: str, delta: str, notes: list[str]) -> Html:
-    """One triplet: the reference, the text that changes it, the target, and what else is to be said of them.
+def delta_panel(
+    images: ImageStore, reference: str, target: str, delta: str, notes: list[str], beside: str = "", linked=False
+) -> Html:
+    """One triplet: reference and target of equal size, between them the text that leads from one to the other.
 
-    images: where the two names are looked up; notes: joined by a dot; an empty delta shows as (nothing)."""
-    query = (images.path(reference), f"reference {reference}")
-    found = [(images.path(target), f"target {target}")]
-    return panel(query, delta or "(nothing)", found, note=" · ".join(notes))
+    images: where the two names are looked up; notes: joined by a dot; an empty delta shows as (nothing). linked: the
+    pictures are not embedded but read from their files when they come into view, for pages of very many."""
+
+    def side(name: str) -> str:
+        path = images.path(name)
+        if not linked:
+            return figure(path, name, 300, "query", beside)
+        at = address(path, beside)
+        seen = f'<a href="{at}"><img src="{at}" alt="{escape(name)}" loading="lazy"></a>'
+        return f'<figure class="query">{seen}<figcaption>{shortened(name)}</figcaption></figure>'
+
+    words = f'<p class="delta" dir="auto">{escape(delta or "(nothing)")}</p>'
+    below = f'<p class="note">{escape(" · ".join(notes))}</p>' if notes else ""
+    return Html(f'<article class="pair">{side(reference)}{words}{side(target)}{below}</article>')
+
+
+def pairs(panels: list[Html]) -> Html:
+    """delta_panels side by side, as many a row as the window has room for."""
+    return Html(f'<div class="pairs">{"".join(panels)}</div>')
 
 
 def marked(pieces: list[tuple[str, bool | None]]) -> Html:
@@ -242,17 +297,19 @@ def curve(series: dict[str, list], x_label: str = "step", y_label: str = "") -> 
             x, y = place(*points[0])
             out.append(f'<circle class="path s{i % 6}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
         out.append(f'<polyline class="path s{i % 6}"{dash} points="{spots}"/>')
-        column, row = i % 3, i // 3
-        x, y = left + column * 180, below + 20 + row * 17
+        column, row = i % 2, i // 2
+        x, y = left + column * 280, below + 20 + row * 17
         out.append(f'<line class="path s{i % 6}"{dash} x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}"/>')
-        short = name if len(name) <= 26 else name[:25] + "…"
-        out.append(f'<text x="{x + 24}" y="{y}">{escape(short)}</text>')
-    bottom = below + 20 + (len(lines) - 1) // 3 * 17 + 10
+        short = name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
+        out.append(f'<text x="{x + 24}" y="{y}"><title>{escape(name)}</title>{escape(short)}</text>')
+    bottom = below + 20 + (len(lines) - 1) // 2 * 17 + 10
     return Html(f'<svg viewBox="0 0 {left + width + 20} {bottom}" role="img">{"".join(out)}</svg>')
 
 
-def page(title: str, sections: list) -> str:
-    """A whole page. sections: (heading, part, part, ...), or a part alone; a part is Html or text (a paragraph)."""
+def page(title: str, sections: list, linked: bool = False) -> str:
+    """A whole page. sections: (heading, part, part, ...), or a part alone; a part is Html or text (a paragraph).
+
+    linked: it may show pictures of its own disk or server, as delta_panel(linked=True) does."""
 
     def block(part: object) -> str:
         return part if isinstance(part, Html) else f'<p dir="auto">{escape(part)}</p>'
@@ -263,7 +320,8 @@ def page(title: str, sections: list) -> str:
         inner = "".join(block(part) for part in parts)
         body.append("<section>" + (f"<h2>{escape(heading)}</h2>" if heading else "") + inner + "</section>")
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode("ascii")
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    pictures = "data: 'self' file:" if linked else "data:"
+    policy = f"default-src 'none'; img-src {pictures}; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

@@ -34,6 +34,11 @@ ROWS = {
 }
 _JUDGES = {"drawn": world, "photos": wordings}  # both have VALUES, changed and judged
 _TITLES = {"drawn": "VDG on the embedded world", "photos": "VDG on product photographs"}
+_INTRO = (
+    "A language model looked at pairs of pictures and wrote what turns one into the other; retrieval models were then "
+    "trained with and without these texts. Below are the tables, then texts between their two pictures, then what the "
+    "models found: all taken evenly, nobody picked."
+)
 _RECALLS = ("R@1", "R@5", "R@10", "R@50", "Rs@1")
 _SHOWN = 8  # deltas, and queries of each model, on the page
 
@@ -145,12 +150,12 @@ def delta_sections(
     for r in evenly(held_out):
         notes = ["human: " + spoken.get((r["reference"], r["target"]), "")]
         panels.append(pages.delta_panel(images, r["reference"], r["target"], shown(r, attributes), notes))
-    yield "Deltas for held-out pairs", *told, *panels
+    yield "Deltas for held-out pairs", *told, pages.pairs(panels)
 
     panels = []
     for r in evenly(auxiliary):
         panels.append(pages.delta_panel(gallery, r["reference"], r["target"], shown(r, attributes), []))
-    yield "Deltas for pairs mined from unlabelled pictures", *told, *panels
+    yield "Deltas for pairs mined from unlabelled pictures", *told, pages.pairs(panels)
 
 
 def retrieval_section(model: str, images: ImageStore) -> tuple:
@@ -228,7 +233,7 @@ def main() -> None:
     print_tables(rows, deltas)
 
     # the page to look at, and the picture of the README
-    sections = [*number_sections(rows, deltas)]
+    sections = [_INTRO, *number_sections(rows, deltas)]
     sections += delta_sections(held_out, human, auxiliary, val.images, gallery, attributes)
     sections += [retrieval_section(model, val.images) for model in _MODELS]
     sections += [*curve_sections(), link_section()]

@@ -4,12 +4,13 @@ import base64
 import io
 import os
 import re
+import urllib.parse
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
-from common import pages
+from common import browse, pages
 from common.images import ImageStore
 
 HOSTILE = [
@@ -66,7 +67,7 @@ def full_page(text: str) -> str:
 
 
 ALLOWED = set("html head meta title style body h1 h2 section p div figure img figcaption".split())
-ALLOWED |= set("table thead tbody tr th td svg line text path circle polyline".split())
+ALLOWED |= set("table thead tbody tr th td svg line text path circle polyline article span title".split())
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -78,7 +79,8 @@ def test_hostile_text_stays_text(text):
         assert not [name for name in attributes if name.startswith("on") or name in ("style", "href")], tag
         if "src" in attributes:
             assert re.fullmatch(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", attributes["src"])
-    assert [tag for tag, _ in seen.tags] == [tag for tag, _ in Elements(full_page("plain")).tags]  # same structure
+    tags = [tag for tag, _ in seen.tags if tag != "span"]  # the tooltip of a long name
+    assert tags == [tag for tag, _ in Elements(full_page("plain")).tags]  # same structure
     assert pages.clean(text)[:20] in re.sub(r"\s+", " ", seen.text)  # and the words are still there
 
 
@@ -168,7 +170,7 @@ def test_delta_panel_shows_reference_delta_target_and_notes(tmp_path):
         colour(shade, 0, 0).save(tmp_path / f"{name}.png")
     images = ImageStore(str(tmp_path))
     seen = Elements(pages.delta_panel(images, "a", "b<i>", "is <b>red</b>", ["pair 3", "human: 'x' & y"]))
-    assert seen.text == "reference ais <b>red</b>pair 3 · human: 'x' & ytarget b<i>" and not seen.open
+    assert seen.text == "ais <b>red</b>b<i>pair 3 · human: 'x' & y" and not seen.open
     assert {tag for tag, _ in seen.tags} <= ALLOWED
     shades = []
     for tag, attributes in seen.tags:
@@ -177,9 +179,48 @@ def test_delta_panel_shows_reference_delta_target_and_notes(tmp_path):
             shades.append(Image.open(io.BytesIO(data)).getpixel((5, 5))[0])
     assert shades == pytest.approx([10, 200], abs=4)
     silent = Elements(pages.delta_panel(images, "a", "a", "", []))
-    assert silent.text == "reference a(nothing)target a" and not [a for _, a in silent.tags if a.get("class") == "note"]
+    assert silent.text == "a(nothing)a" and not [a for _, a in silent.tags if a.get("class") == "note"]
     with pytest.raises(FileNotFoundError, match="'c'"):
         pages.delta_panel(images, "a", "c", "is red", [])
+
+
+def test_long_names_keep_their_ends_and_the_whole_in_a_tooltip():
+    name = "dresses-" + "x" * 60 + "<b>-0013.jpg"
+    seen = Elements(pages.shortened(name))
+    (span,) = [a for tag, a in seen.tags if tag == "span"]
+    assert span["title"] == name and len(seen.text) == pages.NAME + 1
+    assert seen.text.startswith("dresses-xxx") and seen.text.endswith("xx<b>-0013.jpg"[-15:])
+    assert pages.shortened("short.jpg") == "short.jpg"
+
+
+def test_every_pair_is_reached_from_the_overview(tmp_path):
+    """Follow the links as a browser does; every record is met once, with its two pictures' files."""
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "b #%<'>?"):
+        colour(9, 9, 9).save(folder / f"{name}.png")
+    images = ImageStore(str(folder))
+    records = [{"id": str(n), "reference": "a", "target": "b #%<'>?", "delta": f"text {n}"} for n in range(450)]
+    (out / "browse").mkdir(parents=True)
+    (out / "browse" / "0009.html").write_text("of an older run")
+    browse.write_pages(out, records, [3, 5], {"pairs": 450}, images, most=430)
+    met, todo, texts = set(), [out / "deltas.html"], []
+    while todo:
+        page = todo.pop().resolve()
+        if page in met:
+            continue
+        met.add(page)
+        seen = Elements(page.read_text())
+        assert "20 more are in pseudo.jsonl" in seen.text or page.name != "deltas.html"
+        links = [urllib.parse.unquote(a["href"]) for tag, a in seen.tags if tag == "a"]
+        todo += [page.parent / link for link in links if link.endswith(".html")]
+        assert all((page.parent / link).exists() for link in links)
+        if page.name != "deltas.html":
+            texts += re.findall(r"text (\d+)", seen.text)
+            shown = [a["src"] for tag, a in seen.tags if tag == "img"]
+            assert {(page.parent / urllib.parse.unquote(src)).resolve() for src in shown} == set(folder.iterdir())
+    assert sorted(map(int, texts)) == list(range(430)) and len(met) == 4
+    assert not (out / "browse" / "0009.html").exists()
 
 
 def test_an_answer_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
