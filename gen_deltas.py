@@ -60,6 +60,7 @@ from common.files import (
 from common.flags import at_least, override
 from common.images import ImageStore, check_report, load_pixels, safe_name, shown
 from common.llama import llm_shape
+from common.notes import respected
 from common.ranks import (
     Log,
     World,
@@ -84,6 +85,7 @@ TRIPLETS = ""  # instead of PAIRS those of human triplets: "cirr/train", "fashio
 ROOT = ""  # folder of the annotations of TRIPLETS; for "jsonl" the file
 SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CIRR and 3,600 for FashionIQ [S4.1]
 MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
+LABELS = ""  # labels.jsonl of search.py's label view: its texts replace generated ones, rejected ones go [ours]
 REVERSE = False  # also say what turns the target into the reference: the same model, images swapped [ours]
 
 # "cirr": OUT/cirr/, in the dataset's own layout, for CLIP4Cir, SPRC, Bi-Blip4CIR, which join the folder of the pictures
@@ -488,6 +490,8 @@ def digest_of(folder: str) -> str:
 # ---- the run ----
 def check_flags() -> None:
     at_least(globals(), TEMPERATURE=0, TOP_K=0, MAX_NEW=1, BATCH=1, ENCODE_BATCH=1)
+    if LABELS and not os.path.isfile(LABELS):
+        raise UserError(f"--labels {LABELS}: no such file; wanted labels.jsonl of search.py's label view")
     at_least(globals(), SUBGROUPS=0, MAX_PAIRS=0, SHOW=0, BROWSE=0, WORKERS=0)
 
 
@@ -576,6 +580,7 @@ def main() -> None:
     # pseudo triplets: all pairs in their order, whichever run and rank described them
     if world.rank == 0:
         records = with_deltas(pairs, read_parts(Path(OUT, "parts")))
+        records = respected(records, LABELS) if LABELS else records
         report = write_results(records, data.members, data.images)
         say(f"wrote {OUT}/pseudo.jsonl: {', '.join(f'{name} {value:,}' for name, value in report.items())}")
     barrier()

@@ -41,6 +41,33 @@ def read_notes(out: Path, held_out: int, pairs: list[Triplet], names: Container[
     return notes
 
 
+def respected(records: list[dict], path: str) -> list[dict]:
+    """Generated records after what a person said of them in labels.jsonl: a text that was accepted or edited stands in
+    place of the generated one ("judged" beside it), a rejected text is left out, with its pair; another text for the
+    same pair, of a better VDG, stays."""
+    kept, said, rejected = [], {}, set()
+    for line in read_jsonl(path):
+        if not {"reference", "target", "verdict", "delta", "was"} <= line.keys():
+            raise UserError(f"--labels {path}: a line without verdict, was or delta; wanted labels.jsonl of search.py")
+        pair = line["reference"], line["target"]
+        if line["verdict"] in ("accept", "edit"):
+            said[pair] = line
+        elif line["verdict"] == "reject":
+            rejected.add((*pair, line["was"]))
+    judged = 0
+    for record in records:
+        pair = record["reference"], record["target"]
+        if line := said.get(pair):
+            judged += 1
+            kept.append(record | {"delta": line["delta"], "judged": line["verdict"]})
+        elif (*pair, record["delta"]) not in rejected:
+            kept.append(record)
+    say(f"--labels: {judged:,} texts are a person's, {len(records) - len(kept):,} rejected ones are left out")
+    if not kept:
+        raise UserError(f"--labels {path}: every text was rejected, nothing is left to write")
+    return kept
+
+
 def note(notes: Notes, kind: str, key: tuple | int, value: dict | None, keep: bool = True) -> None:
     """Sets (None: takes away) a mark or a label, remembers what stood there, and writes the files."""
     table = getattr(notes, kind)

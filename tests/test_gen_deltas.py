@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -605,6 +606,37 @@ def test_what_another_vdg_said_of_a_pair_does_not_stay(vdg, mined, truth, tmp_pa
     old = [record | {"delta": "old", "flags": ["old"], "reverse_delta": "old"} for record in records_of(truth[1])]
     write_jsonl(tmp_path / "pairs.jsonl", old)
     assert generate(vdg, mined, tmp_path / "out", pairs=tmp_path / "pairs.jsonl") == truth[1]
+
+
+def test_what_a_person_judged_is_respected(vdg, mined, truth, tmp_path, capsys):
+    """Accepted and edited texts are the person's, a rejected text goes; another text for that pair stays; skips do not
+    count."""
+    said = records_of(truth[1])
+    ends = Counter((r["reference"], r["target"]) for r in said)
+    one, two, three, four, five = [i for i, r in enumerate(said) if ends[r["reference"], r["target"]] == 1][:5]
+    verdicts = {
+        one: ("accept", said[one]["delta"]),
+        two: ("edit", "is shorter"),
+        three: ("reject", said[three]["delta"]),
+    }
+    verdicts |= {four: ("skip", said[four]["delta"]), five: ("reject", "of another VDG")}
+    lines = []
+    for i, (verdict, text) in verdicts.items():
+        was = text if verdict != "edit" else said[i]["delta"]
+        pair = {"reference": said[i]["reference"], "target": said[i]["target"]}
+        lines.append(pair | {"verdict": verdict, "delta": text, "was": was, "id": said[i]["id"]})
+    write_jsonl(tmp_path / "labels.jsonl", lines)
+    found = records_of(generate(vdg, mined, tmp_path / "out", labels=tmp_path / "labels.jsonl"))
+    wanted = [dict(record) for record in said]
+    wanted[one]["judged"] = "accept"
+    wanted[two] |= {"delta": "is shorter", "judged": "edit"}
+    del wanted[three]
+    assert found == wanted and "2 texts are a person's, 1 rejected" in capsys.readouterr().out
+    write_jsonl(tmp_path / "labels.jsonl", [{"reference": "a"}])
+    with pytest.raises(UserError, match="--labels .*wanted labels.jsonl"):
+        generate(vdg, mined, tmp_path / "out", labels=tmp_path / "labels.jsonl")
+    with pytest.raises(UserError, match="--labels nowhere: no such file"):
+        generate(vdg, mined, tmp_path / "out", labels="nowhere")
 
 
 def test_plan_needs_no_files(tmp_path, capsys, monkeypatch):
