@@ -3,12 +3,12 @@
     python bench/teach.py --gallery out/demo/world/aux --truth out/demo/world/attributes.json --checkpoint out/cir
     python bench/teach.py --gallery catalogue --truth products.jsonl --backbone CLIP --seeds 3
 
---truth: what each picture shows, {"name": {attribute: value}} (the drawn world), or .jsonl of {"image", "article",
-"colour", "usage"} (a catalogue). A query is a picture and a text that changes one attribute; right is whatever else
-equals the picture in all others. The person looks at the first 48 answers of each query and marks two right ones at
-most, until there are --marks. Then it is taught, as by the button on the page, and two things are measured before and
-after: the page's own recall on the marks it held out, and whether a right picture is among the first K of fresh queries
-about pictures that were never marked.
+--truth: what each picture shows, {"name": {attribute: value}} (attributes.json of a world), or .jsonl of {"image",
+"article", "colour", "usage"} (a catalogue). A query is a picture and a text that changes one attribute; right is
+whatever else equals the picture in all others. The person looks at the first 48 answers of each query and marks two
+right ones at most, until there are --marks. Then it is taught, as by the button on the page, and two things are
+measured before and after: the page's own recall on the marks it held out, and whether a right picture is among the
+first K of fresh queries about pictures that were never marked.
 """
 
 import json
@@ -27,7 +27,11 @@ def read_truth(path: str) -> dict[str, dict]:
     if path.endswith(".jsonl"):
         lines = [json.loads(line) for line in open(path, encoding="utf-8")]
         return {line["image"]: {key: line[key] for key in ("article", "colour", "usage")} for line in lines}
-    return json.loads(Path(path).read_text())
+    truth = json.loads(Path(path).read_text())
+    if all("category" in picture for picture in truth.values()):  # the drawn world
+        return truth
+    keys = ("article", "colour", "usage")  # of the photographs these are known of all
+    return {name: {key: known[key] for key in keys} for name, known in truth.items() if known.keys() >= set(keys)}
 
 
 def text_of(before: dict, key: str, value: str, rng) -> str:
