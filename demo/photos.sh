@@ -41,8 +41,8 @@ M=${MODELS:-demo/models_photos} W=$OUT/world
 START=$SECONDS
 
 # ---- sizes: two hours on 2 cores ----
-CHAT=${CHAT:-3000}               # shop titles to align with, ...
-ALIGN_EPOCHS=${ALIGN_EPOCHS:-4}  # ... and passes over them
+CHAT=${CHAT:-6000}               # shop titles to align with, ...
+ALIGN_EPOCHS=${ALIGN_EPOCHS:-5}  # ... and passes over them
 TRAIN=${TRAIN:-300}              # human-like triplets, ...
 TUNE_EPOCHS=${TUNE_EPOCHS:-8}    # ... and passes over them
 AUX=${AUX:-3000}                 # unlabelled photographs
