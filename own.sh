@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a folder of pictures to the page, in one command: mine pairs, describe them, index, serve. Killed, it goes on.
-#   ./own.sh my_pictures                                       the embedded stand-in models: drawn garments only
+#   ./own.sh my_pictures                                       the embedded models: photographs of single products
 #   CHECKPOINT=out/cir VDG=out/vdg ENCODER=microsoft/resnet-152 ./own.sh my_pictures --port 8001
 # Flags behind the folder go to search.py. PAIRS=2000: so many pairs are described at most; 0 = all.
 set -euo pipefail
@@ -18,7 +18,7 @@ fi
 python -m pip install --quiet --disable-pip-version-check -r requirements-search.txt
 export TOKENIZERS_PARALLELISM=false
 OUT=out/own/$(basename "$FOLDER")
-ENCODER=${ENCODER:-demo/models/resnet}
+ENCODER=${ENCODER:-demo/models_photos/resnet}
 if [ -z "${VDG:-}" ]; then
   for VDG in out/vdg out/demo/vdg ""; do
     [ ! -e "$VDG/config.json" ] || break

@@ -58,7 +58,7 @@ from train_cir import build_cir, load_cir
 # ---- what is searched ----
 GALLERY = ""  # folder of the pictures, searched recursively
 CHECKPOINT = ""  # folder written by train_cir.py; empty: plain BACKBONE, the sum of picture and text feature
-BACKBONE = ""  # without CHECKPOINT: CLIP or BLIP, empty: the embedded CLIP, which knows drawn garments only
+BACKBONE = ""  # without CHECKPOINT: CLIP or BLIP, empty: the embedded CLIP, which knows product photographs only
 # With CHECKPOINT: where its CLIP or BLIP lies now, if it is no longer where it was.
 QUERIES = ""  # .jsonl of {"reference", "delta"} (either may be missing): answered without a page
 TOP = 48  # pictures found for a query
@@ -84,13 +84,13 @@ DEVICE = "auto"  # "auto", "cpu" or "cuda"; features are searched on the CPU
 DTYPE = "auto"  # of the model: "auto" is bf16 on cuda and fp32 on CPU; features and scores are always fp32
 SEED = 0  # of teaching
 
-_EMBEDDED = str(Path(__file__).resolve().parent / "demo/models/clip")
+_EMBEDDED = str(Path(__file__).resolve().parent / "demo/models_photos/clip")
 _WEB = ("style.css", "app.js", "judge.js", "icon.svg")  # what is served of web/ beside index.html
 _UPLOAD = 20 << 20  # bytes of a picture that is uploaded
 _TEXT, _TEXTS, _MOST = 500, 8, 500  # characters of a change, changes of a query, pictures of an answer
 _SIDES = {"thumb": 320, "image": 1600}  # pixels of a picture's longer side, by address
 _FEWEST = 4  # triplets that are worth a training
-_STAND_IN = ". The embedded model knows drawn garments only; on photographs it finds next to nothing"
+_STAND_IN = ". The embedded model knows photographs of single products; of other pictures it sees little"
 _KS = (1, 5, 10)  # recall of held-out marks
 # constants of the present checkpoint that a teaching keeps
 _KEPT = "MODEL TEXT_LENGTH FIRST_TOKEN TRAIN_TEXT TRAIN_TDM_HEAD COMBINER_P COMBINER_H COMBINER_DROPOUT"

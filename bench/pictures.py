@@ -70,7 +70,12 @@ def main() -> None:
     from PIL import Image
 
     import train_cir
-    from common.images import ImageStore, Preprocess, list_images
+    from common.flags import constants_of
+    from common.images import ImageStore, Preprocess, augment, list_images
+    from common.ranks import seeded_rng
+
+    constants = constants_of(vars(train_cir))
+    strengths = [constants[name] for name in "CROP_SCALE CROP_RATIO FLIP JITTER TRANSLATE ROTATE".split()]
 
     with tempfile.TemporaryDirectory() as scratch:
         if not found.images:
@@ -87,7 +92,7 @@ def main() -> None:
             for i, name in enumerate(names):
                 picture = images.open(name)
                 if augmented:
-                    picture = train_cir.augmented(picture, ("bench", i), found.size)
+                    picture = augment(picture, seeded_rng("bench", i), *strengths, found.size)
                 preprocess.crop(picture)
 
         def torchvision(transform) -> None:
