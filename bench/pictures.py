@@ -70,12 +70,11 @@ def main() -> None:
     from PIL import Image
 
     import train_cir
-    from common.flags import constants_of
     from common.images import ImageStore, Preprocess, augment, list_images
     from common.ranks import seeded_rng
 
-    constants = constants_of(vars(train_cir))
-    strengths = [constants[name] for name in "CROP_SCALE CROP_RATIO FLIP JITTER TRANSLATE ROTATE".split()]
+    strengths = [train_cir.CROP_SCALE, train_cir.CROP_RATIO, train_cir.FLIP, train_cir.JITTER]
+    strengths += [train_cir.TRANSLATE, train_cir.ROTATE]
 
     with tempfile.TemporaryDirectory() as scratch:
         if not found.images:
