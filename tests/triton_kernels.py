@@ -17,25 +17,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 assert DEVICE == "cuda" or topk.INTERPRET, "no GPU: set TRITON_INTERPRET=1"
 
 
-def mend_the_interpreter() -> None:
-    """Triton 3.6 keeps a scalar as an array of shape (1,), which numpy >= 2.4 lets nobody use as the bound of a range.
-
-    Triton 3.9 squeezes it first; on a GPU a bound is no array at all."""
-    from triton.runtime import interpreter
-
-    real = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        real(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patched
-
-
-if DEVICE == "cpu":
-    mend_the_interpreter()
-
-
 def unit(n, d, seed):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.nn.functional.normalize(x, dim=1)
