@@ -1,7 +1,7 @@
 """The same short road on the CPU and on the GPU: losses of every training stage, mined pairs, greedy texts, recall.
 
     python bench/devices.py                  # writes below out/devices; prints a table; status 1 if anything differs
-    python bench/devices.py --second cpu     # the CPU against itself: does the script run?
+    python bench/devices.py --second cpu --divide 5     # the CPU against itself, a fifth of the world: does it run?
 
 fp32 on both, the same seed, no dropout, no augmentation. What may differ is rounding: losses by --tolerance of
 themselves, one pair or text in fifty. The rows in bf16 are for the eye: they differ by more.
@@ -89,9 +89,10 @@ def compare(name: str, wanted, found, tolerance: float) -> tuple[bool, str]:
 
 
 def main() -> None:
-    flags = measure.arguments(__doc__, second="cuda", tolerance=2e-3)
+    flags = measure.arguments(__doc__, second="cuda", tolerance=2e-3, divide=1)
     shutil.rmtree(ROOT, ignore_errors=True)
-    world.write_world(str(ROOT / "world"), 0, **SIZES)
+    sizes = {name: max(size // flags.divide, min(size, 24)) for name, size in SIZES.items()}
+    world.write_world(str(ROOT / "world"), 0, **sizes)
     plans = {"cpu": commands("cpu", ROOT / "cpu"), "second": commands(flags.second, ROOT / "second")}
     bad = []
     for here, there in zip(plans["cpu"], plans["second"], strict=True):

@@ -1,54 +1,83 @@
 #!/usr/bin/env bash
-# First light on a GPU, in eight minutes on a bare image: CUDA checks of the kernels, the six stages on the drawn world,
-# every GPU row of bench/results.csv, and the tile sizes.
-#   bash bench/gpu.sh [OUT]                    # logs, tables and the demo's metrics into OUT (out/gpu)
-#   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles
-# Each step has its own time limit and its own log; one that hangs or fails costs nobody else anything. The last lines
-# are a summary. What the demo draws is kept: a world in OUT/world.tar (made on the CPU before) saves a minute.
+# CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
+# bare image, in eight minutes at most: that is what the time limits below add up to.
+#   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
+#   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and demo, 330 s more
+#   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
+# Each step has its own time limit and its own log; one that hangs or fails costs nobody else anything. What is right
+# comes first, then what was changed and never timed. The last lines are a summary; the status is 1 if a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+REHEARSE=
+[ "${1:-}" != --rehearse ] || { REHEARSE=yes && shift; }
 OUT=$(realpath -m "${1:-out/gpu}")
 PARTS=${PARTS:-kernels stages figures tiles}
 mkdir -p "$OUT"
+rm -f "$OUT/failed" "$OUT"/*.log
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD HF_HUB_OFFLINE=1
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -f .venv/bin/activate ] || source .venv/bin/activate
-if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-  echo "bench/gpu.sh: no GPU here, nothing checked and nothing measured"
+if [ "$REHEARSE" ]; then
+  export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' BENCH_RESULTS=$OUT/results.csv
+  rm -f "$BENCH_RESULTS"
+  echo "a rehearsal on a CPU: no number means anything" | tee "$OUT/summary.txt"
+elif python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  export VDG_TEST_GPU=1
+  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$OUT/summary.txt"
+else
+  echo "bench/gpu.sh: no GPU here, nothing checked and nothing measured (--rehearse goes through it on a CPU)"
   exit 0
 fi
-nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$OUT/summary.txt"
 python -c "import torch, triton, transformers as t; print(torch.__version__, triton.__version__, t.__version__)" | tee -a "$OUT/summary.txt"
 
-step() { # name, seconds, command ...
-  local name=$1 limit=$2 began=$SECONDS status=0
+step() { # name, seconds, command ... -- what a rehearsal runs in its place
+  local name=$1 limit=$2 began=$SECONDS status=0 command=()
   shift 2
-  timeout -k 5 "$limit" "$@" > "$OUT/$name.log" 2>&1 || status=$?
+  while [ "$1" != -- ]; do command+=("$1") && shift; done
+  [ -z "$REHEARSE" ] || { command=("${@:2}") && limit=$((4 * limit)); }
+  timeout -k 5 "$limit" "${command[@]}" > "$OUT/$name.log" 2>&1 || status=$?
+  [ $status -eq 0 ] || touch "$OUT/failed"
   printf '%-12s status %3d, %4d s   %s\n' "$name" "$status" $((SECONDS - began)) "$(grep -v '^ *$' "$OUT/$name.log" | tail -1 | cut -c1-100)" |
     tee -a "$OUT/summary.txt"
 }
 wants() { [[ " $PARTS " == *" $1 "* ]]; }
+INTERPRET="env TRITON_INTERPRET=1 python"
+SWEEP="bench/sweep.py --workers 0 --only"
+SMALL="--small 6400 --first 2 --repeats 1"
+FEW="(topk_equals and 3-70) or exact_scores or error_of_a_proposal or (half_precision and 260) or (l_tcc_with_bank and 20-0)"
+TESTS="-m pytest -q -p no:cacheprovider tests/triton_kernels.py"
 
-# What needs many processors and little of the GPU runs side by side.
-wants kernels && { step kernels 200 python -m pytest -n 6 -q -p no:cacheprovider tests/triton_kernels.py & }
-wants stages && { step devices 150 python bench/devices.py & }
-wants stages && { JOBS=8 step demo 330 bash demo.sh & }
-wants tiles && { step compile 200 python bench/sweep.py --workers 8 --small 64 --repeats 1 & }
+# What is right, and what compiles: many processors and little of the GPU, side by side.
+wants kernels && { step kernels 120 python $TESTS -n 6 -- $INTERPRET $TESTS -k "$FEW" & }
+wants stages && { step devices 125 python bench/devices.py -- python bench/devices.py --second cpu --divide 5 & }
+wants tiles && { step compile 120 python bench/sweep.py --workers 8 --small 64 --repeats 1 \
+  -- $INTERPRET bench/sweep.py --workers 2 --only flash $SMALL & }
 wait
+wants kernels && step mining-check 35 python bench/mining.py --device cuda --check 1 \
+  -- $INTERPRET bench/mining.py --check 1 --n 33 --d 16
 
-# What is measured runs alone.
-wants kernels && step mining-check 60 python bench/mining.py --device cuda --check 1
+# What is measured runs alone; first what was changed since it was last timed.
+wants tiles && step whole-mining 30 python $SWEEP mining --out "$OUT/whole-mining.csv" \
+  -- $INTERPRET $SWEEP mining $SMALL --out "$OUT/whole-mining.csv"
 if wants figures; then
-  step phases 60 python bench/phases.py
-  step mining 60 python bench/mining.py --device cuda
-  step loss 60 python bench/loss.py --device cuda
-  step generation 120 python bench/generation.py --device cuda --only ours-128,ours-64,generate-64,generate-8,release-8
-  step tuning 120 python bench/tuning.py --device cuda
+  step mining 25 python bench/mining.py --device cuda -- $INTERPRET bench/mining.py --rehearse 1 --n 150 --d 64 --repeats 1
+  step loss 20 python bench/loss.py --device cuda -- python bench/loss.py --rehearse 1 --b 600 --d 300 --repeats 1
+  step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
+  step generation 65 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
+    -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
+  step tuning 70 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step real-step 55 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
 fi
-wants tiles && step tiles 120 python bench/sweep.py --workers 0 --out "$OUT/tiles.csv"
-cp bench/results.csv "$OUT/results.csv"
-cp out/demo/metrics.json "$OUT/" 2> /dev/null
+wants tiles && step tiles 30 python $SWEEP propose,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
+  -- $INTERPRET $SWEEP propose,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
+if wants demo; then
+  JOBS=8 step demo 330 bash demo.sh -- bash -c "echo 'demo.sh runs on a CPU as it is: not rehearsed'"
+  cp out/demo/metrics.json "$OUT/" 2> /dev/null
+fi
+
+[ "$REHEARSE" ] || cp bench/results.csv "$OUT/results.csv"
 for log in "$OUT"/*.log; do
   printf '\n==== %s ====\n' "$(basename "$log")"
   tail -n 200 "$log"
 done > "$OUT/all-logs.txt"
 echo && cat "$OUT/summary.txt"
+[ ! -f "$OUT/failed" ]

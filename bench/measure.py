@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "bench/results.csv"
+RESULTS = Path(os.environ.get("BENCH_RESULTS", ROOT / "bench/results.csv"))
 CPU_SECONDS = os.environ.get("BENCH_CLOCK") == "cpu"
 COLUMNS = "what sizes device torch triton commit date value unit floor percent_of_floor note".split()
 
@@ -154,11 +154,11 @@ def venv(name: str, *packages: str) -> str:
 # ---- results ----
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     import torch
 
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.getdevice_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{model}, {torch.get_num_threads()} threads"
@@ -190,13 +190,13 @@ def row(
         triton = ""
     note += "; CPU seconds" * (CPU_SECONDS and device == "cpu" and unit == "s")
     percent = "" if not floor else round(100 * (value / floor if unit.endswith("/s") else floor / value), 1)
-    cells = [what, sizes, _device_name(device), torch.__version__, triton, _commit(), date.today().isoformat()]
+    cells = [what, sizes, device_name(device), torch.__version__, triton, _commit(), date.today().isoformat()]
     cells += [f"{value:.4g}", unit, f"{floor:.4g}" if floor else "", percent, note.removeprefix("; ")]
     return dict(zip(COLUMNS, cells, strict=True))
 
 
 def publish(rows: list[dict]) -> None:
-    """Prints the rows as a table and appends them to bench/results.csv."""
+    """Prints the rows as a table and appends them to bench/results.csv, or to the file BENCH_RESULTS names."""
     shown = ["what", "sizes", "value", "unit", "floor", "percent_of_floor", "note"]
     cells = [shown] + [[str(row[name]) for name in shown] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]

@@ -3,6 +3,7 @@
     python bench/mining.py                  # CPU; installs faiss-cpu, scikit-learn and usearch into out/venv-mining
     python bench/mining.py --device cuda    # GPU; torch alone
     python bench/mining.py --check 1        # no times: indices against the float64 reference, N = 1 to 20,000
+    python bench/mining.py --rehearse 1 --n 300 --d 64      # what --device cuda measures, on a CPU: does it run?
 
 The floor is the upper triangle of the product, N^2 D floating-point operations, at the speed of torch.mm in this run.
 Peers answer the first `slice` queries only, torch.mm four times as many; their seconds are scaled to all N (they are
@@ -177,10 +178,10 @@ def on_cpu(n: int, d: int, rows: int, repeats: int) -> list[dict]:
     return table(seconds, notes, n, d, "cpu", floor=sorted(seconds["torch.mm"])[repeats // 2] / 2)
 
 
-def on_gpu(n: int, d: int, repeats: int) -> list[dict]:
+def torch_alone(n: int, d: int, repeats: int, device: str) -> list[dict]:
     import torch
 
-    x = gallery(n, d).cuda()
+    x = gallery(n, d).to(device)
     half = x.half()
     padded = torch.nn.functional.pad(half, (0, 0, 0, -n % 64))  # cuBLAS is a third as fast at odd sizes
     runs = {
@@ -191,10 +192,10 @@ def on_gpu(n: int, d: int, repeats: int) -> list[dict]:
     mine, theirs = (runs[name]()[:1000].sort(1).values for name in ("ours", "torch mm + topk"))
     share = float((mine == theirs).all(1).float().mean())
     seconds = measure.interleave(
-        {name: lambda run=run: measure.clock(run, "cuda") for name, run in runs.items()}, repeats
+        {name: lambda run=run: measure.clock(run, device) for name, run in runs.items()}, repeats
     )
     notes = {"torch.mm": "fp16", "torch mm + topk": f"fp16, {share:.2%} of rows have our neighbours"}
-    return table(seconds, notes, n, d, "cuda", floor=sorted(seconds["torch.mm"])[repeats // 2] / 2)
+    return table(seconds, notes, n, d, device, floor=sorted(seconds["torch.mm"])[repeats // 2] / 2)
 
 
 def table(seconds: dict, notes: dict, n: int, d: int, device: str, floor: float) -> list[dict]:
@@ -216,14 +217,14 @@ def table(seconds: dict, notes: dict, n: int, d: int, device: str, floor: float)
     return rows
 
 
-def check(device: str, d: int) -> None:
+def check(device: str, d: int, largest: int) -> None:
     """Indices equal similarity_topk_reference (float64, every pair) on sampled rows."""
     import torch
 
     from kernels.similarity_topk import similarity_topk, similarity_topk_reference
 
     for kind in ("random", "clustered", "duplicates", "resnet-like"):
-        for n in (1, 2, 3, 20, 33, 500, 5_000, 20_000):
+        for n in [n for n in (1, 2, 3, 20, 33, 500, 5_000, 20_000) if n <= largest]:
             x = gallery(n, d, kind).to(device)
             itself = torch.arange(n, device=device)
             sample = itself if n <= 500 else itself[:: n // 50]
@@ -231,19 +232,19 @@ def check(device: str, d: int) -> None:
             wanted = similarity_topk_reference(x[sample], x, K, sample)
             assert torch.equal(indices[sample], wanted[1]), (kind, n)
             assert torch.equal(scores[sample], wanted[0].float()), (kind, n)
-        print(
-            f"{kind}: indices and scores equal the float64 reference, N = 1 to 20,000, D = {d} ({device})", flush=True
-        )
+        print(f"{kind}: indices and scores equal the float64 reference, N = 1 to {n:,}, D = {d} ({device})", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
-        found = measure.arguments(__doc__, n=0, d=2048, slice=1000, repeats=3, check=0)
+        found = measure.arguments(__doc__, n=0, d=2048, slice=1000, repeats=3, check=0, rehearse=0)
         if found.check:
-            check(found.device, min(found.d, 256))
-        elif found.device == "cuda":
-            measure.publish(on_gpu(found.n or 102_436, found.d, found.repeats))
+            widths = (256, 1024) if found.device == "cuda" else (256,)  # on a GPU: the fused kernel, and written tiles
+            for width in sorted({min(found.d, width) for width in widths}):
+                check(found.device, width, found.n or 20_000)
+        elif found.device == "cuda" or found.rehearse:
+            measure.publish(torch_alone(found.n or 102_436, found.d, found.repeats, found.device))
         else:
             measure.publish(on_cpu(found.n or 20_000, found.d, found.slice, found.repeats))

@@ -1,7 +1,8 @@
 """One training step of BLIP_tdm at the size of blip-itm-large-coco, random weights: does it fit and run?
 
     python bench/real_step.py                    # 446 M parameters, 384 px, B = B' = 2; writes 1.8 GB, removes it
-    python bench/real_step.py --device cuda --batch 64 --steps 12       # and triplets per second
+    python bench/real_step.py --device cuda --batch 64 --steps 10       # and triplets per second
+    python bench/real_step.py --small 6 --steps 3                       # layers and side divided by 6: does it run?
 
 Prints the seconds of the whole command, its largest resident memory, the losses, and how many images went through the
 vision encoder: two references and two targets of B, as many of B', once each. Any other count is an error.
@@ -23,20 +24,20 @@ from demo import world
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def write_blip(folder: Path) -> int:
+def write_blip(folder: Path, small: int) -> int:
     """The configuration of Salesforce/blip-itm-large-coco with random weights -> number of parameters."""
     import torch
     from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
 
     torch.manual_seed(0)
     text = BlipTextConfig(
-        vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=12, max_position_embeddings=512, bos_token_id=30522, eos_token_id=2, sep_token_id=102,
-        pad_token_id=0,
+        vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072,
+        num_hidden_layers=12 // small, num_attention_heads=12, max_position_embeddings=512, bos_token_id=30522,
+        eos_token_id=2, sep_token_id=102, pad_token_id=0,
     )  # fmt: skip
     vision = BlipVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=384,
-        patch_size=16,
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24 // small, num_attention_heads=16,
+        image_size=384 // small, patch_size=16,
     )  # fmt: skip
     config = BlipConfig(image_text_hidden_size=256, text_config=text.to_dict(), vision_config=vision.to_dict())
     model = BlipForImageTextRetrieval(config)
@@ -48,7 +49,7 @@ def write_blip(folder: Path) -> int:
     write_json(folder / "tokenizer_config.json", tokenizer)
     pictures = {
         "image_processor_type": "BlipImageProcessor", "do_resize": True, "resample": 3, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "size": {"height": 384, "width": 384},
+        "rescale_factor": 1 / 255, "do_normalize": True, "size": {"height": 384 // small, "width": 384 // small},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", pictures)
@@ -56,7 +57,7 @@ def write_blip(folder: Path) -> int:
 
 
 def main() -> None:
-    found = measure.arguments(__doc__, batch=2, steps=1)
+    found = measure.arguments(__doc__, batch=2, steps=1, small=1)
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         sizes = {"train": 4, "dev": 1, "val": 1, "test": 1, "queries": 1, "chat": 1, "aux": 1, "fashioniq": 1}
@@ -65,7 +66,7 @@ def main() -> None:
         aux = sorted(path.name for path in (here / "world" / "aux").iterdir())
         pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
         write_jsonl(here / "pseudo.jsonl", pairs)
-        parameters = write_blip(here / "blip")
+        parameters = write_blip(here / "blip", found.small)
         began = time.time()
         words = f"train_cir.py --model blip_tdm --backbone {here}/blip --root {here}/world/cirr --out {here}/run"
         words += f" --pseudo {here}/pseudo.jsonl --pseudo_images {here}/world/aux"
@@ -80,7 +81,7 @@ def main() -> None:
     pace = sorted(1 / (b - a) for a, b in zip(done, done[1:], strict=False))
     if pace:
         floor = generation.peak_flops(found.device, torch_dtype(found.device)) / 1e12  # TFLOP of a triplet
-        size = f"446 M parameters, 384 px, B = B' = {found.batch}"
+        size = f"{parameters / 1e6:.0f} M parameters, {384 // found.small} px, B = B' = {found.batch}"
         note = f"{found.steps} steps with decoding and augmentation; floor: 1.0 TFLOP a triplet"
         row = measure.row("CIR step: BLIP_tdm", size, found.device, pace[len(pace) // 2], "triplets/s", floor, note)
         measure.publish([row])

@@ -46,15 +46,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.similarity_topk import INTERPRET, full_precision, fullest_waves, processors
+from kernels.similarity_topk import INTERPRET, full_precision, fullest_waves, processors, product
 
 BLOCK = 1 << 21  # logits held at a time on CPU (8 MiB of fp32, five such arrays)
 STRIP = 1 << 27  # logits held at a time by the Triton path where they are written (512 MiB of fp32)
 FUSED_WIDTH = 256  # up to this D products of 16-bit inputs stay in registers
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
-# Tiles by compute capability: rows, columns, (depth,) warps, stages. Fixed, so that all ranks sum alike. [ours] 9.0:
-# the fastest of bench/sweep.py on an H200; 8.0 not measured: they compile without spills into its shared memory.
+# Tiles by compute capability: rows, columns, (depth,) warps, stages; "sums down": columns, rows, warps. Fixed, so that
+# all ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200 (but "sums" was timed at
+# D = 768 alone, above what it serves now); 8.0 not measured.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
@@ -211,8 +212,8 @@ def _gradient(x, c, label, bank: int, first_row: int, first_column: int, scale: 
 
 
 # ---- Triton ----
-# Both kernels see a matrix of rows and one of columns, each in two groups; no tile crosses from one group to the other,
-# so that a tile lies inside the sub-block or outside.
+# The kernels see a matrix of rows and one of columns, or a written strip of their products. Either has two groups, and
+# no tile (or split of a sum) crosses from one to the other, so that it lies inside the sub-block or outside.
 
 
 @triton.jit
@@ -353,10 +354,8 @@ def _tile_of_gradients(
     in_rows, in_columns = row < row_end, column < column_end
     g = _one_bracket(s, row_vectors, r, inside, row, row_end, BETA, 1)
     g += _one_bracket(s, column_vectors, m, inside, column, column_end, BETA, 0)
-    left, right = (
-        tl.load(row_label + row, mask=in_rows, other=-2),
-        tl.load(column_label + column, mask=in_columns, other=-3),
-    )
+    left = tl.load(row_label + row, mask=in_rows, other=-2)
+    right = tl.load(column_label + column, mask=in_columns, other=-3)
     own = tl.load(row_own + row, mask=in_rows, other=0.0)[:, None]
     own = own + tl.load(column_own + column, mask=in_columns, other=0.0)[None, :]
     g = tl.where(left[:, None] == right[None, :], own, g)
@@ -442,7 +441,7 @@ def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, b
     launches = triton.cdiv(r, STRIP_TILES * tile_rows)
     blocks = _blocks([0, first_row, r], 1, triton.cdiv(triton.cdiv(r, launches), tile_rows) * tile_rows)
     per_split, splits = _cut(m, first_column, tile_columns, triton.cdiv(_tallest(blocks), tile_rows), x)
-    row_out = nothing.expand(sum(splits), 3, r).clone()
+    row_out = torch.empty(sum(splits), 3, r, device=x.device)  # every program writes its part, be it empty
     columns = [nothing.expand(3, m), nothing.expand(3, m)]
     for part in blocks:
         column_out = torch.empty(triton.cdiv(part.stop - part.start, tile_rows), 3, m, device=x.device)
@@ -465,11 +464,11 @@ def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tenso
     tallest = _tallest(blocks)
     per_split, splits = _cut(m, first_column, row_columns, triton.cdiv(tallest, rows), x)
     per_part, (_, parts) = _cut(tallest, 0, column_rows, triton.cdiv(m, columns_at_once), x)
-    row_out = nothing.expand(sum(splits), 3, r).clone()
+    row_out = torch.empty(sum(splits), 3, r, device=x.device)  # every program writes its part, be it empty
     columns = [nothing.expand(3, m), nothing.expand(3, m)]
     for part in blocks:
-        s, n = _product(x[part], c.T), part.stop - part.start
-        column_out = nothing.expand(parts, 3, m).clone()
+        s, n = product(x[part], c.T), part.stop - part.start
+        column_out = torch.empty(parts, 3, m, device=x.device)
         along = s, label, scale, row_out[:, :, part.start :], part.start, n, m, *s.stride(), first_column, per_split, r
         down = s, label, scale, column_out, part.start, m, n, *s.T.stride(), 0, per_part, m
         with torch.cuda.device_of(x):
@@ -529,7 +528,7 @@ def _gradient_triton(
             rows, columns, warps, _ = _tile_sizes(x, "strip")
             dc.zero_()
             for part in _blocks([0, bank, first_row, r], m, STRIP):
-                s = _product(x[part], c.T)
+                s = product(x[part], c.T)
                 g = s if x.dtype == torch.float32 else torch.empty_like(s, dtype=x.dtype)
                 grid = triton.cdiv(len(s), rows), sum(_tiles(0, first_column, m, columns))
                 _strip_gradient_kernel[grid](
@@ -538,16 +537,9 @@ def _gradient_triton(
                 )  # fmt: skip
                 _add_product(dc, g.T, x[part])
                 if part.start >= bank:
-                    dx[part.start - bank : part.stop - bank] = _product(g, c)
+                    dx[part.start - bank : part.stop - bank] = product(g, c)
             dx, dc = dx.mul_(scale), dc.mul_(scale)
     return (dx, dc) if unit is None else (dx.mul_(unit), dc.mul_(unit))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, whatever the inputs."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

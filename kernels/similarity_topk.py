@@ -31,19 +31,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import interpreter
+
 TILE = {"cpu": 2048, "cuda": 8192}  # rows and columns of a tile of fp32 scores (16 MiB; 256 MiB)
 TILE_WIDTH = 1024  # from this D on, a GPU that compares a gallery with itself computes half the tiles and writes them
 EXACT_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # float64 products held at a time (2 MiB: stays in cache; 512 MiB)
 RESCAN = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores of uncertified rows held at a time
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take the Triton path
+if INTERPRET:
+    interpreter.mend()
 
 # Tiles of the proposal kernel by compute capability: rows, columns and depth of a tile, warps, stages. Fixed, so that
-# all ranks propose alike. [ours] 9.0: the fastest of bench/sweep.py on an H200; 8.0: what fits its registers, untimed.
+# all ranks propose alike. [ours] 9.0: the fastest of bench/sweep.py at D = 2048 on an H200 (at D = 256 it is 1.17 times
+# slower than (64, 128, 64, 4, 3)); 8.0 not measured: what fits its registers.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
 # Of the kernel that reads a written tile: rows of lists, scores of each, warps; along its rows, or down its columns.
-# Larger ones read lists that are full faster, but mining as a whole took 130 ms with them and 94 with these (H200,
-# N = 102,436, D = 2048): while lists fill, each round looks at a whole tile.
+# Larger ones read lists that are full faster, but mining as a whole took 130 ms with (2, 1024, 4) and (32, 256, 8), and
+# 94 with these (H200, N = 102,436, D = 2048): while lists fill, each round looks at a whole tile.
 ABSORB_TILES = {False: (1, 512, 1), True: (16, 256, 4)}
 
 
@@ -201,10 +206,8 @@ def _absorb_triton(values: Tensor, columns: Tensor, s: Tensor, start: int, trans
 def _exact_kernel(queries, gallery, rows, columns, leaves, scores, pairs, d, LEVELS: tl.constexpr, PAIRS: tl.constexpr):
     """exact_dot of pairs (row, column). leaves (2^LEVELS,): what stands where, so that each level adds two halves."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    row, column = (
-        tl.load(rows + pair, mask=pair < pairs, other=0),
-        tl.load(columns + pair, mask=pair < pairs, other=0),
-    )
+    row = tl.load(rows + pair, mask=pair < pairs, other=0)
+    column = tl.load(columns + pair, mask=pair < pairs, other=0)
     leaf = tl.load(leaves + tl.arange(0, 1 << LEVELS))
     some = (pair < pairs)[:, None] & (leaf >= 0)[None, :]
     q = tl.load(queries + row[:, None] * d + leaf[None, :], mask=some, other=0.0).to(tl.float64)
@@ -278,14 +281,7 @@ def processors(x: Tensor) -> int:
 
 
 def _propose_triton(
-    queries: Tensor,
-    gallery: Tensor,
-    lengths,
-    width: int,
-    exclude: Tensor | None,
-    symmetric: bool,
-    tile: int,
-    progress=iter,
+    queries: Tensor, gallery: Tensor, lengths, width: int, exclude: Tensor | None, symmetric, tile: int, progress=iter
 ):
     """What _propose returns, and the bound (N,) on the error of its scores. lengths: of the rows of either."""
     d = queries.size(1)
@@ -295,7 +291,7 @@ def _propose_triton(
     g, g_lost, g_unit = (q, q_lost, q_unit) if symmetric else _rounded(gallery, tiles[2])
     if symmetric and d >= TILE_WIDTH:
         n = len(q)
-        even = triton.cdiv(triton.cdiv(n, triton.cdiv(n, tile)), 128) * 128  # whole tiles all: cuBLAS is slow at others
+        even = triton.cdiv(triton.cdiv(n, triton.cdiv(n, tile)), 128) * 128  # whole tiles: cuBLAS is slow at odd sizes
         q = torch.nn.functional.pad(q, (0, 0, 0, -n % even))
         values, found = _propose(q, q, (n, n), width, exclude, True, even, progress)
     else:
@@ -399,7 +395,7 @@ def _propose(
         # the scores of a tile
         q, g = queries[i : i + tile], gallery[j : j + tile]
         s = buffer[: len(q) * len(g)].view(len(q), len(g))
-        _product(q, g, s)
+        product(q, g.T, s)
         s = s[: rows.stop - i, : others.stop - j]
 
         # each serves its rows and, where queries and gallery are one, its columns
@@ -410,14 +406,11 @@ def _propose(
     return values, columns.long()
 
 
-def _product(queries: Tensor, gallery: Tensor, out: Tensor) -> None:
-    """queries (n, D) times gallery (m, D), transposed, in fp32."""
-    if queries.dtype == torch.float32:
-        torch.mm(queries, gallery.T, out=out)
-    elif queries.is_cuda:
-        torch.mm(queries, gallery.T, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(queries.float(), gallery.T.float(), out=out)
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (N, D) @ b (D, M) in fp32, whatever the inputs; in `out`, if there is one."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def _exact_scores(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -505,6 +498,7 @@ def exact_topk(
         found = min(k, m)
         itself = torch.arange(n, device=queries.device)
         symmetric = queries is gallery and (exclude is None or torch.equal(exclude, itself))
+        # of 102,436 rows (D = 2048) on an H200 1,352 had no certificate at K' = 32, and none at 48
         least = 48 if queries.is_cuda and symmetric and queries.size(1) >= TILE_WIDTH else 32
         wide = min(m, max(least, k + k // 2 + 2))  # K'; a certificate fails if the last K' - k lie within the bound
         fp32 = _gamma(queries.size(1) + 8) * lengths[0] * lengths[1].max()  # (N,)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -12,3 +13,10 @@ def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-x", "tests/triton_kernels.py"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("asked, left", [("", ""), ("1", "0")])
+def test_tests_see_a_gpu_only_where_asked(asked, left):
+    env = os.environ | {"VDG_TEST_GPU": asked, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", "import conftest, os; print(os.environ['CUDA_VISIBLE_DEVICES'], end='')"]
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == left
