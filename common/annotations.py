@@ -127,7 +127,7 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
             delta=field_of(record, "caption", str, where),
             id=field_of(record, "pairid", int, where),
             members=members,
-            extra={"img_set": image_set, "target_soft": record.get("target_soft")},
+            extra={"img_set": image_set, "target_soft": _soft_of(record, where)},
         )
         # members of training records are only looked at, never ranked
         for name in (query.reference, query.target, *(() if split == "train" else members)):
@@ -140,6 +140,17 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
     places = [os.path.join(place, name) for name in ("img_raw", "images") for place in (beside, folder)]
     store = open_store(images, [*places, folder, beside], table)
     return Benchmark("cirr", split, None, tuple(queries), tuple(table), store)
+
+
+def _soft_of(record: dict, where: str) -> dict[str, float] | None:
+    """target_soft of a record of CIRR: name -> what it is worth, from -1 (wrong) to 1 (right)."""
+    soft = record.get("target_soft")
+    if soft is None:
+        return None
+    values = soft.values() if isinstance(soft, dict) else [None]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and -1 <= x <= 1 for x in values):
+        raise UserError(f'{where}: "target_soft" is {str(soft)[:80]}, wanted image names with numbers from -1 to 1')
+    return {name: float(value) for name, value in soft.items()}
 
 
 def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, list[str]]:
@@ -179,7 +190,8 @@ def read_circo(root: str, split: str, images: str | Sequence[str] | None = None)
     """CIRCO: annotations/{val,test}.json over COCO's 123,403 unlabelled images of 2017, all of which is the gallery.
 
     `root` holds annotations/ and COCO2017_unlabeled/ as its authors lay them out. An image is named by its twelve
-    digits. A query's delta is its relative caption; extra holds "truths", all right answers, the target first.
+    digits. A query's delta is its relative caption; extra holds "truths", all right answers, the
+    target first, and "aspects", the semantic aspects of the query.
     """
     coco = os.path.join(root, "COCO2017_unlabeled")
     listing, info = _annotation(coco, "annotations", "image_info_unlabeled2017.json")
@@ -202,7 +214,10 @@ def read_circo(root: str, split: str, images: str | Sequence[str] | None = None)
                 raise UserError(f"{where}: image {name} is not in {listing}")
         if target is not None and target not in truths:
             raise UserError(f"{where}: target {target} is not among its gt_img_ids")
-        extra = {"truths": truths, "shared_concept": record.get("shared_concept", "")}
+        aspects = record.get("semantic_aspects", [])
+        if not isinstance(aspects, list) or not all(isinstance(aspect, str) for aspect in aspects):
+            raise UserError(f'{where}: "semantic_aspects" is {shown(aspects)}, wanted a list of words')
+        extra = {"truths": truths, "shared_concept": record.get("shared_concept", ""), "aspects": tuple(aspects)}
         delta, id = field_of(record, "relative_caption", str, where), field_of(record, "id", int, where)
         queries.append(Triplet(reference, target, delta, id, extra=extra))
     require_unique((query.id for query in queries), path, "id")

@@ -1,0 +1,350 @@
+"""Yardsticks of others: readers and metrics against a brute-force oracle, forwards against Hugging Face's modules."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval_cir
+import train_cir
+from common import audit as audits
+from common.annotations import Benchmark, read_circo, read_cirr
+from common.console import UserError
+from common.files import read_json, read_jsonl, save_folder
+from common.flags import constants_of, override
+from common.queries import read_ids, reversed_queries, select_queries
+from common.retrieval import NEVER, Ranks, index, measure, recalls, soft_recall
+from common.submission import score_circo, score_submission
+from common.triplets import Triplet
+
+DEFAULTS = {stage: constants_of(vars(stage)) for stage in (eval_cir, train_cir)}
+
+
+def run_flags(monkeypatch, stage, *argv) -> None:
+    """main() by its command line; the constants are put back after the test."""
+    for name, value in DEFAULTS[stage].items():
+        monkeypatch.setattr(stage, name, value)
+    override(vars(stage), [*map(str, argv), "--device", "cpu", "--workers", "1"])
+    stage.main()
+
+
+# ---- soft targets ----
+def soft_by_hand(order: list[str], query: Triplet, k: int) -> float:
+    """The best value among the first k of the subset; order: all images, best first, the reference among them."""
+    within = [name for name in order if name in query.members and name != query.reference][:k]
+    return max([0.0, *(value for name, value in query.extra["target_soft"].items() if name in within)])
+
+
+def random_cirr(seed: int) -> tuple[Benchmark, torch.Tensor, torch.Tensor]:
+    """Small integers as embeddings: equal scores are common. Soft targets lie in the subset, outside, or are absent."""
+    draw = random.Random(seed)
+    names, queries = [f"n{i}" for i in range(30)], []
+    for i in range(20):
+        members = draw.sample(names, 6)
+        soft = {name: draw.choice([1.0, 0.5, 0.2, -1.0]) for name in draw.sample(names, draw.randint(1, 4))}
+        soft |= {members[1]: 1.0} if draw.random() < 0.8 else {}
+        queries.append(Triplet(members[0], members[1], "words", i, tuple(members), extra={"target_soft": soft}))
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(-1, 2, (30, 3), generator=generator).float()
+    wanted = torch.randint(-1, 2, (20, 3), generator=generator).float()
+    return Benchmark("cirr", "val", None, tuple(queries), tuple(names), None), wanted, images
+
+
+def test_soft_recall_equals_counting_by_hand():
+    parts = 0
+    for seed in range(30):
+        benchmark, wanted, images = random_cirr(seed)
+        found = recalls(measure(wanted, images, index(benchmark, True)))
+        scores = (wanted @ images.T).tolist()
+        orders = [[benchmark.gallery[j] for j in sorted(range(30), key=lambda j: (-row[j], j))] for row in scores]  # noqa: B023
+        for k in (1, 2, 3):
+            values = [soft_by_hand(order, q, k) for order, q in zip(orders, benchmark.queries, strict=True)]
+            assert found[f"soft-Rs@{k}"] == pytest.approx(100 * sum(values) / 20), (seed, k)
+            parts += sum(0 < value < 1 for value in values)
+    assert parts > 50  # half-right answers are counted as such
+    for ranks, value in ((1, 0.0), (2, 20.0)):  # what is marked wrong takes nothing away
+        assert soft_recall(torch.tensor([[ranks, 1]]), torch.tensor([[-1.0, value / 100]]), 1) == pytest.approx(value)
+    assert soft_recall(torch.tensor([[1]]), torch.tensor([[-1.0]]), 1) == 0
+
+
+def test_soft_recall_on_the_real_annotations(shared, tmp_path):
+    """A ranking of the real CIRR val by random features, and the same as files of the server."""
+    benchmark = read_cirr(shared / "data" / "cirr", "val", str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(len(benchmark.gallery), 8, generator=generator), dim=1)
+    wanted = torch.nn.functional.normalize(torch.randn(len(benchmark.queries), 8, generator=generator), dim=1)
+    found = recalls(measure(wanted, images, index(benchmark, True)))
+    values = {k: 0.0 for k in (1, 2, 3)}
+    record = {"version": "rc2", "metric": "recall_subset"}
+    rows = {name: row for name, row in zip(benchmark.gallery, images.double().numpy(), strict=True)}
+    for query, row in zip(benchmark.queries, wanted.double().numpy(), strict=True):
+        order = sorted(set(query.members) - {query.reference}, key=lambda name: -float(row @ rows[name]))  # noqa: B023
+        record[str(query.id)] = order[:3]
+        for k in values:
+            values[k] += soft_by_hand(order, query, k)
+    (tmp_path / "subset.json").write_text(json.dumps(record, separators=(",", ":")))
+    scored = score_submission(str(tmp_path / "subset.json"), benchmark, "recall_subset")
+    for k, value in values.items():
+        assert found[f"soft-Rs@{k}"] == scored[f"soft-Rs@{k}"] == pytest.approx(100 * value / 4181)
+        assert scored[f"Rs@{k}"] == found[f"Rs@{k}"] != found[f"soft-Rs@{k}"]
+
+
+def test_reversed_queries_have_no_soft_targets():
+    benchmark = reversed_queries(random_cirr(0)[0], "")
+    assert not any("target_soft" in query.extra for query in benchmark.queries)
+    assert index(benchmark, True).soft is None
+
+
+# ---- a list of queries ----
+def test_only_listed_queries_are_measured(tmp_path):
+    benchmark = random_cirr(0)[0]
+    for name, text in (("a.json", "[3, 7, 11]"), ("b.json", '["3", "7", "11"]'), ("c.txt", "7\n\n3 \n11\n")):
+        (tmp_path / name).write_text(text)
+        (kept,), note = select_queries([benchmark], str(tmp_path / name))
+        assert [query.id for query in kept.queries] == [3, 7, 11] and kept.gallery == benchmark.gallery
+        assert "3 of 20 queries" in note and name in note
+    other = dataclasses.replace(benchmark, queries=(dataclasses.replace(benchmark.queries[0], id="dress-0"),))
+    kept, note = select_queries([benchmark, other], str(tmp_path / "a.json"))
+    assert [len(one.queries) for one in kept] == [3] and "3 of 21" in note
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("[3, 99]", "1 of 2 ids are not queries"), ("3\n3", "stand twice"), ("", "lists no query"), ("[]", "no query")]
+    + [('{"3": 1}', "JSON list"), ("[true]", "JSON list"), ("[[3]]", "JSON list")],
+)
+def test_a_wrong_list_of_queries_stops(tmp_path, text, words):
+    (tmp_path / "ids").write_text(text)
+    with pytest.raises(UserError, match=f"--queries .*{words}"):
+        select_queries([random_cirr(0)[0]], str(tmp_path / "ids"))
+    with pytest.raises(UserError, match="--queries .*no such file"):
+        read_ids(str(tmp_path / "gone"))
+
+
+# ---- audit ----
+def brute_ranks(scores: np.ndarray, benchmark: Benchmark) -> list[int]:
+    """Rank of each target by Python's sort, the reference left out."""
+    found = []
+    for row, query in zip(scores.tolist(), benchmark.queries, strict=True):
+        order = [name for _, name in sorted(zip([-x for x in row], benchmark.gallery, strict=True))]
+        order.remove(query.reference)
+        found.append(order.index(query.target) + 1)
+    return found
+
+
+def drawn_cirr(root, subgroups: int = 4):
+    """CIRR's layout with random pictures: subgroups of six, two queries each."""
+    draw, table, records = random.Random(5), {}, []
+    (root / "img_raw" / "val").mkdir(parents=True)
+    for g in range(subgroups):
+        members = [f"val-{g}-img{i}" for i in range(6)]
+        for i, name in enumerate(members):
+            table[name] = f"./val/{name}.png"
+            pixels = np.random.default_rng(6 * g + i).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((40, 30)).save(root / "img_raw" / "val" / f"{name}.png")
+        for i in range(2):
+            text = " ".join(draw.choice(["red", "a", "hat", "dog"]) for _ in range(3))
+            record = {"pairid": 2 * g + i, "reference": members[i], "target_hard": members[i + 2], "caption": text}
+            record |= {"target_soft": {members[i + 2]: 1.0, members[5]: 0.5}}
+            record["img_set"] = {"id": g, "members": members, "reference_rank": i, "target_rank": i + 2}
+            records.append(record)
+    for folder, name, value in (("captions", "cap", records), ("image_splits", "split", table)):
+        (root / "cirr" / folder).mkdir(parents=True)
+        (root / "cirr" / folder / f"{name}.rc2.val.json").write_text(json.dumps(value))
+    return root / "cirr"
+
+
+def checkpoint_of(folder, **build):
+    """A checkpoint of train_cir.py whose trained weights are moved from where they started."""
+    torch.manual_seed(3)
+    model = train_cir.build_cir(**build)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.05 * torch.randn_like(p))
+    constants = {"FROZEN_SHA256": train_cir.frozen_sha256(model)}
+    config = {"stage": "cir", "build": build, "tau": 0.01, "constants": constants}
+    save_folder(str(folder), {"model.safetensors": train_cir.get_trained(model)}, {"config.json": config})
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["combiner", "blip_tdm"])
+@torch.no_grad()
+def test_audit_equals_one_query_at_a_time(kind, zoo, tmp_path, monkeypatch, capsys):
+    root = drawn_cirr(tmp_path / "world")
+    backbone = str(zoo / ("blip" if kind == "blip_tdm" else "clip"))
+    model = checkpoint_of(tmp_path / "cir", model=kind, backbone=backbone)
+    flags = ["--root", root, "--official", "false", "--show", 1, "--out", tmp_path / "out"]
+    run_flags(monkeypatch, eval_cir, "--checkpoint", tmp_path / "cir", "--audit", "true", *flags)
+    record, lines = read_json(tmp_path / "out/metrics.json"), read_jsonl(tmp_path / "out/found.jsonl")
+    printed = capsys.readouterr().out
+
+    # the same one query at a time, with the modules themselves
+    benchmark = read_cirr(str(root), "val")
+    plain = train_cir.build_cir("blip_tdm" if kind == "blip_tdm" else "sum", backbone).eval()
+    normal = torch.nn.functional.normalize
+    pixels = {name: model.preprocess(benchmark.images.open(name))[None] for name in benchmark.gallery}
+    tokens = {name: model.tokens(x) for name, x in pixels.items()}
+    images = torch.cat([model.target(tokens[name]) for name in benchmark.gallery])
+    rows = {way: [] for way in ("whole", *audits.HALVES, "frozen sum")}
+    for q in benchmark.queries:
+        seen, text = tokens[q.reference], normal(plain.text([q.delta], "cpu"), dim=1)
+        rows["whole"].append(model.compose(seen, [q.delta]))
+        rows["frozen image"].append(model.target(seen))
+        rows["frozen text"].append(text)
+        rows["frozen sum"].append(normal(model.target(seen) + text, dim=1))
+        rows["trained image"].append(model.compose(seen, [""]))
+        without = model.text([q.delta], "cpu") if kind == "blip_tdm" else None
+        none = torch.zeros_like(seen)
+        rows["trained text"].append(model.compose(none, [q.delta]) if without is None else normal(without, dim=1))
+    ranks = {way: brute_ranks((torch.cat(c) @ images.T).numpy(), benchmark) for way, c in rows.items()}
+    assert len({str(found) for found in ranks.values()}) == 6  # six ways, six orders
+    assert [line["rank"] for line in lines] == ranks.pop("whole")
+    assert [line["alone"] for line in lines] == [{w: ranks[w][i] for w in lines[0]["alone"]} for i in range(8)]
+
+    # shares and the rest, by counting
+    found = record["audit"]
+    assert found["rule"] == audits.RULE and "one modality" in printed
+    for k in (1, 5, 10):
+        share = found["share"][str(k)]
+        assert {way: share[way] for way in ranks} == {way: 12.5 * sum(r <= k for r in ranks[way]) for way in ranks}
+        hit = [any(ranks[way][i] <= k for way in audits.HALVES) for i in range(8)]
+        assert share["one modality"] == 12.5 * sum(hit)
+        rest = [line["rank"] for line, answered in zip(lines, hit, strict=True) if not answered]
+        assert found["rest"][str(k)]["queries"] == len(rest)
+        if rest:
+            percent = 100 * sum(r <= 5 for r in rest) / len(rest)
+            assert found["rest"][str(k)]["metrics"]["R@5"] == pytest.approx(percent)
+        else:
+            assert found["rest"][str(k)]["metrics"] == {}
+    assert 0 < found["rest"]["1"]["queries"] < 8
+
+
+def test_the_rest_is_every_metric_of_its_queries():
+    draw = torch.Generator().manual_seed(0)
+    ranks = torch.randint(1, 30, (40,), generator=draw)
+    truths = torch.stack([ranks, *(torch.randint(1, 90, (40,), generator=draw) for _ in range(3))], dim=1)
+    truths[::3, 2:] = -1
+    alone = {way: torch.randint(1, 25, (40,), generator=draw) for way in audits.HALVES}
+    found = audits.audit([audits.Audited("", Ranks(ranks, truths=truths), alone)], "circo")
+    for k in (1, 5, 10):
+        left = [i for i in range(40) if all(int(alone[way][i]) > k for way in audits.HALVES)]
+        total = 0.0
+        for i in left:
+            right = sorted(int(r) for r in truths[i] if r > 0)
+            total += sum((n + 1) / r for n, r in enumerate(right) if r <= 10) / min(10, len(right))
+        assert found["rest"][str(k)]["metrics"]["mAP@10"] == pytest.approx(100 * total / len(left))
+    assert audits.best_rank(Ranks(ranks, truths=torch.tensor([[9, 4, -1]]))).tolist() == [4]
+    assert audits.best_rank(Ranks(ranks, truths=torch.tensor([[-1, -1, -1]]))).tolist() == [NEVER]
+
+
+def test_a_category_without_a_rest_gives_no_mean():
+    easy, hard = torch.ones(3), torch.full((3,), 20)
+    parts = [audits.Audited("", Ranks(hard), dict.fromkeys(audits.HALVES, ranks)) for ranks in (easy, hard)]
+    found = audits.audit(parts, "fashioniq")
+    assert found["rest"]["1"] == {"queries": 3, "metrics": {}} and found["share"]["1"]["one modality"] == 50
+
+
+@pytest.mark.parametrize("baseline, ways", [("sum", 3), ("image", 0)])
+def test_audit_of_a_plain_backbone(baseline, ways, zoo, tmp_path, monkeypatch):
+    root = drawn_cirr(tmp_path / "world")
+    (tmp_path / "ids.txt").write_text("1\n6\n")
+    flags = ["--root", root, "--official", "false", "--show", 0, "--out", tmp_path / "out", "--audit"]
+    flags += ["--baseline", baseline, "--backbone", zoo / "clip", "--queries", tmp_path / "ids.txt"]
+    if not ways:
+        with pytest.raises(UserError, match="--audit asks forward queries.*--baseline sum"):
+            run_flags(monkeypatch, eval_cir, *flags)
+        return
+    run_flags(monkeypatch, eval_cir, *flags)
+    lines, record = read_jsonl(tmp_path / "out/found.jsonl"), read_json(tmp_path / "out/metrics.json")
+    assert [line["id"] for line in lines] == [1, 6] and len(lines[0]["alone"]) == ways
+    assert all(line["alone"]["frozen sum"] == line["rank"] for line in lines)
+    assert "only the 2 of 8 queries that" in record["protocol"] and record["parts"][0]["gallery"] == 24
+
+
+# ---- CIRCO ----
+ASPECTS = ("cardinality", "addition", "viewpoint")
+
+
+def drawn_circo(root, labelled: bool = True, queries: int = 7) -> Benchmark:
+    draw, ids = random.Random(1), list(range(100, 170))
+    (root / "annotations").mkdir(parents=True)
+    (root / "COCO2017_unlabeled/annotations").mkdir(parents=True)
+    listing = root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
+    listing.write_text(json.dumps({"images": [{"id": i} for i in ids]}))
+    records = []
+    for i in range(queries):
+        truths = draw.sample(ids, draw.randint(1, 6))
+        record = {"id": i, "reference_img_id": draw.choice(ids), "relative_caption": "words", "shared_concept": "c"}
+        if labelled:
+            aspects = draw.sample(ASPECTS, draw.randint(0, 2))
+            record |= {"target_img_id": truths[0], "gt_img_ids": truths, "semantic_aspects": aspects}
+        records.append(record)
+    split = "val" if labelled else "test"
+    (root / f"annotations/{split}.json").write_text(json.dumps(records))
+    return read_circo(str(root), split, str(root))
+
+
+def circo_file(path, benchmark: Benchmark) -> dict[str, list[int]]:
+    """A file in the server's format that finds some right answers; written at path."""
+    draw, ids = random.Random(2), [int(name) for name in benchmark.gallery]
+    record = {str(query.id): draw.sample(ids, 50) for query in benchmark.queries}
+    path.write_text(json.dumps(record))
+    return record
+
+
+def test_circo_file_is_scored_as_by_hand(tmp_path):
+    benchmark = drawn_circo(tmp_path / "circo")
+    record = circo_file(tmp_path / "p.json", benchmark)
+    found, by_aspect = score_circo(str(tmp_path / "p.json"), benchmark)
+    truths = json.loads((tmp_path / "circo/annotations/val.json").read_text())
+
+    def precision(query: dict, k: int) -> float:
+        right, total = 0, 0.0
+        for place, i in enumerate(record[str(query["id"])][:k], 1):
+            if i in query["gt_img_ids"]:
+                right += 1
+                total += right / place
+        return total / min(k, len(query["gt_img_ids"]))
+
+    for k in (5, 10, 25, 50):
+        assert found[f"mAP@{k}"] == pytest.approx(100 * sum(precision(q, k) for q in truths) / 7, rel=1e-6)
+        hits = sum(q["target_img_id"] in record[str(q["id"])][:k] for q in truths)
+        assert found[f"R@{k}"] == pytest.approx(100 * hits / 7)
+    assert set(by_aspect) == set(ASPECTS)
+    for aspect, value in by_aspect.items():
+        mine = [precision(q, 10) for q in truths if aspect in q["semantic_aspects"]]
+        assert value == pytest.approx(100 * sum(mine) / len(mine), rel=1e-6)
+
+
+def test_a_wrong_circo_file_is_refused(tmp_path):
+    benchmark, path = drawn_circo(tmp_path / "circo"), tmp_path / "p.json"
+    record = circo_file(path, benchmark)
+    for change, words in (
+        (record | {"3": record["3"][:49]}, "query 3: 49 image ids, wanted 50"),
+        (record | {"3": record["3"][:49] * 2}, "query 3: 98 image ids"),
+        (record | {"3": record["3"][:49] + record["3"][:1]}, "query 3: an image id stands twice"),
+        (record | {"3": record["3"][:49] + [5]}, "query 3: 000000000005 is not in the gallery"),
+        (record | {"3": record["3"][:49] + ["105"]}, "wanted a list of image ids"),
+        (record | {"9": record["3"]}, "has unknown 1 of the 7 ids"),
+        ({k: v for k, v in record.items() if k != "2"}, "lacks 1 of the 7 ids"),
+        ([record], "wanted an object"),
+    ):
+        path.write_text(json.dumps(change))
+        with pytest.raises(UserError, match=words):
+            score_circo(str(path), benchmark)
+
+
+def test_files_of_a_hidden_split_are_looked_through(tmp_path, monkeypatch, capsys):
+    benchmark = drawn_circo(tmp_path / "circo", labelled=False)
+    record = circo_file(tmp_path / "p.json", benchmark)
+    flags = ["--dataset", "circo", "--root", tmp_path / "circo", "--images", tmp_path, "--split", "test"]
+    flags += ["--official", "false", "--score", tmp_path / "p.json"]
+    run_flags(monkeypatch, eval_cir, *flags)
+    assert "as the server of circo test wants it" in capsys.readouterr().out
+    (tmp_path / "p.json").write_text(json.dumps(record | {"0": []}))
+    with pytest.raises(UserError, match="query 0: 0 image ids"):
+        run_flags(monkeypatch, eval_cir, *flags)
