@@ -91,6 +91,7 @@ CHECKPOINT = ""  # folder written by train_cir.py
 BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or the "sum" of both features
 BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
 # With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
+PAD = 0.0  # of BASELINE: black bars as train_cir.py --pad; a CHECKPOINT knows its own
 DATASET = "cirr"  # "cirr", "fashioniq", "circo", or "jsonl" (ROOT is then a file of one's own triplets)
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
@@ -172,7 +173,7 @@ def load_system(device: torch.device) -> System:
     if RERANK:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
     kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
-    model = build_cir(kind, BACKBONE).eval().to(device)
+    model = build_cir(kind, BACKBONE, pad=PAD).eval().to(device)
     digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
     return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)
 
@@ -414,6 +415,8 @@ def check_flags(world: World) -> None:
         raise UserError("--filter takes --filter_top, --images and a --checkpoint: it judges no benchmark and no query")
     if FILTER and os.path.realpath(FILTER) == os.path.realpath(OUT):
         raise UserError(f"--out {OUT} is --filter's folder: what is kept goes into another")
+    if PAD and (CHECKPOINT or PAD < 1):
+        raise UserError(f"--pad {PAD} is of a --baseline, a ratio from 1; a checkpoint pads as it was trained")
     if CHECKPOINT and BASELINE:
         raise UserError("--baseline with its --backbone, or --checkpoint, which knows its own backbone")
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
@@ -434,6 +437,13 @@ def check_models() -> None:
         model_kind(BACKBONE, "--backbone")
 
 
+def padding() -> float:
+    """--pad of the baseline or the checkpoint; 0: none. A checkpoint that is not there stops where it is loaded."""
+    if CHECKPOINT and os.path.isfile(os.path.join(CHECKPOINT, "config.json")):
+        return read_settings(CHECKPOINT)["build"].get("pad", 0.0)
+    return PAD
+
+
 def protocol_text() -> str:
     """What stands beside every number: the gallery, and all that is not as usual."""
     unusual = {
@@ -441,6 +451,7 @@ def protocol_text() -> str:
         "reversed queries": REVERSED,
         SECOND_FIRST: DATASET == "fashioniq" and JOIN == "reverse",
         f"texts of {REVERSE_TEXT}": REVERSE_TEXT,
+        f"pictures padded to a ratio of {padding()}": padding(),
         f"first {RERANK} re-ranked by the tdm head": RERANK,
     }
     return protocol_of(DATASET, gallery_protocol(), KEEP_REFERENCE, tuple(text for text, on in unusual.items() if on))

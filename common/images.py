@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 from common.console import UserError, printable, progress, rank_size, say, warn
 from common.files import read_json, write_text
 from common.hub import checkpoint_file
-from common.pixels import check_image, open_image, reason_of, regular_file, verify_image
+from common.pixels import MAX_PIXELS, check_image, open_image, reason_of, regular_file, verify_image
 
 # Suffixes that a picture may have, tried in this order behind a name that has none. HEIC is here to be counted.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".heic", ".heif")
@@ -387,8 +387,18 @@ class Preprocess:
         pixels = self.crop(image)
         return torch.from_numpy(np.stack([self.table[c][pixels[:, :, c]] for c in range(3)]))
 
+    def padded(self, image: Image.Image) -> Image.Image:
+        """The picture as it is; a Padded adds bars."""
+        return image
+
+    def with_pad(self, ratio: float) -> "Preprocess":
+        """The same, that pads first; 0: itself."""
+        given = {part.name: getattr(self, part.name) for part in fields(Preprocess)}
+        return Padded(**given, pad=ratio) if ratio else self
+
     def crop(self, image: Image.Image) -> np.ndarray:
         """RGB picture of any size -> its bytes (S, S, 3), resized and cropped: a quarter of what normalising makes."""
+        image = self.padded(image)
         width, height = image.size
         if not self.keep_ratio:
             width = height = self.edge
@@ -407,6 +417,29 @@ class Preprocess:
 
         table = torch.from_numpy(self.table).to(pixels.device, non_blocking=True)  # so few bytes are staged at once
         return torch.stack([table[c][pixels[..., c].int()] for c in range(3)], dim=1)
+
+
+@dataclass(frozen=True)
+class Padded(Preprocess):
+    """Adds black bars to a picture whose longer side is over `pad` times the shorter, up to that ratio.
+
+    CLIP4Cir's TargetPad (1.25), its SquarePad is 1. Name and ratio stand in repr(), and so in the hash of what a
+    checkpoint stands on."""
+
+    pad: float = 1.25
+
+    def padded(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        shortest = max(width, height) / self.pad
+        left, top = (max(int((shortest - side) / 2), 0) for side in image.size)
+        size = width + 2 * left, height + 2 * top
+        if size == image.size:
+            return image
+        if size[0] * size[1] > MAX_PIXELS:  # bars around a long panorama would take gigabytes [ours]
+            return self.padded(image.reduce(math.ceil(math.sqrt(size[0] * size[1] / MAX_PIXELS))))
+        wide = Image.new("RGB", size)
+        wide.paste(image, (left, top))
+        return wide
 
 
 def _side(size: object, path: str, key: str) -> int:

@@ -7,15 +7,19 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import eval_cir
 import train_cir
 from common import audit as audits
+from common import batches
 from common.annotations import Benchmark, read_circo, read_cirr
 from common.console import UserError
+from common.encoding import Compute, TrainingImages
 from common.files import read_json, read_jsonl, save_folder
 from common.flags import constants_of, override
+from common.images import Preprocess
 from common.queries import read_ids, reversed_queries, select_queries
 from common.retrieval import NEVER, Ranks, index, measure, recalls, soft_recall
 from common.submission import score_circo, score_submission
@@ -348,3 +352,161 @@ def test_files_of_a_hidden_split_are_looked_through(tmp_path, monkeypatch, capsy
     (tmp_path / "p.json").write_text(json.dumps(record | {"0": []}))
     with pytest.raises(UserError, match="query 0: 0 image ids"):
         run_flags(monkeypatch, eval_cir, *flags)
+
+
+# ---- padding ----
+def padded_by_hand(picture: np.ndarray, ratio: float) -> np.ndarray:
+    """Black rows or columns, the same number on both sides, until the longer side is `ratio` times the shorter."""
+    height, width = picture.shape[:2]
+    wanted = max(height, width) / ratio
+    rows, columns = (max(int((wanted - side) / 2), 0) for side in (height, width))
+    return np.pad(picture, ((rows, rows), (columns, columns), (0, 0)))
+
+
+@pytest.mark.parametrize("folder", ["clip", "blip"])
+def test_padding_is_black_bars_and_then_the_usual(folder, zoo):
+    plain = Preprocess.from_folder(zoo / folder)
+    assert plain.with_pad(0) is plain
+    draw = np.random.default_rng(0)
+    for ratio in (1.25, 1.0, 2.5):
+        ours = plain.with_pad(ratio)
+        assert repr(ours) != repr(plain) and str(ratio) in repr(ours)  # a hash of it tells them apart
+        for width, height in ((40, 40), (41, 40), (50, 40), (51, 40), (90, 31), (31, 90), (640, 97)):
+            picture = draw.integers(1, 256, (height, width, 3), dtype=np.uint8)
+            wide = padded_by_hand(picture, ratio)
+            torch.testing.assert_close(ours(Image.fromarray(picture)), plain(Image.fromarray(wide)), rtol=0, atol=0)
+            again = ours.padded(ours.padded(Image.fromarray(picture)))
+            assert again.size == wide.shape[1::-1]  # twice is once: a picture that is not augmented goes through twice
+    assert plain.with_pad(1).padded(Image.new("RGB", (90, 30))).size == (90, 90)  # SquarePad
+    assert plain.with_pad(1.25).padded(Image.new("RGB", (90, 30))).size == (90, 72)  # TargetPad
+
+
+def test_bars_around_a_panorama_stay_small(zoo, monkeypatch):
+    monkeypatch.setattr("common.images.MAX_PIXELS", 10_000)
+    size = Preprocess.from_folder(zoo / "clip").with_pad(1).padded(Image.new("RGB", (1000, 50), "red")).size
+    assert max(size) <= 100 and abs(size[0] - size[1]) <= 1
+
+
+def trained(monkeypatch, tmp_path, zoo, *flags, out="cir"):
+    """train_cir.py for two steps on the drawn CIRR's eight queries -> its checkpoint's folder."""
+    root = tmp_path / "world" / "cirr"
+    if not root.exists():
+        drawn_cirr(tmp_path / "world")
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
+    argv = ["--root", root, "--split", "val", "--steps", 2, "--batch", 4, "--out", tmp_path / out]
+    run_flags(monkeypatch, train_cir, *argv, *flags)
+    return tmp_path / out
+
+
+def test_a_checkpoint_pads_as_it_was_trained(zoo, tmp_path, monkeypatch, capsys):
+    flags = ["--model", "combiner", "--backbone", zoo / "clip", "--pad", 1.25]
+    folder = trained(monkeypatch, tmp_path, zoo, *flags)
+    assert read_json(folder / "config.json")["build"]["pad"] == 1.25
+    model = train_cir.load_cir(str(folder))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
+    plain = Preprocess.from_folder(zoo / "clip")
+    assert torch.equal(model.preprocess(picture), plain.with_pad(1.25)(picture))
+    argv = ["--root", tmp_path / "world/cirr", "--official", "false", "--show", 0, "--out", tmp_path / "out"]
+    run_flags(monkeypatch, eval_cir, "--checkpoint", folder, *argv)
+    assert "pictures padded to a ratio of 1.25" in read_json(tmp_path / "out/metrics.json")["protocol"]
+    with pytest.raises(UserError, match="--pad 1.0 is of a --baseline"):
+        run_flags(monkeypatch, eval_cir, "--checkpoint", folder, *argv, "--pad", 1)
+
+    # a config whose ratio was changed by hand, and a start that pads otherwise
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"build": config["build"] | {"pad": 1.0}}))
+    with pytest.raises(UserError, match="was trained on other frozen weights"):
+        train_cir.load_cir(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="--start .* and --pad as there"):
+        trained(monkeypatch, tmp_path, zoo, "--model", "combiner", "--start", folder, out="two")
+    with pytest.raises(UserError, match="--pad 0.5: wanted a ratio"):
+        trained(monkeypatch, tmp_path, zoo, *flags[:4], "--pad", 0.5, out="two")
+
+
+def test_training_sees_padded_pictures(zoo, tmp_path):
+    """Without augmentation the pixels of a step are those of the model's own preprocessing."""
+    root = drawn_cirr(tmp_path / "world")
+    benchmark = read_cirr(str(root), "val")
+    model = train_cir.build_cir("sum", str(zoo / "clip"), pad=1.1)
+    source = batches.Source(benchmark.images)
+    seen = []
+
+    def augmented(picture, key, size):
+        seen.append(picture.size)
+        return picture
+
+    images = TrainingImages(model, [source], augmented, Compute(2))
+    pixels = images._pixels([((0, name), ("key",)) for name in benchmark.gallery[:3]])
+    wanted = torch.stack([model.preprocess(benchmark.images.open(name)) for name in benchmark.gallery[:3]])
+    assert torch.equal(images._normalised(pixels), wanted)
+    assert seen == [(40, 36)] * 3  # 40 x 30, with bars
+
+
+# ---- BLIP as the backbone of sum and combiner ----
+TEXTS = ["a red hat", "dog", "two of a dog, 2 hats"]
+
+
+def test_blip_towers_are_hugging_faces_modules(zoo):
+    hf = transformers.BlipForImageTextRetrieval.from_pretrained(zoo / "blip").eval()
+    words = transformers.AutoTokenizer.from_pretrained(zoo / "blip")
+    model = train_cir.build_cir("sum", str(zoo / "blip")).eval()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        image = hf.vision_proj(hf.vision_model(pixel_values=pixels).last_hidden_state[:, 0])
+        text = []
+        for words_of_one in TEXTS:  # one by one: no padding
+            states = hf.text_encoder(input_ids=words(words_of_one, return_tensors="pt").input_ids).last_hidden_state
+            text.append(hf.text_proj(states[0, 0]))
+        text, normal = torch.stack(text), torch.nn.functional.normalize
+        tokens, target = model.image(pixels)
+        torch.testing.assert_close(tokens, image, atol=1e-6, rtol=0)
+        torch.testing.assert_close(target, normal(image, dim=1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.text(TEXTS, "cpu"), text, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.compose(tokens, TEXTS), normal(image + text, dim=1), atol=1e-6, rtol=0)
+    trains = set(train_cir.get_trained(model))
+    assert {"backbone.text_proj.weight", "backbone.text_encoder.embeddings.word_embeddings.weight"} < trains
+    assert not any("crossattention" in name or "vision" in name or "itm" in name for name in trains)
+
+
+@pytest.mark.parametrize("model", ["sum", "combiner"])
+def test_bi_directional_training_on_blip(model, zoo, tmp_path, monkeypatch):
+    """Stage I, then stage II on it: the model of [Bi]; the checkpoint gives the same queries again."""
+    flags = ["--backbone", zoo / "blip", "--bidirectional", 0.1]
+    folder = trained(monkeypatch, tmp_path, zoo, "--model", "sum", "--text_proj_lr", 100, *flags)
+    if model == "combiner":
+        more = ["--model", "combiner", "--start", folder, "--train_text", "false", "--bidirectional", 0.1]
+        folder = trained(monkeypatch, tmp_path, zoo, *more, out="two")
+    found = train_cir.load_cir(str(folder))
+    plain = train_cir.build_cir("sum", str(zoo / "blip"))
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        tokens, target = found.image(pixels)
+        assert torch.equal(target, plain.eval().image(pixels)[1])  # the gallery is the frozen encoder's
+        forth, back = (found.compose(tokens, TEXTS, backward) for backward in (False, True))
+    assert (forth - back).abs().max() > 1e-4
+    moved = (found.backbone.text_proj.weight - plain.backbone.text_proj.weight).abs().max().item()
+    assert moved > 1e-3  # about 100 x 1e-4 a step of AdamW
+
+
+def test_text_proj_learns_a_hundred_times_as_fast(zoo, monkeypatch):
+    monkeypatch.setattr(train_cir, "TEXT_PROJ_LR", 100.0)
+    monkeypatch.setattr(train_cir, "LR", 1e-5)
+    model = train_cir.build_cir("sum", str(zoo / "blip"))
+    optimizer = train_cir.make_optimizer(model)
+    assert train_cir.set_rate(optimizer, 0, 10) == 1e-5
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert len(rates) == len(train_cir.get_trained(model))
+    for name in train_cir.get_trained(model):
+        wanted = 1e-3 if name.startswith("backbone.text_proj.") else 1e-5
+        assert rates[id(named[name])] == pytest.approx(wanted)
+    with pytest.raises(UserError, match="--text_proj_lr: the model trains no text_proj"):
+        train_cir.make_optimizer(train_cir.build_cir("sum", str(zoo / "clip")))
+
+
+def test_flags_of_towers_are_checked(zoo, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a resnet model, wanted clip or blip"):
+        train_cir.build_cir("combiner", str(zoo / "resnet"))
+    with pytest.raises(UserError, match="--text_proj_lr is for --model sum or combiner on BLIP"):
+        trained(monkeypatch, tmp_path, zoo, "--model", "blip_tdm", "--backbone", zoo / "blip", "--text_proj_lr", 9)
