@@ -38,7 +38,7 @@ from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
 
 # ---- model ----
-MODEL = "blip_tdm"  # "blip_tdm" [S3.3]; on CLIP or BLIP "combiner", or "sum" of image and text (stage I of [Bi])
+MODEL = "blip_tdm"  # "blip_tdm" [S3.3]; CLIP, BLIP, SigLIP: "combiner", or "sum" of image and text (stage I of [Bi])
 BACKBONE = ""  # folder or hub id; empty: START's, or openai/clip-vit-large-patch14, Salesforce/blip-itm-large-coco
 START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)

@@ -35,6 +35,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 PROCESSORS = {
     "CLIP": (True, CLIP_MEAN, CLIP_STD, 224),
     "Blip": (False, CLIP_MEAN, CLIP_STD, 384),
+    "Siglip": (False, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 224),
     "ConvNext": (True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 384),
 }
 
@@ -351,9 +352,9 @@ class Preprocess:
         kind = config.get("image_processor_type") or config.get("feature_extractor_type")
         if kind is None:  # old files leave the class out
             kind = "ConvNext" if "crop_pct" in config else "CLIP" if "crop_size" in config else "Blip"
-        match = re.fullmatch(r"(CLIP|Blip|ConvNext)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(kind))
+        match = re.fullmatch(r"(CLIP|Blip|Siglip|ConvNext)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(kind))
         if not match:
-            raise UserError(f"{path}: image processor is {shown(kind)}, wanted one of CLIP, Blip, ConvNext")
+            raise UserError(f"{path}: image processor is {shown(kind)}, wanted one of CLIP, Blip, Siglip, ConvNext")
         keep_ratio, mean, std, size = PROCESSORS[match[1]]
 
         size = config.get("size", size)

@@ -1,6 +1,7 @@
-"""CIR models of two encoders that never see each other's input: CLIP or BLIP, and how their features are combined."""
+"""CIR models of two encoders that never see each other's input (CLIP, BLIP, SigLIP), and how features are combined."""
 
 import functools
+import string
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from common.cir_model import CirModel
 from common.console import UserError
+from common.files import read_json
+from common.hub import checkpoint_file
 from common.pretrained import model_kind
 from common.vision import fuse_attention
 from kernels.reversed import reversed_combiner, reversed_sum
@@ -140,14 +143,65 @@ class BlipTowers(TwoTowers):
         return self.backbone.text_proj(self.backbone.text_encoder(ids, mask).last_hidden_state[:, 0])
 
 
-_KINDS = {"clip": ClipTowers, "blip": BlipTowers}
+class SiglipTowers(TwoTowers):
+    """SigLIP, and SigLIP 2 of fixed resolution: the pooled features of both encoders.
+
+    A text always has all the tokens that the model has positions for, padding is attended to, and the last one is its
+    feature: so it was trained. A direction stands in front of the text, which has no first token of its own."""
+
+    def __init__(self, backbone: str, text_length: int, train_text: bool, directions: bool):
+        super().__init__()
+        self.load(transformers.SiglipModel, backbone, text_length, attn_implementation="sdpa")
+        positions = self.backbone.config.text_config.max_position_embeddings
+        if text_length not in (0, positions):
+            raise UserError(
+                f"--text_length {text_length}: a SigLIP reads texts of {positions} tokens only; leave it out"
+            )
+        self.width = self.backbone.config.vision_config.hidden_size
+        self.backbone.text_model.requires_grad_(train_text)
+        if directions:
+            self.direct(self.backbone.text_model.embeddings, "token_embedding")
+        said = checkpoint_file(backbone, "tokenizer_config.json", "--backbone")
+        kind = str(read_json(said).get("tokenizer_class", "")) if said else ""
+        self.punctuation = not kind.startswith("SiglipTokenizer")  # SigLIP's own drops it, Gemma's of SigLIP 2 does not
+        self.combiner = Sum()
+
+    @torch.no_grad()
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) -> the pooled feature, raw (B, d)."""
+        return self.backbone.vision_model(pixel_values=pixels).pooler_output
+
+    def tokenize(self, texts: list[str], device, backward: bool = False) -> tuple[Tensor, Tensor]:
+        """-> ids (B, T) of the model's full length, and a mask of ones."""
+        how = {"padding": "max_length", "truncation": True, "max_length": self.length, "split_special_tokens": True}
+        ids = self.tokenizer(siglip_spelling(texts, self.punctuation), return_tensors="pt", **how).input_ids.to(device)
+        if self.directed:
+            ids = torch.cat([torch.full_like(ids[:, :1], -2 if backward else -1), ids], dim=1)
+        return ids, torch.ones_like(ids)
+
+    def too_long(self, texts: list[str]) -> list[str]:
+        return super().too_long(siglip_spelling(texts, self.punctuation))
+
+    def text(self, texts: list[str], device, backward: bool = False) -> Tensor:
+        """-> the pooled feature, raw (B, d)."""
+        ids, _ = self.tokenize(texts, device, backward)
+        return self.backbone.text_model(input_ids=ids).pooler_output
+
+
+def siglip_spelling(texts: list[str], punctuation: bool = False) -> list[str]:
+    """Small letters and single spaces; without punctuation: what the tokenizers of transformers read in a text."""
+    without = str.maketrans("", "", "" if punctuation else string.punctuation)
+    return [" ".join(text.lower().translate(without).split()) for text in texts]
+
+
+_KINDS = {"clip": ClipTowers, "blip": BlipTowers, "siglip": SiglipTowers}
 
 
 def build_towers(backbone: str, text_length: int, train_text: bool, directions: bool) -> TwoTowers:
     """The towers of a folder or hub id, meeting in a Sum; UserError for a model of another kind."""
     kind = model_kind(backbone, "--backbone")
     if kind not in _KINDS:
-        raise UserError(f"--backbone {backbone} is a {kind} model, wanted {' or '.join(_KINDS)}: fix it or --model")
+        raise UserError(f"--backbone {backbone} is a {kind} model, wanted {', '.join(_KINDS)}: fix it or --model")
     return _KINDS[kind](backbone, text_length, train_text, directions)
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import eval_cir
 import train_cir
@@ -23,6 +25,7 @@ from common.images import Preprocess
 from common.queries import read_ids, reversed_queries, select_queries
 from common.retrieval import NEVER, Ranks, index, measure, recalls, soft_recall
 from common.submission import score_circo, score_submission
+from common.towers import siglip_spelling
 from common.triplets import Triplet
 
 DEFAULTS = {stage: constants_of(vars(stage)) for stage in (eval_cir, train_cir)}
@@ -506,7 +509,94 @@ def test_text_proj_learns_a_hundred_times_as_fast(zoo, monkeypatch):
 
 
 def test_flags_of_towers_are_checked(zoo, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is a resnet model, wanted clip or blip"):
+    with pytest.raises(UserError, match="is a resnet model, wanted clip, blip, siglip"):
         train_cir.build_cir("combiner", str(zoo / "resnet"))
     with pytest.raises(UserError, match="--text_proj_lr is for --model sum or combiner on BLIP"):
         trained(monkeypatch, tmp_path, zoo, "--model", "blip_tdm", "--backbone", zoo / "blip", "--text_proj_lr", 9)
+
+
+# ---- SigLIP as the backbone of sum and combiner ----
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """A tiny random SigLIP as an ordinary folder: texts of 12 tokens, ended and padded by </s>."""
+    folder = tmp_path_factory.mktemp("models") / "siglip"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        text = sizes | {"vocab_size": 60, "max_position_embeddings": 12, "projection_size": 32}
+        text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        vision = sizes | {"image_size": 32, "patch_size": 16}
+        config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+        transformers.SiglipModel(config).save_pretrained(folder)
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *letters]
+    words += [("▁" + word, -1.0) for word in ("a", "red", "hat", "dog", "two", "make", "it", "of", "is", "blue")]
+    words += [(word, -4.0) for word in ("ed", "re", "do", "og", "ha", "at", "ma", "ke", "wo", "bl")]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    end = ("</s>", 1)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"tokenizer_class": "SiglipTokenizer", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | {"model_max_length": 12}))
+    pictures = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}, "resample": 3}
+    pictures |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    return folder
+
+
+def test_siglip_towers_are_hugging_faces_modules(siglip):
+    hf = transformers.SiglipModel.from_pretrained(siglip).eval()
+    words = transformers.PreTrainedTokenizerFast.from_pretrained(siglip)
+    model = train_cir.build_cir("sum", str(siglip)).eval()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.manual_seed(0))
+    plain = ["a red hat", "dog", "two of a dog 2 hats"]
+    ids = words(plain, padding="max_length", truncation=True, max_length=12, return_tensors="pt").input_ids
+    assert ids.shape == (3, 12) and (ids[1, -8:] == 1).all()
+    with torch.no_grad():
+        whole = hf(input_ids=ids, pixel_values=pixels)  # its embeds are normalised
+        tokens, target = model.image(pixels)
+        normal = torch.nn.functional.normalize
+        torch.testing.assert_close(target, whole.image_embeds, atol=1e-6, rtol=0)
+        spelled = ["A  red hat!", "dog.", TEXTS[2]]  # capitals, punctuation and spaces are nothing to SigLIP
+        torch.testing.assert_close(normal(model.text(spelled, "cpu"), dim=1), whole.text_embeds, atol=1e-6, rtol=0)
+        raw = hf.vision_model(pixel_values=pixels).pooler_output + hf.text_model(input_ids=ids).pooler_output
+        torch.testing.assert_close(model.compose(tokens, plain), normal(raw, dim=1), atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match="--text_length 8: a SigLIP reads texts of 12 tokens only"):
+        train_cir.build_cir("sum", str(siglip), text_length=8)
+
+
+def test_siglip_spelling_is_that_of_its_tokenizer(siglip, tmp_path):
+    texts = ["Is RED -- and  blue!", "a b"]
+    assert siglip_spelling(texts) == ["is red and blue", "a b"]
+    assert siglip_spelling(texts, punctuation=True) == ["is red -- and blue!", "a b"]
+    assert not train_cir.build_cir("sum", str(siglip)).punctuation
+    shutil.copytree(siglip, tmp_path / "two")
+    config = read_json(siglip / "tokenizer_config.json") | {"tokenizer_class": "GemmaTokenizer"}
+    (tmp_path / "two/tokenizer_config.json").write_text(json.dumps(config))
+    assert train_cir.build_cir("sum", str(tmp_path / "two")).punctuation
+
+
+def test_siglip_pictures_are_hugging_faces(siglip):
+    ours, theirs = Preprocess.from_folder(siglip), transformers.SiglipImageProcessorPil.from_pretrained(siglip)
+    for width, height in ((32, 32), (50, 40), (31, 90)):
+        picture = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        wanted = theirs(Image.fromarray(picture), return_tensors="pt").pixel_values[0]
+        torch.testing.assert_close(ours(Image.fromarray(picture)), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["sum", "combiner"])
+def test_siglip_has_a_direction_in_front_of_its_text(model, siglip, zoo, tmp_path, monkeypatch):
+    folder = trained(monkeypatch, tmp_path, zoo, "--model", model, "--backbone", siglip, "--bidirectional", 0.1)
+    found = train_cir.load_cir(str(folder))
+    assert "backbone.text_model.embeddings.token_embedding.directions" in train_cir.get_trained(found)
+    for backward, way in ((False, -1), (True, -2)):
+        ids, _ = found.tokenize(TEXTS, "cpu", backward)
+        assert ids.shape == (3, 12) and (ids[:, 0] == way).all() and (ids[:, 1:] >= 0).all()
+    with torch.no_grad():
+        tokens = torch.zeros(3, 32)
+        assert (found.compose(tokens, TEXTS) - found.compose(tokens, TEXTS, True)).abs().max() > 1e-4
+    argv = ["--root", tmp_path / "world/cirr", "--official", "false", "--show", 0, "--out", tmp_path / "out"]
+    run_flags(monkeypatch, eval_cir, "--checkpoint", folder, *argv, "--audit")
+    assert len(read_jsonl(tmp_path / "out/found.jsonl")[0]["alone"]) == 5
