@@ -83,6 +83,7 @@ from common.retrieval import (
     shortlist,
     whole_query,
 )
+from common.sessions import read_sessions, session_hits
 from common.submission import score, write_submission
 from train_cir import build_cir, load_cir
 
@@ -92,7 +93,7 @@ BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or
 BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
 # With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
 PAD = 0.0  # of BASELINE: black bars as train_cir.py --pad; a CHECKPOINT knows its own
-DATASET = "cirr"  # "cirr", "fashioniq", "circo", or "jsonl" (ROOT is then a file of one's own triplets)
+DATASET = "cirr"  # "cirr", "fashioniq", "circo"; ROOT a file: "jsonl" (own triplets) or "sessions" (CIRCLED's turns)
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
 SPLIT = "val"  # val; CIRR's test1 (or test) and CIRCO's test: the server's files
@@ -118,7 +119,7 @@ AUDIT = False  # also rank by image alone and by text alone, and measure over th
 # ---- one query over a folder of pictures ----
 REFERENCE = ""  # picture to start from
 TEXT = ""  # what to change
-GALLERY = ""  # folder searched, its features are kept beside it; jsonl: .txt or .json of the names searched, "" = all
+GALLERY = ""  # folder searched, its features are kept beside it; jsonl, sessions: .txt or .json of names, "" = all
 TOP = 10  # pictures named and shown
 
 # ---- pseudo triplets worth keeping ----
@@ -138,6 +139,8 @@ SHOW = 48  # queries on the result page: half the hardest misses, half spread ev
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count queries, gallery and images, then stop; status 1 if an image is missing
 SCORE = ()  # one or both files of CIRR's server, or CIRCO's one: scored, or of a hidden split looked through
+
+_FILES = ("jsonl", "sessions")  # data sets of which ROOT is a file and GALLERY a list of names
 
 
 # ---- what is evaluated ----
@@ -351,12 +354,19 @@ def panel_of(result: Result, i: int) -> pages.Html:
     )
 
 
+def numbers_of(result: Result) -> dict[str, float]:
+    """All metrics of its protocol, in percent."""
+    if DATASET == "sessions":
+        return session_hits(result.benchmark, result.ranks)
+    return recalls(result.ranks, DATASET)
+
+
 def report(results: list[Result], system: System, protocol: str) -> None:
     """Prints the table with its protocol; writes OUT/metrics.json, OUT/found.jsonl and OUT/index.html."""
     parts = []
     for result in results:
         counts = {"queries": len(result.top), "gallery": result.at.gallery}
-        parts.append({"category": result.benchmark.category, **counts, "metrics": recalls(result.ranks, DATASET)})
+        parts.append({"category": result.benchmark.category, **counts, "metrics": numbers_of(result)})
     metrics = mean_recalls([part["metrics"] for part in parts], DATASET)
 
     split = results[0].benchmark.split.replace("held", "held-out")  # of one's own triplets that, or "all"
@@ -395,16 +405,18 @@ def report(results: list[Result], system: System, protocol: str) -> None:
 
 
 def check_flags(world: World) -> None:
-    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", "jsonl"), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
+    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", *_FILES), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
     one_of(globals(), JOIN=("forward", "reverse"))
     one_of(globals(), CIRR_PROTOCOL=("split", "references"), FASHIONIQ_PROTOCOL=("original", "val"))
     one_of(globals(), BASELINE=("", "image", "text", "sum"))
     at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0, FILTER_TOP=1, MISSING=0)
-    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY) and DATASET != "jsonl"]
+    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY) and DATASET not in _FILES]
     if any(asks) and (not all(asks) or world.size > 1):
         raise UserError("one query wants --reference, --text and --gallery together, and one process")
     if REVERSE_TEXT and not REVERSED:
         raise UserError("--reverse_text is the text of reversed queries: add --reversed")
+    if DATASET == "sessions" and (AUDIT or REVERSED or SCORE or RERANK):
+        raise UserError("--dataset sessions is measured as it is: no --audit, --reversed, --rerank or --score")
     if AUDIT and (REVERSED or SCORE or FILTER or REFERENCE or BASELINE not in ("", "sum")):
         raise UserError("--audit asks forward queries of a benchmark, of a --checkpoint or of --baseline sum")
     if QUERIES and (SCORE or FILTER or REFERENCE):
@@ -425,7 +437,7 @@ def check_flags(world: World) -> None:
 
 def gallery_protocol() -> str:
     own = GALLERY or "all pictures"
-    return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017", "jsonl": own}[DATASET]
+    return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017"}.get(DATASET, own)
 
 
 def check_models() -> None:
@@ -459,14 +471,16 @@ def protocol_text() -> str:
 
 def read_asked() -> list[Benchmark]:
     """The benchmarks, with the counts that were published, or one's own; with --check every image is looked at."""
-    if DATASET == "jsonl":
+    if DATASET == "sessions":
+        benchmarks = [read_sessions(ROOT, IMAGES or None, GALLERY)]
+    elif DATASET == "jsonl":
         benchmarks = [read_own(ROOT, IMAGES or None, GALLERY, HOLD_OUT, "held", KEYS, POOL)]
         if not CHECK:  # which names all that is wrong
             benchmarks = [without_unreadable(benchmarks[0], f"{OUT}/unreadable.txt", WORKERS)[0]]
     else:
         benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol(), JOIN)
     complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt") if CHECK else ""
-    if OFFICIAL and DATASET != "jsonl":
+    if OFFICIAL and DATASET not in _FILES:
         for benchmark in benchmarks:
             require_official(benchmark, gallery_protocol())
     if complaint:

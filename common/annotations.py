@@ -372,7 +372,7 @@ def training_triplets(
         if held:
             more = len(triplets) - len(trained) - len(held)
             say(f"{root}: {len(held):,} of {len(triplets):,} triplets are held out, {more:,} more share their images")
-        return trained, _own_store(root, images)
+        return trained, own_store(root, images)
     else:
         raise UserError(f'dataset is {shown(dataset)}, wanted "cirr", "fashioniq" or "jsonl"')
     triplets = [query for benchmark in benchmarks for query in benchmark.queries]
@@ -385,7 +385,7 @@ def training_triplets(
 
 
 # ---- one's own triplets as a benchmark ----
-def _own_store(path: str, images: str | Sequence[str] | None) -> ImageStore:
+def own_store(path: str, images: str | Sequence[str] | None) -> ImageStore:
     """Pictures of one's own files of triplets: the folder given, or those of the files. Photos may be large."""
     beside = dict.fromkeys(os.path.dirname(os.path.abspath(file)) for file in split_paths(path))
     return open_store(images, list(beside), own=True)
@@ -408,11 +408,11 @@ def read_own(
     lacks: it could never be found."""
     if part not in ("held", "train", "all"):
         raise UserError(f'part is {shown(part)}, wanted "held", "train" or "all"')
-    triplets, store = read_triplets(path, keys, pool), _own_store(path, images)
+    triplets, store = read_triplets(path, keys, pool), own_store(path, images)
     if hold_out and part != "all":
         trained, held = held_out(triplets, hold_out)
         triplets = held if part == "held" else trained
-    names = _gallery_names(gallery, store)
+    names = gallery_names(gallery, store)
     known = set(names)
 
     def in_gallery(name: str) -> str:
@@ -427,7 +427,7 @@ def read_own(
     return Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
 
 
-def _gallery_names(gallery: str, store: ImageStore) -> list[str]:
+def gallery_names(gallery: str, store: ImageStore) -> list[str]:
     if not gallery:
         return list(dict.fromkeys(name for root in store.roots for name in list_images(root)))
     if gallery.endswith(".json"):

@@ -158,7 +158,7 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
     excluded = None if kept else torch.tensor(inside)
     reference = torch.tensor([place[q.reference] for q in benchmark.queries])
     truths = None
-    if benchmark.dataset == "circo" and target is not None:
+    if benchmark.dataset in ("circo", "sessions") and target is not None:
         rows = [[place[name] for name in q.extra["truths"]] for q in benchmark.queries]
         truths = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
     soft = soft_values = None
@@ -452,6 +452,8 @@ def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[s
     if dataset == "cirr":
         which = {"split": "every image of the split", "references": "only the images that are a query's reference"}
         says = f'protocol "{protocol}": gallery = {which[protocol]}, minus the query\'s own reference'
+    elif dataset == "sessions":
+        says = f"each turn asked alone: gallery = {protocol}, minus the turn's own reference"
     elif dataset == "jsonl":
         says = f"one's own triplets: gallery = {protocol}, minus the query's own reference"
     else:

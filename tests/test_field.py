@@ -21,9 +21,10 @@ from common.console import UserError
 from common.encoding import Compute, TrainingImages
 from common.files import read_json, read_jsonl, save_folder
 from common.flags import constants_of, override
-from common.images import Preprocess
+from common.images import ImageStore, Preprocess
 from common.queries import read_ids, reversed_queries, select_queries
 from common.retrieval import NEVER, Ranks, index, measure, recalls, soft_recall
+from common.sessions import read_sessions
 from common.submission import score_circo, score_submission
 from common.towers import siglip_spelling
 from common.triplets import Triplet
@@ -600,3 +601,74 @@ def test_siglip_has_a_direction_in_front_of_its_text(model, siglip, zoo, tmp_pat
     argv = ["--root", tmp_path / "world/cirr", "--official", "false", "--show", 0, "--out", tmp_path / "out"]
     run_flags(monkeypatch, eval_cir, "--checkpoint", folder, *argv, "--audit")
     assert len(read_jsonl(tmp_path / "out/found.jsonl")[0]["alone"]) == 5
+
+
+# ---- sessions of several turns ----
+def drawn_sessions(folder) -> list[dict]:
+    """Twelve pictures and five sessions in CIRCLED's format, in folder/sessions.json and .jsonl."""
+    draw, names = random.Random(9), [f"p{i}" for i in range(12)]
+    (folder / "images").mkdir(parents=True)
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 30)).save(folder / "images" / f"{name}.png")
+    records = []
+    for i in range(5):
+        turns = [
+            {"turn": n + 1, "reference_image_id": draw.choice(names[:8]), "relative_caption": draw.choice(TEXTS)}
+            for n in range(draw.randint(1, 4))
+        ]
+        truths = draw.sample(names[8:], draw.randint(1, 2))
+        records.append({"session_id": f"s{i}", "ground_truth_ids": truths, "num_turns": len(turns), "turns": turns})
+    (folder / "sessions.json").write_text(json.dumps(records))
+    (folder / "sessions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+@torch.no_grad()
+def test_sessions_are_counted_as_by_hand(zoo, tmp_path, monkeypatch):
+    records = drawn_sessions(tmp_path)
+    for file in ("sessions.json", "sessions.jsonl"):
+        flags = ["--dataset", "sessions", "--root", tmp_path / file, "--images", tmp_path / "images", "--show", 2]
+        flags += ["--baseline", "sum", "--backbone", zoo / "clip", "--out", tmp_path / "out"]
+        run_flags(monkeypatch, eval_cir, *flags)
+        record = read_json(tmp_path / "out/metrics.json")
+        assert record["parts"][0]["queries"] == sum(len(r["turns"]) for r in records)
+        assert "each turn asked alone" in record["protocol"]
+
+        model = train_cir.build_cir("sum", str(zoo / "clip")).eval()
+        store = ImageStore(tmp_path / "images")
+        tokens = {f"p{i}": model.tokens(model.preprocess(store.open(f"p{i}"))[None]) for i in range(12)}
+        turns = {}
+        for session in records:
+            for turn in session["turns"]:
+                seen = tokens[turn["reference_image_id"]]
+                text = torch.nn.functional.normalize(model.text([turn["relative_caption"]], "cpu"), dim=1)
+                c = torch.nn.functional.normalize(model.target(seen) + text, dim=1)
+                scores = {n: float(c[0] @ model.target(t)[0]) for n, t in tokens.items()}
+                order = sorted(scores.keys() - {turn["reference_image_id"]}, key=lambda n: -scores[n])  # noqa: B023
+                best = min(order.index(name) + 1 for name in session["ground_truth_ids"])
+                turns.setdefault(session["session_id"], []).append(best)
+        for k in (1, 5, 10, 50):
+            for name, pick in (("first", lambda t: t[0]), ("last", lambda t: t[-1]), ("any", min)):
+                wanted = 100 * sum(pick(t) <= k for t in turns.values()) / 5
+                assert record["metrics"][f"{name}@{k}"] == pytest.approx(wanted), (name, k)
+    assert len(set(record["metrics"].values())) > 2
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"ground_truth_ids": ["gone"]}, "right image 'gone' is not in the gallery"),
+        ({"ground_truth_ids": []}, "ground_truth_ids"),
+        ({"session_id": "s1"}, "stands twice"),
+        ({"turns": []}, "has no turn"),
+        ({"turns": [{"turn": 2, "reference_image_id": "p1", "relative_caption": "a"}]}, "is turn 2, wanted 1"),
+        ({"turns": [{"turn": 1, "reference_image_id": "p1"}]}, "relative_caption"),
+    ],
+)
+def test_a_wrong_session_stops(change, words, tmp_path):
+    records = drawn_sessions(tmp_path)
+    records[0] |= change
+    (tmp_path / "sessions.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match=words):
+        read_sessions(str(tmp_path / "sessions.json"), str(tmp_path / "images"))
