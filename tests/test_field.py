@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from ranks import run_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import eval_cir
@@ -23,9 +24,9 @@ from common.files import read_json, read_jsonl, save_folder
 from common.flags import constants_of, override
 from common.images import ImageStore, Preprocess
 from common.queries import read_ids, reversed_queries, select_queries
-from common.retrieval import NEVER, Ranks, index, measure, recalls, soft_recall
+from common.retrieval import NEVER, Ranks, embed_ways, index, measure, recalls, soft_recall, whole_query
 from common.sessions import read_sessions
-from common.submission import score_circo, score_submission
+from common.submission import score, score_circo, score_submission
 from common.towers import siglip_spelling
 from common.triplets import Triplet
 
@@ -672,3 +673,35 @@ def test_a_wrong_session_stops(change, words, tmp_path):
     (tmp_path / "sessions.json").write_text(json.dumps(records))
     with pytest.raises(UserError, match=words):
         read_sessions(str(tmp_path / "sessions.json"), str(tmp_path / "images"))
+
+
+def test_files_of_cirrs_hidden_split_are_looked_through(tmp_path, capsys):
+    """Labels hidden: a good file passes without a number, a bad one is refused as before."""
+    benchmark = random_cirr(0)[0]
+    hidden = tuple(dataclasses.replace(q, target=None, extra={"target_soft": None}) for q in benchmark.queries)
+    benchmark = dataclasses.replace(benchmark, split="test1", queries=hidden)
+    record = {"version": "rc2", "metric": "recall_subset"}
+    record |= {str(q.id): [name for name in q.members if name != q.reference][:3] for q in hidden}
+    path = tmp_path / "subset.json"
+    path.write_text(json.dumps(record))
+    score(benchmark, (str(path),), "protocol")
+    printed = capsys.readouterr().out
+    assert "as the server of cirr test1 wants it; only the server knows the labels" in printed and "Rs@" not in printed
+    path.write_text(json.dumps(record | {"3": record["3"][:2]}))
+    with pytest.raises(UserError, match="pairid 3: 2 names, wanted 3"):
+        score(benchmark, (str(path),), "protocol")
+
+
+def test_two_ranks_ask_all_ways_alike(zoo, tmp_path):
+    benchmark = read_cirr(str(drawn_cirr(tmp_path / "world")), "val")
+    at = index(benchmark, True)
+
+    def ranks_of() -> list[list[int]]:
+        torch.set_num_threads(1)
+        model = train_cir.build_cir("sum", str(zoo / "clip")).eval()
+        ways = [whole_query(model), *audits.ways_alone(model, model).values()]
+        found, images = embed_ways(model, benchmark, at, Compute(5), ways)
+        return [measure(queries, images, at).target.tolist() for queries in found]
+
+    alone = ranks_of()
+    assert len(alone) == 6 and run_ranks(2, ranks_of) == [alone, alone]
