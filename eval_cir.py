@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 eval_cir.py --checkpoint out/cir --dataset fashioniq --root data/fashioniq
     python eval_cir.py --checkpoint out/cir --split test                   # the two files for CIRR's server
     python eval_cir.py --score ranks.json subset.json --split val --root data/cirr          # any system's files, judged
+    python eval_cir.py --checkpoint out/cir --audit true --out out/audit   # what half of the question answers
     python eval_cir.py --checkpoint out/cir --reference a.jpg --text "with long sleeves" --gallery my_pictures
     python eval_cir.py --checkpoint out/cir --filter out/deltas --images aux --out out/kept   # pseudo triplets it finds
 
@@ -21,8 +22,6 @@ from common.flags import early_help
 
 early_help(__name__, __file__)  # answers --help before torch is imported
 
-import dataclasses
-import glob
 import os
 from typing import NamedTuple
 
@@ -39,11 +38,10 @@ from common.annotations import (
     check_benchmarks,
     read_benchmarks,
     read_own,
-    read_triplets,
     require_official,
-    training_triplets,
     without_unreadable,
 )
+from common.audit import Audited, audit, audit_tables, best_rank, ways_alone
 from common.cir_model import find_again, read_settings, trained_on
 from common.console import UserError, run, say
 from common.encoding import Compute, encode
@@ -52,8 +50,6 @@ from common.files import (
     file_sha256,
     load_tensors,
     lock_folder,
-    read_json,
-    read_jsonl,
     tensors_sha256,
     write_json,
     write_jsonl,
@@ -63,6 +59,8 @@ from common.files import (
 from common.flags import at_least, one_of, override
 from common.images import ImageStore, leave_out, list_images, unreadable
 from common.pretrained import model_kind
+from common.pseudo import Pseudo, read_pseudo, subgroup_ranks
+from common.queries import reversed_queries, select_queries
 from common.ranks import World, barrier, init_world
 from common.retrieval import (
     NEVER,
@@ -70,9 +68,12 @@ from common.retrieval import (
     Indices,
     Ranks,
     Shortlist,
+    Way,
+    aspect_maps,
     best,
-    embed,
+    embed_ways,
     index,
+    mean_recalls,
     measure,
     protocol_of,
     recalls,
@@ -80,8 +81,10 @@ from common.retrieval import (
     rerank,
     score_blocks,
     shortlist,
+    whole_query,
 )
-from common.submission import score_submission, write_submission
+from common.sessions import read_sessions, session_hits
+from common.submission import score, write_submission
 from train_cir import build_cir, load_cir
 
 # ---- what is evaluated ----
@@ -89,7 +92,8 @@ CHECKPOINT = ""  # folder written by train_cir.py
 BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or the "sum" of both features
 BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
 # With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
-DATASET = "cirr"  # "cirr", "fashioniq", "circo", or "jsonl" (ROOT is then a file of one's own triplets)
+PAD = 0.0  # of BASELINE: black bars as train_cir.py --pad; a CHECKPOINT knows its own
+DATASET = "cirr"  # "cirr", "fashioniq", "circo"; ROOT a file: "jsonl" (own triplets) or "sessions" (CIRCLED's turns)
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
 SPLIT = "val"  # val; CIRR's test1 (or test) and CIRCO's test: the server's files
@@ -99,6 +103,7 @@ JOIN = "forward"  # FashionIQ's captions: "forward" c1 and c2, as CLIP4Cir at te
 KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
 POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
 HOLD_OUT = 0.0  # jsonl: only those triplets that train_cir.py kept for evaluation with the same number; 0 = all
+QUERIES = ""  # file of query ids, a JSON list or one a line: only these are measured, over the whole gallery
 OFFICIAL = True  # false: other data in the same layout, whose counts are not the published ones
 
 # ---- protocol ----
@@ -109,11 +114,12 @@ REVERSED = False  # the other way round: target + [BACKWARD] + text -> reference
 REVERSE_TEXT = ""  # with REVERSED: pseudo.jsonl whose reverse_delta is the text (gen_deltas.py --triplets --reverse)
 RERANK = 0  # blip_tdm: the first K are ordered anew with the tdm head (50 is usual); 0 = off
 RERANK_WEIGHT = 1.0  # score of the re-ranking: cosine / tau + this * log p(matched) [ours]
+AUDIT = False  # also rank by image alone and by text alone, and measure over the queries that neither answers [ours]
 
 # ---- one query over a folder of pictures ----
 REFERENCE = ""  # picture to start from
 TEXT = ""  # what to change
-GALLERY = ""  # folder searched, its features are kept beside it; jsonl: .txt or .json of the names searched, "" = all
+GALLERY = ""  # folder searched, its features are kept beside it; jsonl, sessions: .txt or .json of names, "" = all
 TOP = 10  # pictures named and shown
 
 # ---- pseudo triplets worth keeping ----
@@ -132,7 +138,9 @@ OUT = "out/eval"  # folder for metrics.json, index.html and the server's files
 SHOW = 48  # queries on the result page: half the hardest misses, half spread evenly over the rest; 0 = no page
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count queries, gallery and images, then stop; status 1 if an image is missing
-SCORE = ()  # one or both files in the format of CIRR's server, scored against a labelled split
+SCORE = ()  # one or both files of CIRR's server, or CIRCO's one: scored, or of a hidden split looked through
+
+_FILES = ("jsonl", "sessions")  # data sets of which ROOT is a file and GALLERY a list of names
 
 
 # ---- what is evaluated ----
@@ -168,49 +176,19 @@ def load_system(device: torch.device) -> System:
     if RERANK:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
     kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
-    model = build_cir(kind, BACKBONE).eval().to(device)
+    model = build_cir(kind, BACKBONE, pad=PAD).eval().to(device)
     digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
     return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)
 
 
-# ---- queries the other way round ----
-
-
-def reversed_queries(benchmark: Benchmark, text_file: str) -> Benchmark:
-    """Queries target + text -> reference; with a file, its reverse_delta of each pair is the text."""
-    if benchmark.dataset == "circo" or any(query.target is None for query in benchmark.queries):
-        raise UserError(f"--reversed: {benchmark.title} has no single known target; take CIRR or FashionIQ val")
-    triplets = read_triplets(text_file) if text_file else []
-    texts = {(t.reference, t.target): t.extra.get("reverse_delta") for t in triplets}
-    queries = []
-    for q in benchmark.queries:
-        delta = texts.get((q.reference, q.target)) if text_file else q.delta
-        if delta is None:
-            raise UserError(f"{text_file}: no reverse_delta for {q.reference} -> {q.target}; make it for all")
-        queries.append(dataclasses.replace(q, reference=q.target, target=q.reference, delta=delta))
-    return dataclasses.replace(benchmark, queries=tuple(queries))
-
-
-# ---- the server's files ----
-
-
-def score(benchmark: Benchmark, files: tuple[str, ...], protocol: str) -> None:
-    """Prints the recalls of one or both files, and CIRR's average when both are given."""
-    if benchmark.dataset != "cirr":
-        raise UserError("--score takes CIRR's server files; found --dataset " + benchmark.dataset)
-    numbers, given = {}, {}
-    for path in files:
-        record = read_json(path)
-        subset = isinstance(record, dict) and record.get("metric") == "recall_subset"
-        metric = "recall_subset" if subset else "recall"
-        if metric in given:
-            raise UserError(f"--score: {given[metric]} and {path} both hold {metric}; give one file of each")
-        given[metric] = path
-        numbers |= score_submission(path, benchmark, metric)
-    if {"R@5", "Rs@1"} <= numbers.keys():
-        numbers["Avg"] = (numbers["R@5"] + numbers["Rs@1"]) / 2
-    row = [benchmark.title, *numbers.values(), len(benchmark.queries), len(benchmark.gallery)]
-    say(protocol + "\n" + pages.text_table([row], ["", *numbers, "queries", "gallery"]))
+def halves_of(system: System, device: torch.device) -> dict[str, Way]:
+    """--audit: the ways to ask with half of a query, by the frozen backbone of the system and by the system itself."""
+    if isinstance(system.model, Baseline):
+        return ways_alone(None, system.model.model)
+    build = find_again(read_settings(CHECKPOINT), CHECKPOINT, BACKBONE)
+    kind = "blip_tdm" if build["model"] == "blip_tdm" else "sum"
+    plain = build_cir(kind, build["backbone"]).eval().to(device)
+    return ways_alone(system.model, plain)
 
 
 # ---- one query over a folder of pictures ----
@@ -296,59 +274,6 @@ def answer_query(system: System, compute: Compute) -> None:
 # ---- pseudo triplets worth keeping ----
 
 
-class Pseudo(NamedTuple):
-    """What gen_deltas.py wrote."""
-
-    records: list[dict]  # lines of pseudo.jsonl
-    benchmark: Benchmark  # the same as queries with the members of their subgroups; its gallery is all these members
-
-
-def read_pseudo(folder: str, images: str) -> Pseudo:
-    """pseudo.jsonl with the subgroups that cirr/captions/cap.rc2.SPLIT.json beside it knows by the pair's id."""
-    path = os.path.join(folder, "pseudo.jsonl")
-    if not os.path.isfile(path):
-        raise UserError(f"{path} not found; --filter wants a folder written by gen_deltas.py")
-    triplets, store = training_triplets("jsonl", path, "", images=images or None)
-    captions = glob.glob(os.path.join(glob.escape(folder), "cirr", "captions", "cap.rc2.*.json"))
-    if len(captions) != 1:
-        raise UserError(f"{folder}/cirr/captions holds {len(captions)} cap.rc2.SPLIT.json, wanted one, with subgroups")
-    known = {record["pairid"]: record for record in read_json(captions[0])}
-
-    queries = []
-    for t in triplets:
-        record = known.get(t.id, {})
-        members = record.get("img_set", {}).get("members", ())
-        if (record.get("reference"), record.get("target_hard")) != (t.reference, t.target):
-            raise UserError(f"--filter: pair {t.id} is not in {captions[0]}; run gen_deltas.py again")
-        if not set(members) - {t.reference, t.target}:
-            raise UserError(
-                f"--filter: pair {t.id} has no subgroup; gen_deltas.py wants subgroups.jsonl beside --pairs"
-            )
-        queries.append(dataclasses.replace(t, members=tuple(members)))
-    gallery = tuple(dict.fromkeys(name for query in queries for name in query.members))
-    if missing := store.missing(gallery):
-        found = f"{len(missing):,} of {len(gallery):,} images of the subgroups are missing, first {missing[0]!r}"
-        raise UserError(f"--filter: {found}; name their folder with --images")
-    split = os.path.basename(captions[0]).split(".")[2]
-    return Pseudo(read_jsonl(path), Benchmark("pseudo", split, None, tuple(queries), gallery, store))
-
-
-def subgroup_ranks(model: torch.nn.Module, benchmark: Benchmark, compute: Compute) -> list[int]:
-    """Place of each target, 1 the best, among its subgroup less the reference; ties count against it.
-
-    Each image is encoded once, by one of the ranks; call it on all of them."""
-    place = {name: i for i, name in enumerate(benchmark.gallery)}
-    references = torch.tensor([place[query.reference] for query in benchmark.queries])
-    at = Indices(benchmark.gallery, len(benchmark.gallery), references, target=None, others=None, excluded=None)
-    queries, images = (embedded.cpu() for embedded in embed(model, benchmark, at, compute))
-    ranks = []
-    for query, c in zip(benchmark.queries, queries, strict=True):
-        others = [name for name in query.members if name not in (query.reference, query.target)]
-        scores = (images[[place[name] for name in (query.target, *others)]] * c).sum(1)
-        ranks.append(int((scores >= scores[0]).sum()))
-    return ranks
-
-
 def keep_found(pseudo: Pseudo, system: System, compute: Compute, world: World) -> None:
     """Writes the triplets whose target is among the FILTER_TOP best, as gen_deltas.py writes them, and report.json."""
     ranks = subgroup_ranks(system.model, pseudo.benchmark, compute)
@@ -375,6 +300,7 @@ class Result(NamedTuple):
     at: Indices
     ranks: Ranks
     top: torch.Tensor  # (N, 10) columns of the first ten
+    alone: dict[str, torch.Tensor]  # --audit: way -> (N,) rank by half of the query; else empty
 
     def place(self, i: int) -> int | None:
         """Rank of the i-th query's right image; None: it is not in the gallery."""
@@ -390,6 +316,9 @@ def found_lines(result: Result) -> list[dict]:
         line["rank"] = result.place(i)
         if result.ranks.subset is not None:
             line["subset_rank"] = int(result.ranks.subset[i])
+        if result.alone:
+            places = {way: int(ranks[i]) for way, ranks in result.alone.items()}
+            line["alone"] = {way: None if place == NEVER else place for way, place in places.items()}
         line["top"] = [result.at.names[j] for j in result.top[i].tolist()]
         lines.append(line)
     return lines
@@ -425,15 +354,20 @@ def panel_of(result: Result, i: int) -> pages.Html:
     )
 
 
+def numbers_of(result: Result) -> dict[str, float]:
+    """All metrics of its protocol, in percent."""
+    if DATASET == "sessions":
+        return session_hits(result.benchmark, result.ranks)
+    return recalls(result.ranks, DATASET)
+
+
 def report(results: list[Result], system: System, protocol: str) -> None:
     """Prints the table with its protocol; writes OUT/metrics.json, OUT/found.jsonl and OUT/index.html."""
     parts = []
     for result in results:
         counts = {"queries": len(result.top), "gallery": result.at.gallery}
-        parts.append({"category": result.benchmark.category, **counts, "metrics": recalls(result.ranks, DATASET)})
-    metrics = {key: sum(part["metrics"][key] for part in parts) / len(parts) for key in parts[0]["metrics"]}
-    if DATASET == "fashioniq":
-        metrics["Avg"] = (metrics["R@10"] + metrics["R@50"]) / 2
+        parts.append({"category": result.benchmark.category, **counts, "metrics": numbers_of(result)})
+    metrics = mean_recalls([part["metrics"] for part in parts], DATASET)
 
     split = results[0].benchmark.split.replace("held", "held-out")  # of one's own triplets that, or "all"
     headers, rows = [DATASET, *metrics, "queries", "gallery"], []
@@ -446,12 +380,23 @@ def report(results: list[Result], system: System, protocol: str) -> None:
 
     record = {"dataset": DATASET, "split": split, "protocol": protocol, "checkpoint": system.name}
     record |= {"sha256": system.sha256, "metrics": metrics, "parts": parts}
+    tables = [(protocol, headers, rows)]
+    if DATASET == "circo" and (aspects := aspect_maps(results[0].benchmark, results[0].ranks)):
+        record["mAP@10 by semantic aspect"] = aspects
+        tables.append(("mAP@10 by semantic aspect", [*aspects], [[*aspects.values()]]))
+    if AUDIT:
+        audited = [Audited(r.benchmark.category or "", r.ranks, r.alone) for r in results]
+        record["audit"] = audit(audited, DATASET)
+        tables += audit_tables(record["audit"], metrics)
+    for title, names, lines in tables[1:]:
+        say(f"{title}\n{pages.text_table(lines, names)}")
     write_json(os.path.join(OUT, "metrics.json"), record, indent=1)
     write_jsonl(os.path.join(OUT, "found.jsonl"), [line for result in results for line in found_lines(result)])
     if SHOW:
         weights = f"Checkpoint {system.name}, sha256 {system.sha256}"
         sections = [section for result in results for section in sections_of(result, SHOW)]
-        top = (f"{DATASET} {split}", pages.table(rows, headers), protocol, weights)
+        shown = [part for title, names, lines in tables for part in (pages.table(lines, names), title)]
+        top = (f"{DATASET} {split}", *shown, weights)
         write_text(os.path.join(OUT, "index.html"), pages.page("What the model found", [top, *sections]))
     say(f"wrote {OUT}/metrics.json, found.jsonl{' and index.html' if SHOW else ''}")
 
@@ -460,22 +405,30 @@ def report(results: list[Result], system: System, protocol: str) -> None:
 
 
 def check_flags(world: World) -> None:
-    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", "jsonl"), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
+    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", *_FILES), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
     one_of(globals(), JOIN=("forward", "reverse"))
     one_of(globals(), CIRR_PROTOCOL=("split", "references"), FASHIONIQ_PROTOCOL=("original", "val"))
     one_of(globals(), BASELINE=("", "image", "text", "sum"))
     at_least(globals(), BATCH=1, WORKERS=0, RERANK=0, TOP=1, SHOW=0, FILTER_TOP=1, MISSING=0)
-    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY) and DATASET != "jsonl"]
+    asks = [bool(REFERENCE), bool(TEXT.strip()), bool(GALLERY) and DATASET not in _FILES]
     if any(asks) and (not all(asks) or world.size > 1):
         raise UserError("one query wants --reference, --text and --gallery together, and one process")
     if REVERSE_TEXT and not REVERSED:
         raise UserError("--reverse_text is the text of reversed queries: add --reversed")
+    if DATASET == "sessions" and (AUDIT or REVERSED or SCORE or RERANK):
+        raise UserError("--dataset sessions is measured as it is: no --audit, --reversed, --rerank or --score")
+    if AUDIT and (REVERSED or SCORE or FILTER or REFERENCE or BASELINE not in ("", "sum")):
+        raise UserError("--audit asks forward queries of a benchmark, of a --checkpoint or of --baseline sum")
+    if QUERIES and (SCORE or FILTER or REFERENCE):
+        raise UserError("--queries chooses among a benchmark's queries: --score, --filter and --reference take none")
     if REVERSED and (SCORE or (RERANK and not REVERSE_TEXT)):
         raise UserError("--reversed: --score knows forward queries only, --rerank texts that lead back only")
     if FILTER and (REFERENCE or SCORE or CHECK or REVERSED or RERANK):
         raise UserError("--filter takes --filter_top, --images and a --checkpoint: it judges no benchmark and no query")
     if FILTER and os.path.realpath(FILTER) == os.path.realpath(OUT):
         raise UserError(f"--out {OUT} is --filter's folder: what is kept goes into another")
+    if PAD and (CHECKPOINT or PAD < 1):
+        raise UserError(f"--pad {PAD} is of a --baseline, a ratio from 1; a checkpoint pads as it was trained")
     if CHECKPOINT and BASELINE:
         raise UserError("--baseline with its --backbone, or --checkpoint, which knows its own backbone")
     if not CHECKPOINT and not BASELINE and not SCORE and not CHECK:
@@ -484,7 +437,7 @@ def check_flags(world: World) -> None:
 
 def gallery_protocol() -> str:
     own = GALLERY or "all pictures"
-    return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017", "jsonl": own}[DATASET]
+    return {"cirr": CIRR_PROTOCOL, "fashioniq": FASHIONIQ_PROTOCOL, "circo": "unlabeled2017"}.get(DATASET, own)
 
 
 def check_models() -> None:
@@ -496,6 +449,13 @@ def check_models() -> None:
         model_kind(BACKBONE, "--backbone")
 
 
+def padding() -> float:
+    """--pad of the baseline or the checkpoint; 0: none. A checkpoint that is not there stops where it is loaded."""
+    if CHECKPOINT and os.path.isfile(os.path.join(CHECKPOINT, "config.json")):
+        return read_settings(CHECKPOINT)["build"].get("pad", 0.0)
+    return PAD
+
+
 def protocol_text() -> str:
     """What stands beside every number: the gallery, and all that is not as usual."""
     unusual = {
@@ -503,6 +463,7 @@ def protocol_text() -> str:
         "reversed queries": REVERSED,
         SECOND_FIRST: DATASET == "fashioniq" and JOIN == "reverse",
         f"texts of {REVERSE_TEXT}": REVERSE_TEXT,
+        f"pictures padded to a ratio of {padding()}": padding(),
         f"first {RERANK} re-ranked by the tdm head": RERANK,
     }
     return protocol_of(DATASET, gallery_protocol(), KEEP_REFERENCE, tuple(text for text, on in unusual.items() if on))
@@ -510,14 +471,16 @@ def protocol_text() -> str:
 
 def read_asked() -> list[Benchmark]:
     """The benchmarks, with the counts that were published, or one's own; with --check every image is looked at."""
-    if DATASET == "jsonl":
+    if DATASET == "sessions":
+        benchmarks = [read_sessions(ROOT, IMAGES or None, GALLERY)]
+    elif DATASET == "jsonl":
         benchmarks = [read_own(ROOT, IMAGES or None, GALLERY, HOLD_OUT, "held", KEYS, POOL)]
         if not CHECK:  # which names all that is wrong
             benchmarks = [without_unreadable(benchmarks[0], f"{OUT}/unreadable.txt", WORKERS)[0]]
     else:
         benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol(), JOIN)
     complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt") if CHECK else ""
-    if OFFICIAL and DATASET != "jsonl":
+    if OFFICIAL and DATASET not in _FILES:
         for benchmark in benchmarks:
             require_official(benchmark, gallery_protocol())
     if complaint:
@@ -547,6 +510,9 @@ def main() -> None:
         return score(benchmarks[0], SCORE, protocol_text())
     benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
     protocol = "; ".join(filter(None, (protocol_text(), note, trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT))))
+    if QUERIES:
+        benchmarks, chosen = select_queries(benchmarks, QUERIES)
+        protocol = f"{protocol}; {chosen}"
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]
@@ -554,14 +520,18 @@ def main() -> None:
         require_images(benchmark, at.names)
         if at.target is None and DATASET == "fashioniq":
             raise UserError(f"{benchmark.title} has no labels; use --split val")
+        if at.target is None and (AUDIT or QUERIES):
+            raise UserError(f"{benchmark.title} has no labels: --audit and --queries want --split val")
     lock_folder(OUT)
     system = load_system(world.device)
+    halves = halves_of(system, world.device) if AUDIT else {}
 
     results = []
     for benchmark, at in zip(benchmarks, indices, strict=True):
         # embed the gallery and the queries, on all ranks; with a text that leads back, a query is a forward one
         backward = REVERSED and not REVERSE_TEXT
-        queries, images = embed(system.model, benchmark, at, compute, backward)
+        ways = [whole_query(system.model, backward), *halves.values()]
+        (queries, *alone), images = embed_ways(system.model, benchmark, at, compute, ways)
 
         # order the first K anew by the tdm head
         first = None
@@ -576,7 +546,8 @@ def main() -> None:
         elif world.rank == 0:
             ranks = measure(queries, images, at, first)
             shown = shortlist(queries, images, at, 10, first).columns
-            results.append(Result(benchmark, at, ranks, shown))
+            by_half = [best_rank(measure(half, images, at)) for half in alone]
+            results.append(Result(benchmark, at, ranks, shown, dict(zip(halves, by_half, strict=True))))
     if results:  # on rank 0
         report(results, system, protocol)
     barrier()

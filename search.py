@@ -94,7 +94,7 @@ _STAND_IN = ". The embedded model knows photographs of single products; of other
 _KS = (1, 5, 10)  # recall of held-out marks
 # constants of the present checkpoint that a teaching keeps
 _KEPT = "MODEL TEXT_LENGTH FIRST_TOKEN TRAIN_TEXT TRAIN_TDM_HEAD COMBINER_P COMBINER_H COMBINER_DROPOUT"
-_KEPT += " ALPHA BETA TDM BIDIRECTIONAL REVERSED_TEXT REVERSED_NEGATIVES"
+_KEPT += " PAD TEXT_PROJ_LR ALPHA BETA TDM BIDIRECTIONAL REVERSED_TEXT REVERSED_NEGATIVES"
 
 
 def load_model(checkpoint: str, backbone: str, device) -> tuple[torch.nn.Module, dict]:

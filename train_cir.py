@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import batches, cir_model, memory, ranks
 from common.batches import Batch, Everyone, Source, draw_batch
@@ -32,19 +32,20 @@ from common.images import augment
 from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
+from common.towers import build_towers, text_proj_apart
 from common.vision import fuse_attention, in_compute_dtype
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
-from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
-MODEL = "blip_tdm"  # "combiner" (CLIP + Combiner), "blip_tdm" [S3.3], or "sum" (CLIP, image + text: stage I of [Bi])
+MODEL = "blip_tdm"  # "blip_tdm" [S3.3]; CLIP, BLIP, SigLIP: "combiner", or "sum" of image and text (stage I of [Bi])
 BACKBONE = ""  # folder or hub id; empty: START's, or openai/clip-vit-large-patch14, Salesforce/blip-itm-large-coco
 START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)
 FIRST_TOKEN = "enc"  # blip_tdm: "enc" as BLIP was trained, "cls" as Hugging Face feeds and the release does
 TRAIN_TEXT = True  # the text encoder [S3.3]; false: only what is behind it (CLIP4Cir's stage II)
 TRAIN_TDM_HEAD = True  # blip_tdm: p_theta of Eq. 3 starts as itm_head and trains; the release freezes it
+PAD = 0.0  # pictures longer than this ratio get black bars up to it: 1.25 as CLIP4Cir, SPRC; 1 = square; 0 = none
 COMBINER_P = 0  # combiner: projection width, 0 = CLIP's d (768, as the release); CLIP4Cir: 4 d
 COMBINER_H = 0  # combiner: hidden width, 0 = 2 d (1536, as the release); CLIP4Cir: 8 d
 COMBINER_DROPOUT = 0.0  # combiner: probability; CLIP4Cir: 0.5
@@ -70,6 +71,7 @@ EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for bl
 STEPS = 0  # optimiser steps instead of EPOCHS; 0 = by EPOCHS
 BATCH = 64  # triplets per GPU, of B and of B' each [S6.1]
 LR = 1e-4  # learning rate, cosine to zero [S6.1]
+TEXT_PROJ_LR = 1.0  # sum and combiner on BLIP: so many times LR for text_proj, 100 in the release of [Bi]
 BETAS = (0.9, 0.99)  # decay of AdamW's two moments [S6.1]
 WEIGHT_DECAY = 0.05  # weight decay of AdamW [S6.1]
 TAU = 0.01  # temperature of Eq. 2 [S6.1]; with LEARN_TAU where it starts (release: 0.07)
@@ -118,91 +120,6 @@ _HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP}
 
 
 # ---- models ----
-
-
-class Sum(nn.Module):
-    """Element-wise sum: image, text (B, d), raw -> (B, d), normalised."""
-
-    reversed_loss = staticmethod(reversed_sum)
-
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        return F.normalize(image.float() + text.float(), dim=1)
-
-
-class Combiner(nn.Module):
-    """Combining function of Baldrati et al. 2022: image, text (B, d), raw -> (B, d), normalised."""
-
-    def __init__(self, d: int, p: int, h: int, dropout: float):
-        super().__init__()
-        self.text, self.image = nn.Linear(d, p), nn.Linear(d, p)  # W_t, W_v
-        self.hidden, self.out = nn.Linear(2 * p, h), nn.Linear(h, d)  # W_u, W_o
-        self.gate_hidden, self.gate = nn.Linear(2 * p, h), nn.Linear(h, 1)  # W_l, w
-        self.dropout = dropout
-
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
-        r = torch.cat([drop(F.relu(self.text(text))), drop(F.relu(self.image(image)))], dim=1)  # (B, 2p)
-        lam = torch.sigmoid(self.gate(drop(F.relu(self.gate_hidden(r))))).float()  # (B, 1)
-        u = self.out(drop(F.relu(self.hidden(r))))  # (B, d)
-        return F.normalize(u.float() + lam * text.float() + (1 - lam) * image.float(), dim=1)
-
-    def reversed_loss(self, reference, text, target, positive, tau) -> Tensor:
-        """Stage II of [Bi], sum over rows: reference (N, d) normalised, text (N, d), target (M, d), positive (N,).
-
-        Dropout: one mask a text or a target, not one a pair [ours], so that the targets of a row are compared alike."""
-        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
-        t, v = drop(F.relu(self.text(text))), drop(F.relu(self.image(target)))
-        rate, halves = self.dropout if self.training else 0.0, []
-        for layer in (self.hidden, self.gate_hidden):
-            of_text, of_image = layer.weight.chunk(2, dim=1)
-            half = F.linear(t, of_text, layer.bias)
-            if rate:
-                half = half.masked_fill(torch.rand_like(half, dtype=torch.float32) < rate, -torch.inf)
-            halves.append((half, F.linear(v, of_image)))
-        out = (self.out.weight / (1 - rate)).to(half.dtype), self.out.bias
-        gate_out = (self.gate.weight[0] / (1 - rate)).to(half.dtype), self.gate.bias[0]
-        return reversed_combiner(reference, text, target, *halves, out, gate_out, positive, tau)
-
-
-class ClipModel(CirModel):
-    """CLIP with a trained text encoder and a frozen vision encoder; the query is made of the raw features of both."""
-
-    def __init__(self, backbone: str, text_length: int, train_text: bool, directions: bool):
-        super().__init__()
-        self.load(transformers.CLIPModel, backbone, text_length, attn_implementation="sdpa")
-        self.backbone.text_model.requires_grad_(train_text)
-        self.backbone.text_projection.requires_grad_(train_text)
-        if directions:
-            self.direct(self.backbone.text_model.embeddings, "token_embedding")
-        self.combiner = Sum()
-
-    def add_combiner(self, p: int, h: int, dropout: float) -> None:
-        """A new Combiner in place of the sum; 0: the release's widths."""
-        d = self.backbone.config.projection_dim
-        self.combiner = Combiner(d, p or d, h or 2 * d, dropout)
-
-    @torch.no_grad()
-    def tokens(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> CLIP's image_embeds, raw (B, d)."""
-        return self.backbone.visual_projection(self.backbone.vision_model(pixel_values=pixels).pooler_output)
-
-    @torch.no_grad()
-    def target(self, tokens: Tensor) -> Tensor:
-        return F.normalize(tokens.float(), dim=1)  # (B, d)
-
-    def text(self, texts: list[str], device, backward: bool = False) -> Tensor:
-        """-> CLIP's text_embeds, raw (B, d)."""
-        ids, mask = self.tokenize(texts, device, backward)
-        return self.backbone.text_projection(self.backbone.text_model(input_ids=ids, attention_mask=mask).pooler_output)
-
-    def compose(self, tokens: Tensor, texts: list[str], backward: bool = False) -> Tensor:
-        """tokens (B, d) of the references, B deltas -> c (B, d), normalised."""
-        return self.combiner(tokens, self.text(texts, tokens.device, backward))
-
-    def reversed_loss(self, reference: Tensor, texts: list[str], target: Tensor, positive: Tensor) -> Tensor:
-        """Sum over rows: tokens (N, d) of references, N reversed texts, tokens (M, d) of targets, positive (N,)."""
-        text = self.text(texts, target.device, backward=True).float()
-        return self.combiner.reversed_loss(self.target(reference), text, target.float(), positive, self.tau)
 
 
 class BlipTdm(CirModel):
@@ -287,6 +204,7 @@ def build_cir(
     start: str = "",
     tau: float = 0.01,
     learn_tau: bool = False,
+    pad: float = 0.0,
 ) -> CirModel:
     """A model before CIR training, fp32 on the CPU; a new Combiner and directions draw from torch's generator.
 
@@ -294,10 +212,11 @@ def build_cir(
     if model not in _HUB:
         raise UserError(f"--model {model}: one of {', '.join(_HUB)}")
     shared = (backbone or _HUB[model], text_length, train_text, directions)
-    built = BlipTdm(*shared, first_token, train_tdm_head) if model == "blip_tdm" else ClipModel(*shared)
+    built = BlipTdm(*shared, first_token, train_tdm_head) if model == "blip_tdm" else build_towers(*shared)
     if model == "combiner":
         built.add_combiner(p, h, dropout)
     built.set_tau(tau, learn_tau)
+    built.preprocess = built.preprocess.with_pad(pad)
     if start:
         cir_model.start_from(built, start)
     return built
@@ -385,6 +304,11 @@ def reversed_loss(
 
 def check_flags() -> None:
     at_least(globals(), BATCH=1, EPOCHS=0, STEPS=0, VIEWS=0, LOG_EVERY=1, SAVE_EVERY=1, VAL_EVERY=1, WORKERS=0)
+    if PAD and not PAD >= 1:
+        raise UserError(f"--pad {PAD}: wanted a ratio of the longer side to the shorter, 1 or more, or 0 for none")
+    if TEXT_PROJ_LR != 1 and MODEL == "blip_tdm":
+        raise UserError("--text_proj_lr is for --model sum or combiner on BLIP; blip_tdm trains all at one rate")
+    at_least(globals(), TEXT_PROJ_LR=0)
     at_least(globals(), TAU=1e-4, ALPHA=0, LR=0, WEIGHT_DECAY=0, BETAS=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0)
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
@@ -422,6 +346,7 @@ def model_settings() -> dict:
     build = {"model": MODEL} | cir_model.places_of(BACKBONE, START, _HUB.get(MODEL, ""))
     build |= {"text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
     build["directions"] = bool(BIDIRECTIONAL) and REVERSED_TEXT == "token"
+    build |= {"pad": PAD} if PAD else {}
     if MODEL == "combiner":
         build |= {"p": COMBINER_P, "h": COMBINER_H, "dropout": COMBINER_DROPOUT}
     elif MODEL == "blip_tdm":
@@ -435,6 +360,8 @@ def make_optimizer(model: CirModel) -> torch.optim.Optimizer:
     if not weights:
         raise UserError(f"--model {MODEL} --train_text false trains nothing: take a Combiner, or train the text")
     groups = [{"params": weights}]
+    if TEXT_PROJ_LR != 1:
+        groups = text_proj_apart(trained_of(model), TEXT_PROJ_LR)
     if LEARN_TAU:
         groups.append({"params": [model.tau], "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
@@ -443,7 +370,7 @@ def make_optimizer(model: CirModel) -> torch.optim.Optimizer:
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
     rate = 0.5 * LR * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("times", 1.0)
     return rate
 
 

@@ -127,7 +127,7 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
             delta=field_of(record, "caption", str, where),
             id=field_of(record, "pairid", int, where),
             members=members,
-            extra={"img_set": image_set, "target_soft": record.get("target_soft")},
+            extra={"img_set": image_set, "target_soft": _soft_of(record, where)},
         )
         # members of training records are only looked at, never ranked
         for name in (query.reference, query.target, *(() if split == "train" else members)):
@@ -140,6 +140,17 @@ def read_cirr(root: str, split: str, images: str | Sequence[str] | None = None) 
     places = [os.path.join(place, name) for name in ("img_raw", "images") for place in (beside, folder)]
     store = open_store(images, [*places, folder, beside], table)
     return Benchmark("cirr", split, None, tuple(queries), tuple(table), store)
+
+
+def _soft_of(record: dict, where: str) -> dict[str, float] | None:
+    """target_soft of a record of CIRR: name -> what it is worth, from -1 (wrong) to 1 (right)."""
+    soft = record.get("target_soft")
+    if soft is None:
+        return None
+    values = soft.values() if isinstance(soft, dict) else [None]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and -1 <= x <= 1 for x in values):
+        raise UserError(f'{where}: "target_soft" is {str(soft)[:80]}, wanted image names with numbers from -1 to 1')
+    return {name: float(value) for name, value in soft.items()}
 
 
 def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, list[str]]:
@@ -179,7 +190,8 @@ def read_circo(root: str, split: str, images: str | Sequence[str] | None = None)
     """CIRCO: annotations/{val,test}.json over COCO's 123,403 unlabelled images of 2017, all of which is the gallery.
 
     `root` holds annotations/ and COCO2017_unlabeled/ as its authors lay them out. An image is named by its twelve
-    digits. A query's delta is its relative caption; extra holds "truths", all right answers, the target first.
+    digits. A query's delta is its relative caption; extra holds "truths", all right answers, the
+    target first, and "aspects", the semantic aspects of the query.
     """
     coco = os.path.join(root, "COCO2017_unlabeled")
     listing, info = _annotation(coco, "annotations", "image_info_unlabeled2017.json")
@@ -202,7 +214,10 @@ def read_circo(root: str, split: str, images: str | Sequence[str] | None = None)
                 raise UserError(f"{where}: image {name} is not in {listing}")
         if target is not None and target not in truths:
             raise UserError(f"{where}: target {target} is not among its gt_img_ids")
-        extra = {"truths": truths, "shared_concept": record.get("shared_concept", "")}
+        aspects = record.get("semantic_aspects", [])
+        if not isinstance(aspects, list) or not all(isinstance(aspect, str) for aspect in aspects):
+            raise UserError(f'{where}: "semantic_aspects" is {shown(aspects)}, wanted a list of words')
+        extra = {"truths": truths, "shared_concept": record.get("shared_concept", ""), "aspects": tuple(aspects)}
         delta, id = field_of(record, "relative_caption", str, where), field_of(record, "id", int, where)
         queries.append(Triplet(reference, target, delta, id, extra=extra))
     require_unique((query.id for query in queries), path, "id")
@@ -357,7 +372,7 @@ def training_triplets(
         if held:
             more = len(triplets) - len(trained) - len(held)
             say(f"{root}: {len(held):,} of {len(triplets):,} triplets are held out, {more:,} more share their images")
-        return trained, _own_store(root, images)
+        return trained, own_store(root, images)
     else:
         raise UserError(f'dataset is {shown(dataset)}, wanted "cirr", "fashioniq" or "jsonl"')
     triplets = [query for benchmark in benchmarks for query in benchmark.queries]
@@ -370,7 +385,7 @@ def training_triplets(
 
 
 # ---- one's own triplets as a benchmark ----
-def _own_store(path: str, images: str | Sequence[str] | None) -> ImageStore:
+def own_store(path: str, images: str | Sequence[str] | None) -> ImageStore:
     """Pictures of one's own files of triplets: the folder given, or those of the files. Photos may be large."""
     beside = dict.fromkeys(os.path.dirname(os.path.abspath(file)) for file in split_paths(path))
     return open_store(images, list(beside), own=True)
@@ -393,11 +408,11 @@ def read_own(
     lacks: it could never be found."""
     if part not in ("held", "train", "all"):
         raise UserError(f'part is {shown(part)}, wanted "held", "train" or "all"')
-    triplets, store = read_triplets(path, keys, pool), _own_store(path, images)
+    triplets, store = read_triplets(path, keys, pool), own_store(path, images)
     if hold_out and part != "all":
         trained, held = held_out(triplets, hold_out)
         triplets = held if part == "held" else trained
-    names = _gallery_names(gallery, store)
+    names = gallery_names(gallery, store)
     known = set(names)
 
     def in_gallery(name: str) -> str:
@@ -412,7 +427,7 @@ def read_own(
     return Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
 
 
-def _gallery_names(gallery: str, store: ImageStore) -> list[str]:
+def gallery_names(gallery: str, store: ImageStore) -> list[str]:
     if not gallery:
         return list(dict.fromkeys(name for root in store.roots for name in list_images(root)))
     if gallery.endswith(".json"):

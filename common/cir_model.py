@@ -196,7 +196,7 @@ def start_from(model: CirModel, checkpoint: str) -> None:
         start_from(model, locate(build["start"], checkpoint, "--start", beside=beside.get("start", "")))
     tensors = load_tensors(checkpoint, "model.safetensors")
     if not stands_on(model, config, tensors):
-        remedy = "leave --backbone out, or name the one it was trained on"
+        remedy = "leave --backbone out, or name the one it was trained on, and --pad as there"
         raise UserError(f"--start {checkpoint} stands on other frozen weights than {model.source} holds: {remedy}")
     own = {name: p for name, p in model.named_parameters() if name in tensors}
     copy_weights(own, tensors, f"--start {checkpoint} (both with --bidirectional, or both without)")

@@ -172,7 +172,8 @@ class TrainingImages:
         (stream, name), key = job
         picture = self.sources[stream].images.open(name)
         if key is not None:
-            picture = self.augmented(picture, key, self.model.preprocess.size)
+            # bars first: what is augmented is square already
+            picture = self.augmented(self.model.preprocess.padded(picture), key, self.model.preprocess.size)
         return self.model.preprocess.crop(picture)
 
     def _pixels(self, jobs: list[tuple]) -> Tensor:

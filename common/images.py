@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 from common.console import UserError, printable, progress, rank_size, say, warn
 from common.files import read_json, write_text
 from common.hub import checkpoint_file
-from common.pixels import check_image, open_image, reason_of, regular_file, verify_image
+from common.pixels import MAX_PIXELS, check_image, open_image, reason_of, regular_file, verify_image
 
 # Suffixes that a picture may have, tried in this order behind a name that has none. HEIC is here to be counted.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".heic", ".heif")
@@ -35,6 +35,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 PROCESSORS = {
     "CLIP": (True, CLIP_MEAN, CLIP_STD, 224),
     "Blip": (False, CLIP_MEAN, CLIP_STD, 384),
+    "Siglip": (False, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 224),
     "ConvNext": (True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 384),
 }
 
@@ -351,9 +352,9 @@ class Preprocess:
         kind = config.get("image_processor_type") or config.get("feature_extractor_type")
         if kind is None:  # old files leave the class out
             kind = "ConvNext" if "crop_pct" in config else "CLIP" if "crop_size" in config else "Blip"
-        match = re.fullmatch(r"(CLIP|Blip|ConvNext)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(kind))
+        match = re.fullmatch(r"(CLIP|Blip|Siglip|ConvNext)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(kind))
         if not match:
-            raise UserError(f"{path}: image processor is {shown(kind)}, wanted one of CLIP, Blip, ConvNext")
+            raise UserError(f"{path}: image processor is {shown(kind)}, wanted one of CLIP, Blip, Siglip, ConvNext")
         keep_ratio, mean, std, size = PROCESSORS[match[1]]
 
         size = config.get("size", size)
@@ -387,8 +388,18 @@ class Preprocess:
         pixels = self.crop(image)
         return torch.from_numpy(np.stack([self.table[c][pixels[:, :, c]] for c in range(3)]))
 
+    def padded(self, image: Image.Image) -> Image.Image:
+        """The picture as it is; a Padded adds bars."""
+        return image
+
+    def with_pad(self, ratio: float) -> "Preprocess":
+        """The same, that pads first; 0: itself."""
+        given = {part.name: getattr(self, part.name) for part in fields(Preprocess)}
+        return Padded(**given, pad=ratio) if ratio else self
+
     def crop(self, image: Image.Image) -> np.ndarray:
         """RGB picture of any size -> its bytes (S, S, 3), resized and cropped: a quarter of what normalising makes."""
+        image = self.padded(image)
         width, height = image.size
         if not self.keep_ratio:
             width = height = self.edge
@@ -407,6 +418,29 @@ class Preprocess:
 
         table = torch.from_numpy(self.table).to(pixels.device, non_blocking=True)  # so few bytes are staged at once
         return torch.stack([table[c][pixels[..., c].int()] for c in range(3)], dim=1)
+
+
+@dataclass(frozen=True)
+class Padded(Preprocess):
+    """Adds black bars to a picture whose longer side is over `pad` times the shorter, up to that ratio.
+
+    CLIP4Cir's TargetPad (1.25), its SquarePad is 1. Name and ratio stand in repr(), and so in the hash of what a
+    checkpoint stands on."""
+
+    pad: float = 1.25
+
+    def padded(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        shortest = max(width, height) / self.pad
+        left, top = (max(int((shortest - side) / 2), 0) for side in image.size)
+        size = width + 2 * left, height + 2 * top
+        if size == image.size:
+            return image
+        if size[0] * size[1] > MAX_PIXELS:  # bars around a long panorama would take gigabytes [ours]
+            return self.padded(image.reduce(math.ceil(math.sqrt(size[0] * size[1] / MAX_PIXELS))))
+        wide = Image.new("RGB", size)
+        wide.paste(image, (left, top))
+        return wide
 
 
 def _side(size: object, path: str, key: str) -> int:

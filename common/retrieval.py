@@ -4,7 +4,7 @@ Rank of a target = 1 + the gallery images with a higher score + those with an eq
 order. Scores are cosines in float32 (TF32 off). A target outside the gallery is never found."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from common.console import UserError, say
 from common.encoding import Compute, encode
 from common.images import ImageStore, shown
 from common.ranks import gather_objects
+from common.triplets import Triplet
 
 CIRR_KS, SUBSET_KS, FASHIONIQ_KS, CIRCO_KS = (1, 5, 10, 50), (1, 2, 3), (10, 50), (5, 10, 25, 50)
 SECOND_FIRST = "the second caption first"  # what a protocol says of FashionIQ's captions with --join reverse
@@ -94,6 +95,33 @@ class Indices:
     others: torch.Tensor | None  # (N, 5) the other members of img_set, in the order of names
     excluded: torch.Tensor | None  # (N,), -1 outside the gallery
     truths: torch.Tensor | None = None  # (N, G) all right answers, -1 where a query has fewer (CIRCO)
+    soft: torch.Tensor | None = None  # (N, G) images of target_soft, -1 where a query has fewer (CIRR)
+    soft_values: torch.Tensor | None = None  # (N, G) what each is worth, from -1 to 1; 0 where a query has fewer
+
+
+class SoftTargets(NamedTuple):
+    """CIRR's target_soft: to what degree an image answers a query."""
+
+    names: list[list[str]]  # of each query
+    values: torch.Tensor  # (N, G): 1 right, 0.5 and 0.2 in part, -1 wrong; 0 where a query has fewer
+
+
+def soft_targets(queries: Sequence[Triplet]) -> SoftTargets | None:
+    """None where no query has any; a query without is worth 1 for its target."""
+    given = [(query.extra or {}).get("target_soft") for query in queries]
+    if not any(given):
+        return None
+    given = [soft or {query.target: 1.0} for soft, query in zip(given, queries, strict=True)]
+    widest = max(map(len, given))
+    values = [[*soft.values()] + [0.0] * (widest - len(soft)) for soft in given]
+    return SoftTargets([[*soft] for soft in given], torch.tensor(values, dtype=torch.float64))
+
+
+def soft_recall(ranks: torch.Tensor, values: torch.Tensor, k: int) -> float:
+    """Percent: mean over queries of the highest value among their soft targets within the first K, at least 0.
+
+    ranks (N, G) from 1, values (N, G). As CIRPLANT and CoVR count it [read in their code]."""
+    return 100.0 * torch.where(ranks <= k, values, 0.0).amax(1).clamp(min=0).mean().item()
 
 
 def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
@@ -130,10 +158,15 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
     excluded = None if kept else torch.tensor(inside)
     reference = torch.tensor([place[q.reference] for q in benchmark.queries])
     truths = None
-    if benchmark.dataset == "circo" and target is not None:
+    if benchmark.dataset in ("circo", "sessions") and target is not None:
         rows = [[place[name] for name in q.extra["truths"]] for q in benchmark.queries]
         truths = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
-    return Indices(tuple(place), count, reference, target, others, excluded, truths)
+    soft = soft_values = None
+    if others is not None and target is not None and (given := soft_targets(benchmark.queries)):
+        widest = given.values.shape[1]
+        rows = [[place.get(name, -1) for name in names] + [-1] * (widest - len(names)) for names in given.names]
+        soft, soft_values = torch.tensor(rows), given.values
+    return Indices(tuple(place), count, reference, target, others, excluded, truths, soft, soft_values)
 
 
 def require_images(benchmark: Benchmark, names: tuple[str, ...]) -> None:
@@ -160,26 +193,45 @@ def asked(places: list[list[int]]) -> dict[int, list[int]]:
     return asks
 
 
-@torch.no_grad()
+# a way to ask: tokens (n, ...) of references, n deltas -> (n, D), normalised
+Way = Callable[[torch.Tensor, list[str]], torch.Tensor]
+
+
 def embed(
     model: torch.nn.Module, benchmark: Benchmark, at: Indices, compute: Compute, backward: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> queries (N, D), images (len(at.names), D), float32, normalised, on every rank.
+    """-> queries (N, D), images (len(at.names), D), float32, normalised, on every rank; call it on all of them."""
+    (queries,), images = embed_ways(model, benchmark, at, compute, [whole_query(model, backward)])
+    return queries, images
+
+
+def whole_query(model: torch.nn.Module, backward: bool = False) -> Way:
+    """The usual way: the reference composed with its delta."""
+    return lambda tokens, deltas: model.compose(tokens, deltas, backward)
+
+
+@torch.no_grad()
+def embed_ways(
+    model: torch.nn.Module, benchmark: Benchmark, at: Indices, compute: Compute, ways: Sequence[Way]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """-> queries (N, D) for each way to ask, and images, as embed().
 
     Each image is encoded once: the queries of a reference are composed with the batch that holds it, so that patch
     tokens never outlive their batch. Batches are dealt to the ranks; call it on all of them."""
-    asks, images, queries = asked(at.reference[:, None].tolist()), [], []  # (row, embedding)
+    asks, images = asked(at.reference[:, None].tolist()), []  # images: (row, embedding)
+    queries: list[list] = [[] for _ in ways]
     for rows, tokens, targets in encode(model, benchmark.images, at.names, compute, f"embedding {benchmark.title}"):
         images += zip(rows, targets.float().cpu(), strict=True)
         pairs = [(i - rows.start, query) for i in rows for query in asks.get(i, ())]
         for part in chunks(pairs, compute.batch):
             where, which = zip(*part, strict=True)
             deltas = [benchmark.queries[i].delta for i in which]
-            with compute.autocast():
-                composed = model.compose(tokens[list(where)], deltas, backward)
-            queries += zip(which, composed.float().cpu(), strict=True)
-    queries, images = _merge(queries, "query", benchmark.title), _merge(images, "image", benchmark.title)
-    return queries.to(compute.device), images.to(compute.device)
+            for way, found in zip(ways, queries, strict=True):
+                with compute.autocast():
+                    composed = way(tokens[list(where)], deltas)
+                found += zip(which, composed.float().cpu(), strict=True)
+    merged = [_merge(found, "query", benchmark.title).to(compute.device) for found in queries]
+    return merged, _merge(images, "image", benchmark.title).to(compute.device)
 
 
 class Shortlist(NamedTuple):
@@ -252,11 +304,17 @@ class Ranks(NamedTuple):
     target: torch.Tensor  # (N,) in the gallery; NEVER if it is not there
     subset: torch.Tensor | None = None  # CIRR: (N,) among the other members of img_set
     truths: torch.Tensor | None = None  # CIRCO: (N, G) of all right answers, -1 where a query has fewer
+    soft: torch.Tensor | None = None  # CIRR: (N, G) of the soft targets among the other members of img_set
+    soft_values: torch.Tensor | None = None  # CIRR: (N, G) what each of them is worth
+
+    def of(self, rows: torch.Tensor) -> "Ranks":
+        """Those of the chosen queries: rows (n,) of indices or (N,) of bool."""
+        return Ranks(*(part if part is None else part[rows] for part in self))
 
 
 def measure(queries: torch.Tensor, images: torch.Tensor, at: Indices, first: torch.Tensor | None = None) -> Ranks:
     """Ranks of every query's right images; first: columns that a re-ranking put ahead, as in score_blocks."""
-    ranks, subset, truths = [], [], []
+    ranks, subset, truths, soft = [], [], [], []
     for rows, scores in score_blocks(queries, images, first):  # (n, names)
         target = at.target[rows].to(scores.device)
         inside = torch.where(target < at.gallery, target, -1)
@@ -265,16 +323,29 @@ def measure(queries: torch.Tensor, images: torch.Tensor, at: Indices, first: tor
         if at.others is not None:
             others = at.others[rows].to(scores.device)  # (n, 5)
             right = (others == target[:, None]).int().argmax(1)
-            subset.append(rank(scores.gather(1, others), right).cpu())
+            among = scores.gather(1, others)
+            subset.append(rank(among, right).cpu())
+            if at.soft is not None:
+                soft.append(_ranks_within(among, others, at.soft[rows].to(scores.device)).cpu())
         if at.truths is not None:
             each = [rank(scores, t, excluded).cpu() for t in at.truths[rows].to(scores.device).T]
             truths.append(torch.where(at.truths[rows] >= 0, torch.stack(each, dim=1), -1))
-    return Ranks(torch.cat(ranks), torch.cat(subset) if subset else None, torch.cat(truths) if truths else None)
+    parts = [torch.cat(part) if part else None for part in (ranks, subset, truths, soft)]
+    return Ranks(*parts, at.soft_values)
+
+
+def _ranks_within(among: torch.Tensor, others: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """among (n, 5): scores of the columns others (n, 5) -> ranks (n, G) of the columns soft (n, G); NEVER outside."""
+    each = []
+    for wanted in soft.T:  # (n,)
+        here = others == wanted[:, None]
+        each.append(rank(among, torch.where(here.any(1), here.int().argmax(1), -1)))
+    return torch.stack(each, dim=1)
 
 
 def recalls(ranks: Ranks, dataset: str = "") -> dict[str, float]:
-    """Percent. CIRR: R@K, Rs@K and Avg = (R@5 + Rs@1) / 2; CIRCO: mAP@K, and R@K of the target; FashionIQ: R@10, 50;
-    one's own ("jsonl"): R@1, 5, 10, 50."""
+    """Percent. CIRR: R@K, Rs@K, Avg = (R@5 + Rs@1) / 2, and Rs@K with soft targets where the split has them; CIRCO:
+    mAP@K, and R@K of the target; FashionIQ: R@10, 50; one's own ("jsonl"): R@1, 5, 10, 50."""
     if ranks.truths is not None:
         result = {f"mAP@{k}": 100.0 * average_precision(ranks.truths, k).double().mean().item() for k in CIRCO_KS}
         return result | {f"R@{k}": recall(ranks.target, k) for k in CIRCO_KS}
@@ -282,7 +353,25 @@ def recalls(ranks: Ranks, dataset: str = "") -> dict[str, float]:
         return {f"R@{k}": recall(ranks.target, k) for k in (CIRR_KS if dataset == "jsonl" else FASHIONIQ_KS)}
     result = {f"R@{k}": recall(ranks.target, k) for k in CIRR_KS}
     result |= {f"Rs@{k}": recall(ranks.subset, k) for k in SUBSET_KS}
-    return result | {"Avg": (result["R@5"] + result["Rs@1"]) / 2}
+    result |= {"Avg": (result["R@5"] + result["Rs@1"]) / 2}
+    if ranks.soft is not None:
+        result |= {f"soft-Rs@{k}": soft_recall(ranks.soft, ranks.soft_values, k) for k in SUBSET_KS}
+    return result
+
+
+def mean_recalls(parts: list[dict[str, float]], dataset: str) -> dict[str, float]:
+    """The mean over the parts of a benchmark, such as FashionIQ's categories, and FashionIQ's Avg."""
+    mean = {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+    return mean | ({"Avg": (mean["R@10"] + mean["R@50"]) / 2} if dataset == "fashioniq" else {})
+
+
+def aspect_maps(benchmark: Benchmark, ranks: Ranks) -> dict[str, float]:
+    """CIRCO: mAP@10 in percent of the queries of each semantic aspect, in the order of their first query."""
+    precision, of_aspect = average_precision(ranks.truths, 10).double().tolist(), {}
+    for value, query in zip(precision, benchmark.queries, strict=True):
+        for aspect in query.extra.get("aspects", ()):
+            of_aspect.setdefault(aspect, []).append(value)
+    return {aspect: 100.0 * sum(values) / len(values) for aspect, values in of_aspect.items()}
 
 
 def evaluate(
@@ -363,6 +452,8 @@ def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[s
     if dataset == "cirr":
         which = {"split": "every image of the split", "references": "only the images that are a query's reference"}
         says = f'protocol "{protocol}": gallery = {which[protocol]}, minus the query\'s own reference'
+    elif dataset == "sessions":
+        says = f"each turn asked alone: gallery = {protocol}, minus the turn's own reference"
     elif dataset == "jsonl":
         says = f"one's own triplets: gallery = {protocol}, minus the query's own reference"
     else:

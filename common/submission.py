@@ -1,14 +1,30 @@
-"""The files that the servers of CIRR and CIRCO take: written from rankings, and scored where the labels are known."""
+"""The files that the servers of CIRR and CIRCO take: written, looked through, and scored where labels are known."""
 
 import json
 import os
 
 import torch
 
+from common import pages
 from common.annotations import Benchmark, read_submission
 from common.console import UserError, say
-from common.files import write_text
-from common.retrieval import CIRR_KS, NEVER, SUBSET_KS, Indices, best, recall, score_blocks, shortlist
+from common.files import read_json, write_text
+from common.images import shown
+from common.retrieval import (
+    CIRR_KS,
+    NEVER,
+    SUBSET_KS,
+    Indices,
+    Ranks,
+    aspect_maps,
+    best,
+    recall,
+    recalls,
+    score_blocks,
+    shortlist,
+    soft_recall,
+    soft_targets,
+)
 
 
 def write_submission(
@@ -19,7 +35,9 @@ def write_submission(
     if benchmark.dataset == "circo":
         top = shortlist(queries, images, at, 50, first).columns.tolist()
         ids = {str(q.id): [int(at.names[i]) for i in row] for q, row in zip(benchmark.queries, top, strict=True)}
-        _write_compact(os.path.join(folder, "circo.json"), ids)
+        path = os.path.join(folder, "circo.json")
+        _write_compact(path, ids)
+        read_circo_submission(path, benchmark)
         where = "https://circo.micc.unifi.it"
     else:
         for metric, lists in _cirr_lists(benchmark, queries, images, at, first).items():
@@ -49,12 +67,99 @@ def _write_compact(path: str, record: dict) -> None:
     say(f"wrote {path} ({os.path.getsize(path):,} bytes)")
 
 
-def score_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, float]:
-    """Recall in percent of a file in the server's format against a labelled split."""
+def read_circo_submission(path: str, benchmark: Benchmark) -> dict[str, list[str]]:
+    """A file in the format of CIRCO's server, query id -> 50 image ids -> the same with names; UserError if it is not.
+
+    Source of the format: the README and src/evaluation.py of CIRCO's authors."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: found {shown(record)}, wanted an object of query id: image ids")
+    asked = [str(query.id) for query in benchmark.queries]
+    for what, ids in (("lacks", set(asked) - record.keys()), ("has unknown", record.keys() - set(asked))):
+        if ids:
+            raise UserError(
+                f"{path}: {what} {len(ids)} of the {len(asked)} ids of {benchmark.title}: {sorted(ids)[:3]}"
+            )
+    gallery, lists = set(benchmark.gallery), {}
+    most = min(50, len(gallery))
+    for id in asked:
+        found = record[id]
+        if not isinstance(found, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
+            raise UserError(f"{path}: query {id}: wanted a list of image ids, found {str(found)[:80]}")
+        names = [f"{i:012d}" for i in found]
+        if len(names) != most:
+            raise UserError(f"{path}: query {id}: {len(names)} image ids, wanted {most}")
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: query {id}: an image id stands twice")
+        if stray := [name for name in names if name not in gallery]:
+            raise UserError(f"{path}: query {id}: {stray[0]} is not in the gallery")
+        lists[id] = names
+    return lists
+
+
+def _places(names: list[str], wanted: list[str]) -> list[int]:
+    """From 1; NEVER for what is not listed."""
+    return [names.index(name) + 1 if name in names else NEVER for name in wanted]
+
+
+def score_circo(path: str, benchmark: Benchmark) -> tuple[dict[str, float], dict[str, float]]:
+    """mAP@K and R@K in percent, and mAP@10 by semantic aspect; both empty where the labels are hidden."""
+    lists = read_circo_submission(path, benchmark)
     if any(query.target is None for query in benchmark.queries):
-        raise UserError(f"{benchmark.title} has no labels: only the server can score it")
+        return {}, {}
+    rows = [_places(lists[str(q.id)], list(q.extra["truths"])) for q in benchmark.queries]
+    widest = max(map(len, rows))
+    target = [_places(lists[str(q.id)], [q.target])[0] for q in benchmark.queries]
+    truths = torch.tensor([row + [-1] * (widest - len(row)) for row in rows])
+    ranks = Ranks(torch.tensor(target), truths=truths)
+    return recalls(ranks), aspect_maps(benchmark, ranks)
+
+
+def score_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, float]:
+    """Recall in percent of a file in the format of CIRR's server; empty where the labels are hidden, which it judges.
+
+    metric "recall_subset": also with soft targets, where the split has them."""
     lists = read_submission(path, benchmark, metric)
-    ranked = [(lists[str(query.id)], query.target) for query in benchmark.queries]
-    ranks = torch.tensor([names.index(target) + 1 if target in names else NEVER for names, target in ranked])
-    letter, ks = ("R", CIRR_KS) if metric == "recall" else ("Rs", SUBSET_KS)
-    return {f"{letter}@{k}": recall(ranks, k) for k in ks}
+    if any(query.target is None for query in benchmark.queries):
+        return {}
+    ranks = torch.tensor([_places(lists[str(query.id)], [query.target])[0] for query in benchmark.queries])
+    if metric == "recall":
+        return {f"R@{k}": recall(ranks, k) for k in CIRR_KS}
+    result = {f"Rs@{k}": recall(ranks, k) for k in SUBSET_KS}
+    if soft := soft_targets(benchmark.queries):
+        rows = [_places(lists[str(q.id)], names) for q, names in zip(benchmark.queries, soft.names, strict=True)]
+        widest = soft.values.shape[1]
+        places = torch.tensor([row + [NEVER] * (widest - len(row)) for row in rows])
+        result |= {f"soft-Rs@{k}": soft_recall(places, soft.values, k) for k in SUBSET_KS}
+    return result
+
+
+def score(benchmark: Benchmark, files: tuple[str, ...], protocol: str) -> None:
+    """Prints the numbers of one or both files of CIRR, with its average, or of one of CIRCO.
+
+    Of a split whose labels are hidden: whether the server will take them."""
+    if benchmark.dataset not in ("cirr", "circo"):
+        raise UserError("--score takes files of CIRR's and CIRCO's servers; found --dataset " + benchmark.dataset)
+    numbers, given, aspects = {}, {}, {}
+    for path in files:
+        metric = "mAP"
+        if benchmark.dataset == "cirr":
+            record = read_json(path)
+            subset = isinstance(record, dict) and record.get("metric") == "recall_subset"
+            metric = "recall_subset" if subset else "recall"
+        if metric in given:
+            raise UserError(f"--score: {given[metric]} and {path} both hold {metric}; give one file of each")
+        given[metric] = path
+        if benchmark.dataset == "circo":
+            numbers, aspects = score_circo(path, benchmark)
+        else:
+            numbers |= score_submission(path, benchmark, metric)
+    if not numbers:
+        say(f"{', '.join(files)}: as the server of {benchmark.title} wants it; only the server knows the labels")
+        return
+    if {"R@5", "Rs@1"} <= numbers.keys():
+        numbers["Avg"] = (numbers["R@5"] + numbers["Rs@1"]) / 2
+    row = [benchmark.title, *numbers.values(), len(benchmark.queries), len(benchmark.gallery)]
+    say(protocol + "\n" + pages.text_table([row], ["", *numbers, "queries", "gallery"]))
+    if aspects:
+        say("mAP@10 by semantic aspect\n" + pages.text_table([[*aspects.values()]], [*aspects]))

@@ -40,7 +40,10 @@ def read_tokenizer(source: str, config, vocab_size: int, flag: str = ""):
         if "tokenizer.json" not in there and not (spelled and there >= set(spelled)):
             wanted = " or ".join(filter(None, ("tokenizer.json", " with ".join(spelled))))
             raise UserError(f"{name}: its tokenizer has no {wanted}; download or copy the folder again")
-        tokenizer, said = _load(AutoTokenizer, folder, name, config=config)
+        if config.model_type == "siglip":  # AutoTokenizer wants sentencepiece, tokenizer.json does not
+            tokenizer, said = _load(PreTrainedTokenizerFast, folder, name)
+        else:
+            tokenizer, said = _load(AutoTokenizer, folder, name, config=config)
         if said != _PROBE and "tokenizer.json" in there:
             # transformers 5.17 reads a LLaMA's ByteLevel tokenizer as if it wrote "▁" for a space, and loses all spaces
             tokenizer, said = _load(PreTrainedTokenizerFast, folder, name)
