@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import batches, cir_model, memory, ranks
 from common.batches import Batch, Everyone, Source, draw_batch
@@ -36,6 +36,7 @@ from common.towers import build_towers, text_proj_apart
 from common.vision import fuse_attention, in_compute_dtype
 from kernels.contrastive import l_tcc_ranks
 from kernels.negatives import draw_candidates, draw_negatives
+from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
 MODEL = "blip_tdm"  # "blip_tdm" [S3.3]; CLIP, BLIP, SigLIP: "combiner", or "sum" of image and text (stage I of [Bi])
@@ -120,6 +121,50 @@ _HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP}
 
 
 # ---- models ----
+
+
+class Sum(nn.Module):
+    """Element-wise sum: image, text (B, d), raw -> (B, d), normalised."""
+
+    reversed_loss = staticmethod(reversed_sum)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return F.normalize(image.float() + text.float(), dim=1)
+
+
+class Combiner(nn.Module):
+    """Combining function of Baldrati et al. 2022: image, text (B, d), raw -> (B, d), normalised."""
+
+    def __init__(self, d: int, p: int, h: int, dropout: float):
+        super().__init__()
+        self.text, self.image = nn.Linear(d, p), nn.Linear(d, p)  # W_t, W_v
+        self.hidden, self.out = nn.Linear(2 * p, h), nn.Linear(h, d)  # W_u, W_o
+        self.gate_hidden, self.gate = nn.Linear(2 * p, h), nn.Linear(h, 1)  # W_l, w
+        self.dropout = dropout
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
+        r = torch.cat([drop(F.relu(self.text(text))), drop(F.relu(self.image(image)))], dim=1)  # (B, 2p)
+        lam = torch.sigmoid(self.gate(drop(F.relu(self.gate_hidden(r))))).float()  # (B, 1)
+        u = self.out(drop(F.relu(self.hidden(r))))  # (B, d)
+        return F.normalize(u.float() + lam * text.float() + (1 - lam) * image.float(), dim=1)
+
+    def reversed_loss(self, reference, text, target, positive, tau) -> Tensor:
+        """Stage II of [Bi], sum over rows: reference (N, d) normalised, text (N, d), target (M, d), positive (N,).
+
+        Dropout: one mask a text or a target, not one a pair [ours], so that the targets of a row are compared alike."""
+        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
+        t, v = drop(F.relu(self.text(text))), drop(F.relu(self.image(target)))
+        rate, halves = self.dropout if self.training else 0.0, []
+        for layer in (self.hidden, self.gate_hidden):
+            of_text, of_image = layer.weight.chunk(2, dim=1)
+            half = F.linear(t, of_text, layer.bias)
+            if rate:
+                half = half.masked_fill(torch.rand_like(half, dtype=torch.float32) < rate, -torch.inf)
+            halves.append((half, F.linear(v, of_image)))
+        out = (self.out.weight / (1 - rate)).to(half.dtype), self.out.bias
+        gate_out = (self.gate.weight[0] / (1 - rate)).to(half.dtype), self.gate.bias[0]
+        return reversed_combiner(reference, text, target, *halves, out, gate_out, positive, tau)
 
 
 class BlipTdm(CirModel):
@@ -213,8 +258,9 @@ def build_cir(
         raise UserError(f"--model {model}: one of {', '.join(_HUB)}")
     shared = (backbone or _HUB[model], text_length, train_text, directions)
     built = BlipTdm(*shared, first_token, train_tdm_head) if model == "blip_tdm" else build_towers(*shared)
-    if model == "combiner":
-        built.add_combiner(p, h, dropout)
+    if model != "blip_tdm":
+        d = built.width  # 0: the release's widths
+        built.combiner = Combiner(d, p or d, h or 2 * d, dropout) if model == "combiner" else Sum()
     built.set_tau(tau, learn_tau)
     built.preprocess = built.preprocess.with_pad(pad)
     if start:

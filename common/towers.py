@@ -1,6 +1,5 @@
-"""CIR models of two encoders that never see each other's input (CLIP, BLIP, SigLIP), and how features are combined."""
+"""CIR models of two encoders that never see each other's input: CLIP, BLIP, SigLIP."""
 
-import functools
 import string
 
 import torch
@@ -14,64 +13,16 @@ from common.files import read_json
 from common.hub import checkpoint_file
 from common.pretrained import model_kind
 from common.vision import fuse_attention
-from kernels.reversed import reversed_combiner, reversed_sum
-
-
-class Sum(nn.Module):
-    """Element-wise sum: image, text (B, d), raw -> (B, d), normalised."""
-
-    reversed_loss = staticmethod(reversed_sum)
-
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        return F.normalize(image.float() + text.float(), dim=1)
-
-
-class Combiner(nn.Module):
-    """Combining function of Baldrati et al. 2022: image, text (B, d), raw -> (B, d), normalised."""
-
-    def __init__(self, d: int, p: int, h: int, dropout: float):
-        super().__init__()
-        self.text, self.image = nn.Linear(d, p), nn.Linear(d, p)  # W_t, W_v
-        self.hidden, self.out = nn.Linear(2 * p, h), nn.Linear(h, d)  # W_u, W_o
-        self.gate_hidden, self.gate = nn.Linear(2 * p, h), nn.Linear(h, 1)  # W_l, w
-        self.dropout = dropout
-
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
-        r = torch.cat([drop(F.relu(self.text(text))), drop(F.relu(self.image(image)))], dim=1)  # (B, 2p)
-        lam = torch.sigmoid(self.gate(drop(F.relu(self.gate_hidden(r))))).float()  # (B, 1)
-        u = self.out(drop(F.relu(self.hidden(r))))  # (B, d)
-        return F.normalize(u.float() + lam * text.float() + (1 - lam) * image.float(), dim=1)
-
-    def reversed_loss(self, reference, text, target, positive, tau) -> Tensor:
-        """Stage II of [Bi], sum over rows: reference (N, d) normalised, text (N, d), target (M, d), positive (N,).
-
-        Dropout: one mask a text or a target, not one a pair [ours], so that the targets of a row are compared alike."""
-        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
-        t, v = drop(F.relu(self.text(text))), drop(F.relu(self.image(target)))
-        rate, halves = self.dropout if self.training else 0.0, []
-        for layer in (self.hidden, self.gate_hidden):
-            of_text, of_image = layer.weight.chunk(2, dim=1)
-            half = F.linear(t, of_text, layer.bias)
-            if rate:
-                half = half.masked_fill(torch.rand_like(half, dtype=torch.float32) < rate, -torch.inf)
-            halves.append((half, F.linear(v, of_image)))
-        out = (self.out.weight / (1 - rate)).to(half.dtype), self.out.bias
-        gate_out = (self.gate.weight[0] / (1 - rate)).to(half.dtype), self.gate.bias[0]
-        return reversed_combiner(reference, text, target, *halves, out, gate_out, positive, tau)
 
 
 class TwoTowers(CirModel):
-    """An image encoder, frozen, and a text encoder, trained, that meet in a Sum or a Combiner of their raw features.
+    """An image encoder, frozen, and a text encoder, trained, whose raw features meet in `combiner`, which train_cir.py
+    sets: its Sum or its Combiner.
 
     Who inherits gives tokens(): pixels (B, 3, S, S) -> the raw feature of an image (B, d); and text()."""
 
     width = 0  # d
-
-    def add_combiner(self, p: int, h: int, dropout: float) -> None:
-        """A new Combiner in place of the sum; 0: the release's widths."""
-        d = self.width
-        self.combiner = Combiner(d, p or d, h or 2 * d, dropout)
+    combiner: nn.Module
 
     @torch.no_grad()
     def target(self, tokens: Tensor) -> Tensor:
@@ -102,7 +53,6 @@ class ClipTowers(TwoTowers):
         self.backbone.text_projection.requires_grad_(train_text)
         if directions:
             self.direct(self.backbone.text_model.embeddings, "token_embedding")
-        self.combiner = Sum()
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
@@ -130,7 +80,6 @@ class BlipTowers(TwoTowers):
             p.requires_grad_(train_text and ".crossattention." not in name)
         if directions:
             self.direct(self.backbone.text_encoder.embeddings, "word_embeddings")
-        self.combiner = Sum()
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
@@ -164,7 +113,6 @@ class SiglipTowers(TwoTowers):
         said = checkpoint_file(backbone, "tokenizer_config.json", "--backbone")
         kind = str(read_json(said).get("tokenizer_class", "")) if said else ""
         self.punctuation = not kind.startswith("SiglipTokenizer")  # SigLIP's own drops it, Gemma's of SigLIP 2 does not
-        self.combiner = Sum()
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
@@ -198,7 +146,7 @@ _KINDS = {"clip": ClipTowers, "blip": BlipTowers, "siglip": SiglipTowers}
 
 
 def build_towers(backbone: str, text_length: int, train_text: bool, directions: bool) -> TwoTowers:
-    """The towers of a folder or hub id, meeting in a Sum; UserError for a model of another kind."""
+    """The towers of a folder or hub id, without a combiner yet; UserError for a model of another kind."""
     kind = model_kind(backbone, "--backbone")
     if kind not in _KINDS:
         raise UserError(f"--backbone {backbone} is a {kind} model, wanted {', '.join(_KINDS)}: fix it or --model")

@@ -20,7 +20,6 @@ from common.console import UserError
 from common.files import read_json, write_json
 from common.flags import constants_of, override
 from common.images import ImageStore, open_image
-from common.towers import Combiner
 from kernels import negatives
 
 WORDS = ["make it red", "has two dogs", "remove the hat and add a ball", "is blue", "more of them", "a cat instead"]
@@ -94,7 +93,7 @@ def pixels_of(model, n, seed=0):
 
 def test_combiner_is_the_formula():
     torch.manual_seed(0)
-    ours = Combiner(d=5, p=7, h=11, dropout=0.5).double().eval()
+    ours = train_cir.Combiner(d=5, p=7, h=11, dropout=0.5).double().eval()
     text, image = torch.randn(4, 5).double(), torch.randn(4, 5).double()
     w = {name: p.detach().numpy() for name, p in ours.named_parameters()}
 
@@ -253,7 +252,7 @@ def test_reversed_loss_equals_composing_every_pair(zoo, model):
 def test_combiner_drops_whole_units_in_the_reversed_loss():
     """Dropout of 0.5 halves what is on: the mean over many draws is near the loss without it, and draws differ."""
     torch.manual_seed(0)
-    combiner = Combiner(d=8, p=16, h=64, dropout=0.2)
+    combiner = train_cir.Combiner(d=8, p=16, h=64, dropout=0.2)
     reference, text, target = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(3))
     losses = [combiner.reversed_loss(reference, text, target, torch.arange(6), 0.5).item() for _ in range(200)]
     combiner.eval()
