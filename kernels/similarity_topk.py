@@ -192,7 +192,7 @@ def _absorb_kernel(
 
 def _absorb_triton(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: bool, own: Tensor | None):
     """_absorb on a GPU; columns are int32. own: the gallery column each row leaves out."""
-    rows, scores, warps = ABSORB_TILES[transposed]
+    rows, scores, warps = ABSORB_TILES[transposed] if s.is_cuda else (32, 64, 4)  # the interpreter counts programs
     s = s.T if transposed else s
     (n, m), width = s.shape, values.size(1)
     constants = own is not None, width, triton.next_power_of_2(width), rows, scores
