@@ -46,6 +46,7 @@ from common.annotations import (
 )
 from common.cir_model import find_again, read_settings, trained_on
 from common.console import UserError, run, say
+from common.copies import note_of_copies
 from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
 from common.files import (
@@ -546,7 +547,6 @@ def main() -> None:
     if SCORE:
         return score(benchmarks[0], SCORE, protocol_text())
     benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
-    protocol = "; ".join(filter(None, (protocol_text(), note, trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT))))
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]
@@ -554,6 +554,8 @@ def main() -> None:
         require_images(benchmark, at.names)
         if at.target is None and DATASET == "fashioniq":
             raise UserError(f"{benchmark.title} has no labels; use --split val")
+    notes = [note, *map(note_of_copies, benchmarks), trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT)]
+    protocol = "; ".join(filter(None, (protocol_text(), *notes)))
     lock_folder(OUT)
     system = load_system(world.device)
 

@@ -66,6 +66,8 @@ DATA = {
             f"{EVAL}::test_odd_img_set_and_doubled_gallery_stop",
             f"{GEN}::test_mistakes_are_said_in_one_line",
             "test_annotations.py::test_bad_cirr_files_are_named_with_record_and_field",
+            f"{HERE}::test_names_that_share_one_picture_are_said_or_stop",
+            f"{HERE}::test_queries_repeated_under_new_ids_are_said_or_stop",
         ),
     ),
     15: Case(

@@ -36,7 +36,7 @@ from common.files import lock_folder, save_state
 from common.images import ImageStore, unreadable
 from common.llama import load_llm
 from common.ranks import all_sum
-from common.retrieval import index
+from common.retrieval import Validation, begin_validation, index
 from common.submission import write_submission
 from kernels.negatives import draw_negatives
 
@@ -233,6 +233,47 @@ def test_hostile_captions_train(zoo, tmp_path, capsys, kind):
     assert "1 of 8 deltas lose what exceeds" in said
     assert all(math.isfinite(record["loss"]) for record in log_of(tmp_path / "out"))
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "out/model.safetensors").values())
+
+
+def test_names_that_share_one_picture_are_said_or_stop(tmp_path, monkeypatch, capsys):
+    """A few copies (a file, a link) stand in the protocol line; where most of a gallery are, no number is given."""
+    drawn = write_world(tmp_path / "world")
+    pictures, given = drawn / "img_raw/val", {"ROOT": str(drawn / "cirr"), "OFFICIAL": False, "DEVICE": "cpu"}
+    run_stage(monkeypatch, tmp_path, **given)
+    assert "copies" not in capsys.readouterr().out
+    shutil.copy(pictures / "val-1-img0.png", pictures / "val-3-img5.png")
+    (pictures / "val-3-img4.png").unlink()
+    (pictures / "val-3-img4.png").symlink_to("val-1-img0.png")
+    run_stage(monkeypatch, tmp_path, **given)
+    wanted = "cirr val: 2 of 24 gallery images are copies of another ('val-3-img4' of 'val-1-img0')"
+    assert wanted in capsys.readouterr().out
+    assert wanted in json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]
+    # names of the split file that lead to one path count as well
+    table = json.loads((drawn / "cirr/image_splits/split.rc2.val.json").read_text())
+    one = dict.fromkeys(list(table)[:14], "./val/val-0-img0.png")
+    (drawn / "cirr/image_splits/split.rc2.val.json").write_text(json.dumps(table | one))
+    with pytest.raises(
+        UserError, match="14 of 24 gallery images are copies of another.*wanted gallery images that are"
+    ):
+        run_stage(monkeypatch, tmp_path, **given)
+    with pytest.raises(UserError, match="14 of 24 gallery images are copies"):
+        benchmark = read_cirr(str(drawn / "cirr"), "val")
+        begin_validation(Validation([benchmark]), "val", 0, str(tmp_path / "out"))
+
+
+def test_queries_repeated_under_new_ids_are_said_or_stop(tmp_path, monkeypatch, capsys):
+    drawn = write_world(tmp_path / "world")
+    path, given = drawn / "cirr/captions/cap.rc2.val.json", {"ROOT": str(drawn / "cirr"), "OFFICIAL": False}
+    records = json.loads(path.read_text())
+    for copies, again in ((3, False), (9, True)):
+        more = [records[i % 3] | {"pairid": 1000 + i} for i in range(copies)]
+        path.write_text(json.dumps(records + more))
+        if again:
+            with pytest.raises(UserError, match="9 of 17 queries are copies of another .'1000' of '100'.; recall over"):
+                run_stage(monkeypatch, tmp_path, DEVICE="cpu", **given)
+        else:
+            run_stage(monkeypatch, tmp_path, DEVICE="cpu", **given)
+            assert "cirr val: 3 of 11 queries are copies of another ('1000' of '100')" in capsys.readouterr().out
 
 
 # ---- training ----
