@@ -167,6 +167,8 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
     Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
     path = f"{folder}/adapter_config.json"
     found = files.read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: wanted an object, PEFT's settings of a LoRA; copy it again")
     wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
         here, there = (sorted(v) if isinstance(v, list) else v or None for v in (found.get(key), value))
@@ -253,7 +255,7 @@ def read_stage(folder: str, stage: str, llm: str = "", vision: str = "") -> dict
     path = f"{folder}/config.json"
     if not os.path.exists(path):
         raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
-    config = files.read_json(path)
+    config = files.read_saved_json(folder)
     if not isinstance(config, dict) or config.get("stage") != stage:
         raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
     beside = config.get("near", {})
