@@ -335,7 +335,38 @@ VARIANTS = (
         "json.dumps(record, indent=2)",
         (f"{FAULTS}::test_a_submission_has_no_byte_to_spare",),
     ),
+    Variant(
+        "copies count as pictures of their own",
+        "eval_cir.py",
+        "*map(note_of_copies, benchmarks), ",
+        "",
+        (
+            f"{FAULTS}::test_names_that_share_one_picture_are_said_or_stop",
+            f"{FAULTS}::test_queries_repeated_under_new_ids_are_said_or_stop",
+        ),
+    ),
     # ---- files of others ----
+    Variant(
+        "an edited config.json of ours is believed",
+        "common/files.py",
+        "            _verify(path)\n        except UserError as fault:\n            moved",
+        "            pass\n        except UserError as fault:\n            moved",
+        (f"{EVAL}::test_filter_keeps_what_a_cir_model_finds",),
+    ),
+    Variant(
+        "a backbone's config.json is not hashed",
+        "common/cir_model.py",
+        '(_shaping_of(model.backbone.config) if shaping else "")',
+        '("x" if shaping else "")',
+        ("test_tokenizer.py::test_a_checkpoint_holds_to_how_its_backbone_is_used",),
+    ),
+    Variant(
+        "a size left out is the usual, large one",
+        "common/pretrained.py",
+        "    if there and described > 8",
+        "    if there < 0 and described > 8",
+        ("test_pretrained.py::test_sizes_that_are_left_out_are_not_filled_with_the_usual_large_ones",),
+    ),
     Variant(
         "names may leave the folder",
         "common/images.py",
