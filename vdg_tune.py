@@ -171,7 +171,7 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
         raise UserError(f"{path}: wanted an object, PEFT's settings of a LoRA; copy it again")
     wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
-        here, there = (sorted(v) if isinstance(v, list) else v or None for v in (found.get(key), value))
+        here, there = (sorted(v, key=str) if isinstance(v, list) else v or None for v in (found.get(key), value))
         if here != there:
             raise UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
     modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))

@@ -115,7 +115,7 @@ def read_settings(checkpoint: str) -> dict:
         raise UserError(f"{file} not found; wanted a finished checkpoint of train_cir.py")
     config = read_saved_json(checkpoint)
     build = config.get("build") if isinstance(config, dict) else None
-    if not isinstance(build, dict) or not all(isinstance(build.get(key), str) for key in ("model", "backbone")):
+    if not isinstance(build, dict) or not isinstance(build.get("backbone"), str):
         raise UserError(f"{file} is not one of train_cir.py")
     if not all(isinstance(config.get(key, {}), dict) for key in ("near", "constants")):
         raise UserError(f'{file}: "near" and "constants" are objects where train_cir.py wrote them; restore the file')
