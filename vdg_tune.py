@@ -173,7 +173,7 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
     for key, value in wanted.items():
         here, there = (sorted(v, key=str) if isinstance(v, list) else v or None for v in (found.get(key), value))
         if here != there:
-            raise UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
+            raise UserError(f"{path}: {key} is {repr(here)[:80]}, config.json says {there!r}; copy both files again")
     modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
     fill_lora(llm, files.load_tensors(folder, "adapter_model.safetensors"), folder)
     return modules
