@@ -44,6 +44,7 @@ from common.annotations import (
 from common.audit import Audited, audit, audit_tables, best_rank, ways_alone
 from common.cir_model import find_again, read_settings, trained_on
 from common.console import UserError, run, say
+from common.copies import note_of_copies
 from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
 from common.files import (
@@ -509,10 +510,9 @@ def main() -> None:
     if SCORE:
         return score(benchmarks[0], SCORE, protocol_text())
     benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
-    protocol = "; ".join(filter(None, (protocol_text(), note, trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT))))
+    chosen = ""
     if QUERIES:
         benchmarks, chosen = select_queries(benchmarks, QUERIES)
-        protocol = f"{protocol}; {chosen}"
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]
@@ -522,6 +522,8 @@ def main() -> None:
             raise UserError(f"{benchmark.title} has no labels; use --split val")
         if at.target is None and (AUDIT or QUERIES):
             raise UserError(f"{benchmark.title} has no labels: --audit and --queries want --split val")
+    notes = [note, *map(note_of_copies, benchmarks), trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT)]
+    protocol = "; ".join(filter(None, (protocol_text(), *notes, chosen)))
     lock_folder(OUT)
     system = load_system(world.device)
     halves = halves_of(system, world.device) if AUDIT else {}

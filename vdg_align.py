@@ -29,7 +29,7 @@ from common.flags import at_least, below, constants_of, override, within
 from common.hub import located, near
 from common.images import ImageStore, Preprocess, load_pixels
 from common.llama import answer_ids, attention, llm_shape, load_llm, load_tokenizer, run_layers, tokenize
-from common.pretrained import build_empty, read_config, read_exactly
+from common.pretrained import build_empty, read_config, read_exactly, require_held
 from common.ranks import Log, World
 from common.resume import resume_state
 from common.tokenizer import tokenizer_sha256
@@ -106,7 +106,8 @@ class VisionProjector(nn.Module):
 
     def __init__(self, source: str, d_llm: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         super().__init__()
-        config, _ = empty_vision(source)
+        config, empty = empty_vision(source)
+        require_held(empty, source, "--vision")
         self.takes_text = config.model_type == "instructblip"  # its Q-Former insists on an input_ids argument
         vit, qformer = vision_classes(config.model_type)
         q_width = config.qformer_config.hidden_size

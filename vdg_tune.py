@@ -167,11 +167,13 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
     Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
     path = f"{folder}/adapter_config.json"
     found = files.read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: wanted an object, PEFT's settings of a LoRA; copy it again")
     wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
-        here, there = (sorted(v) if isinstance(v, list) else v or None for v in (found.get(key), value))
+        here, there = (sorted(v, key=str) if isinstance(v, list) else v or None for v in (found.get(key), value))
         if here != there:
-            raise UserError(f"{path}: {key} is {here!r}, config.json says {there!r}; copy both files again")
+            raise UserError(f"{path}: {key} is {repr(here)[:80]}, config.json says {there!r}; copy both files again")
     modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
     fill_lora(llm, files.load_tensors(folder, "adapter_model.safetensors"), folder)
     return modules
@@ -253,7 +255,7 @@ def read_stage(folder: str, stage: str, llm: str = "", vision: str = "") -> dict
     path = f"{folder}/config.json"
     if not os.path.exists(path):
         raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
-    config = files.read_json(path)
+    config = files.read_saved_json(folder)
     if not isinstance(config, dict) or config.get("stage") != stage:
         raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
     beside = config.get("near", {})

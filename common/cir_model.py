@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.console import UserError, say
-from common.files import load_tensors, read_json, tensors_sha256
+from common.files import load_tensors, read_saved_json, tensors_sha256
 from common.hub import locate, located, near
 from common.images import Preprocess
 from common.pretrained import copy_weights, load_model, model_kind, read_config
@@ -113,9 +113,12 @@ def read_settings(checkpoint: str) -> dict:
     file = f"{checkpoint}/config.json"
     if not os.path.isfile(file):
         raise UserError(f"{file} not found; wanted a finished checkpoint of train_cir.py")
-    config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("build"), dict):
+    config = read_saved_json(checkpoint)
+    build = config.get("build") if isinstance(config, dict) else None
+    if not isinstance(build, dict) or not isinstance(build.get("backbone"), str):
         raise UserError(f"{file} is not one of train_cir.py")
+    if not all(isinstance(config.get(key, {}), dict) for key in ("near", "constants")):
+        raise UserError(f'{file}: "near" and "constants" are objects where train_cir.py wrote them; restore the file')
     if not isinstance(config.get("tau"), float):
         raise UserError(f'{file} has no "tau", the temperature that the model was trained with; train it again')
     return config
@@ -176,14 +179,26 @@ def put_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) -> Non
     copy_weights(trained_of(model), tensors, where)
 
 
-def frozen_sha256(model: CirModel, words: bool = True, held: Container[str] | None = None) -> str:
-    """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer.
+# what of config.json shapes a feature and does not show in the weights
+_SHAPING = ("hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size", "eos_token_id")
 
-    held: names of the weights that it does hold, where the model does not say by what it trains."""
+
+def frozen_sha256(model: CirModel, words: bool = True, held: Container[str] | None = None, shaping: bool = True) -> str:
+    """sha256 of what a checkpoint stands on but does not hold: frozen weights, preprocessing of pictures, tokenizer,
+    and what the backbone's config.json says of how they are used.
+
+    held: names of the weights that it does hold, where the model does not say by what it trains. words, shaping: False
+    leaves out the tokenizer and the config, as older checkpoints do."""
     named = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if held is not None:
         named = [(name, p) for name, p in model.named_parameters() if name.startswith("backbone.") and name not in held]
-    return tensors_sha256(sorted(named), repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else ""))
+    more = repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else "")
+    return tensors_sha256(sorted(named), more + (_shaping_of(model.backbone.config) if shaping else ""))
+
+
+def _shaping_of(config) -> str:
+    parts = (config, config.text_config, config.vision_config)
+    return repr([[getattr(part, name, None) for name in _SHAPING] for part in parts])
 
 
 def start_from(model: CirModel, checkpoint: str) -> None:
@@ -205,8 +220,10 @@ def start_from(model: CirModel, checkpoint: str) -> None:
 def stands_on(model: CirModel, config: dict, held: Container[str] | None = None) -> bool:
     """Whether a checkpoint with this config.json was trained on the model's frozen weights; held: of frozen_sha256."""
     trained_on = config.get("constants", {}).get("FROZEN_SHA256")
-    older = frozen_sha256(model, words=False, held=held)  # checkpoints from before the tokenizer was hashed with them
-    return trained_on in (None, frozen_sha256(model, held=held), older)
+    if trained_on is None:
+        return True
+    older = ({"shaping": False}, {"shaping": False, "words": False})  # from before these were hashed as well
+    return any(trained_on == frozen_sha256(model, held=held, **how) for how in ({}, *older))
 
 
 def check_frozen(model: CirModel, config: dict, folder: str) -> None:

@@ -325,6 +325,18 @@ def load_tensors(folder: str | Path, file: str) -> dict:
         raise UserError(f"{path} is not a whole safetensors file ({error}); write it again") from None
 
 
+def read_saved_json(folder: str | Path, file: str = "config.json") -> Any:
+    """folder/file of a stage's result, checked against its manifest, if any: a flipped digit is JSON as well."""
+    path = Path(folder) / file
+    if (path.parent / "manifest.json").exists():
+        try:
+            _verify(path)
+        except UserError as fault:
+            moved = "for a model that moved there are --llm, --vision and --backbone"
+            raise UserError(f"{fault}, or was edited; restore it ({moved})") from None
+    return read_json(path, SMALL_JSON)
+
+
 # ---- a run's state ----
 
 

@@ -363,7 +363,7 @@ class Preprocess:
         edge = size = _side(size, path, "size")
         if match[1] == "ConvNext":
             keep_ratio = size < 384  # at 384 and above it squashes instead
-            edge = int(size / config.get("crop_pct", 224 / 256)) if keep_ratio else size
+            edge = int(size / _number(config, "crop_pct", 224 / 256, path)) if keep_ratio else size
         elif config.get("do_center_crop", match[1] == "CLIP"):
             size = _side(config.get("crop_size", 224), path, "crop_size")
         elif keep_ratio:
@@ -371,15 +371,18 @@ class Preprocess:
         if not config.get("do_resize", True):
             raise UserError(f"{path}: does not resize; wanted pictures of one size")
 
-        mean, std = tuple(config.get("image_mean") or mean), tuple(config.get("image_std") or std)
+        mean, std = _colours(config, "image_mean", mean, path), _colours(config, "image_std", std, path)
         # in this order of float64 and float32, which transformers uses: the result is equal, not only close
         table = np.arange(256, dtype=np.float64)
         if config.get("do_rescale", True):
-            table = table * config.get("rescale_factor", 1 / 255)
+            table = table * _number(config, "rescale_factor", 1 / 255, path)
         table = np.repeat(table.astype(np.float32)[None], 3, axis=0)
         if config.get("do_normalize", True):
             table = (table - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
-        return cls(size, edge, keep_ratio, int(config.get("resample", 3)), mean, std, table)
+        resample = config.get("resample", 3)
+        if isinstance(resample, bool) or resample not in range(6):
+            raise UserError(f'{path}: "resample" is {shown(resample)}, wanted a number of Pillow, 0 to 5')
+        return cls(size, edge, keep_ratio, resample, mean, std, table)
 
     def __call__(self, image: Image.Image) -> "torch.Tensor":
         """RGB picture of any size -> (3, S, S)."""
@@ -441,6 +444,27 @@ class Padded(Preprocess):
         wide = Image.new("RGB", size)
         wide.paste(image, (left, top))
         return wide
+
+
+def _number(config: dict, key: str, usual: float, path: str) -> float:
+    """A number above zero, as sizes, factors and deviations are."""
+    found = config.get(key, usual)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 1e-6 < found < 1e6:
+        raise UserError(f'{path}: "{key}" is {shown(found)}, wanted a number above 0')
+    return found
+
+
+def _colours(config: dict, key: str, usual: tuple[float, ...], path: str) -> tuple[float, ...]:
+    """Three numbers, one a channel; a mean may be 0, a deviation may not."""
+    found = config.get(key) or usual
+    least = 1e-6 if key == "image_std" else -1e6
+    numbers = isinstance(found, list | tuple) and len(found) == 3
+    for value in found if numbers else ():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        numbers &= number and least < value < 1e6
+    if not numbers:
+        raise UserError(f'{path}: "{key}" is {shown(found)}, wanted three numbers, one a channel')
+    return tuple(found)
 
 
 def _side(size: object, path: str, key: str) -> int:

@@ -182,12 +182,36 @@ def build_empty(build: Callable, source: str, flag: str, *given, **how) -> nn.Mo
         raise UserError(f"{shown(source, flag)}: no model can be built by config.json ({_first_line(fault)})") from None
 
 
+def require_held(model: nn.Module, source: str, flag: str) -> None:
+    """UserError where a model of shapes alone has far more weights than its files have bytes.
+
+    A size that config.json leaves out is the usual, large one: of ViT-g it would take a minute to fill."""
+    described = sum(weight.numel() for weight in model.parameters())
+    there = _bytes_there(source) if os.path.isdir(source) else 0
+    if there and described > 8 * max(there, _HARMLESS):
+        raise UserError(_too_large(shown(source, flag), described, there))
+
+
+def _bytes_there(source: str) -> int:
+    """Of all files of weights in a folder; 0 where it has none."""
+    files = [entry.name for entry in os.scandir(source) if entry.name.endswith((".safetensors", ".bin"))]
+    return sum(os.path.getsize(path) for path in (checkpoint_file(source, file) for file in files) if path)
+
+
+def _too_large(name: str, described: int, there: int) -> str:
+    return (
+        f"{name}: config.json describes a model of {described:.1e} weights or more, the "
+        f"files hold {there:.1e} bytes: a file is cut, or two models are mixed; download it again"
+    )
+
+
 def load_model(kind: type, source: str, config, dtype: torch.dtype, flag: str = "", **how: str) -> nn.Module:
     """What kind.from_pretrained(source) gives, from our reader: every weight in its shape, or UserError.
 
     kind: a class of transformers. Names that differ (a prefix, an older spelling) are mapped as transformers maps them;
     tensors that the class has no place for (the other tower, a classifier's head) are left out, as there."""
     quiet()
+    require_held(build_empty(kind, source, flag, config), source, flag)
     name, tensors = shown(source, flag), dict(read_tensors(source, flag=flag))
     how |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
@@ -260,14 +284,10 @@ def _check_sizes(record: dict, where: str) -> None:
 
 def _check_described(record: dict, source: str, flag: str) -> None:
     """A part that would hold far more weights than the files have bytes is not what they hold: stop before building."""
-    files = [entry.name for entry in os.scandir(source) if entry.name.endswith((".safetensors", ".bin"))]
-    there = sum(os.path.getsize(path) for path in (checkpoint_file(source, file, flag) for file in files) if path)
+    there = _bytes_there(source)
     for part in (record, *(value for value in record.values() if isinstance(value, dict))):
-        if files and _described(part) > 8 * max(there, _HARMLESS):
-            raise UserError(
-                f"{shown(source, flag)}: config.json describes a model of {_described(part):.1e} weights or more, the "
-                f"files hold {there:.1e} bytes: a file is cut, or two models are mixed; download it again"
-            )
+        if there and _described(part) > 8 * max(there, _HARMLESS):
+            raise UserError(_too_large(shown(source, flag), _described(part), there))
 
 
 def _described(part: dict) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from common.annotations import Benchmark, all_without_missing, read_benchmarks, read_own
 from common.batches import chunks
 from common.console import UserError, say
+from common.copies import note_of_copies
 from common.encoding import Compute, encode
 from common.images import ImageStore, shown
 from common.ranks import gather_objects
@@ -428,11 +429,12 @@ def begin_validation(validation: Validation, split: str, share: float, out: str)
 
     share: of its images that may be missing; they are left out, in out/missing.txt, and the protocol says so."""
     benchmarks, note = all_without_missing(validation.benchmarks, share, f"{out}/missing.txt")
-    validation = Validation(benchmarks, "; ".join(filter(None, (validation.says, note))))
     for benchmark in benchmarks:
         if missing := benchmark.images.missing(benchmark.gallery):
             remedy = "add them, list all with --check, or go on without them by --missing SHARE"
             raise UserError(f"--val_split {split}: {len(missing):,} images missing: {first_of(missing)}; {remedy}")
+    notes = filter(None, (validation.says, note, *map(note_of_copies, benchmarks)))
+    validation = Validation(benchmarks, "; ".join(notes))
     if validation.benchmarks:
         say(f"validation on {split}, {validation.says}")
     return validation

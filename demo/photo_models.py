@@ -235,9 +235,7 @@ def new_resnet(slots: Slots, seed: int):
 def trained_resnet(out: str):
     from transformers import ResNetForImageClassification
 
-    model = ResNetForImageClassification.from_pretrained(
-        f"{out}/resnet", dtype=torch.float32, trust_remote_code=False
-    )
+    model = ResNetForImageClassification.from_pretrained(f"{out}/resnet", dtype=torch.float32, trust_remote_code=False)
     return model.to(memory_format=torch.channels_last).eval()
 
 

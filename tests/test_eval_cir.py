@@ -839,12 +839,13 @@ def test_filter_keeps_what_a_cir_model_finds(monkeypatch, tmp_path, zoo, deltas,
     wanted = [groups[record["subgroup"]] for record in kept]
     assert [c["img_set"]["members"] for c in captions] == wanted
 
-    (tmp_path / "cir" / "config.json").write_text(
-        (tmp_path / "cir" / "config.json").read_text().replace(str(zoo), "/moved")
-    )
-    with pytest.raises(UserError, match="stands on the model in /moved/.* name its new place by --backbone"):
+    config = (tmp_path / "cir" / "config.json").read_text().replace(str(zoo), "/moved")
+    (tmp_path / "cir" / "config.json").write_text(config)
+    with pytest.raises(UserError, match="does not match .* manifest.json, or was edited; restore it .for a model that"):
         run_flags(monkeypatch, *flags, "--filter_top", 5, "--out", tmp_path / "all")
     (tmp_path / "cir" / "manifest.json").unlink()  # it vouches for the file that was
+    with pytest.raises(UserError, match="stands on the model in /moved/.* name its new place by --backbone"):
+        run_flags(monkeypatch, *flags, "--filter_top", 5, "--out", tmp_path / "all")
     flags += ["--backbone", zoo / ("clip" if kind == "combiner" else "blip")]
     run_flags(monkeypatch, *flags, "--filter_top", 5, "--out", tmp_path / "all")
     assert read_jsonl(tmp_path / "all" / "pseudo.jsonl") == records  # five are left without the reference

@@ -327,6 +327,24 @@ def test_preprocess_not_there_or_not_usable_is_one_line(tmp_path):
         assert path in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("image_mean", [3, "cls", [0.5, 0.5], [0.5, "x", 0.5], [True, 0, 0], [[0.5], 0, 0], {"0": 1}, [1e30, 0, 0]]),
+        ("image_std", [True, [0.5, 0.5, 0], [0.5] * 4, [None] * 3]),
+        ("rescale_factor", ["1/255", [1], None, 0, -1, 1e30, True]),
+        ("resample", ["bicubic", 3.5, None, 6, -1, True, [3]]),
+    ],
+)
+def test_preprocess_that_no_picture_survives_is_one_line(zoo, tmp_path, key, values):
+    record = json.loads((zoo / "clip/preprocessor_config.json").read_text())
+    for value in values:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(record | {key: value}))
+        with pytest.raises(UserError, match=f'preprocessor_config.json: "{key}" is .*, wanted') as error:
+            Preprocess.from_folder(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 def test_load_pixels(tmp_path):
     for i in range(5):
         noise(20 + i, 30, i).save(tmp_path / f"{i}.png")

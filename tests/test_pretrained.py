@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -376,6 +377,17 @@ def test_git_lfs_pointers_are_named(zoo, tmp_path, stage):
 
 
 # ---- configurations ----
+@pytest.mark.parametrize("stage, part", [("--vision", "vision_config"), ("--backbone blip", "text_config")])
+def test_sizes_that_are_left_out_are_not_filled_with_the_usual_large_ones(zoo, tmp_path, stage, part):
+    """Without a number of layers ViT-g's 39 would be made, and words of BERT, before any file is read."""
+    folder = copy(zoo, stage, tmp_path)
+    record = json.loads((folder / "config.json").read_text())
+    edit(folder, **{part: {"model_type": record[part].get("model_type", "")}})
+    began = time.monotonic()
+    one_line(stage, folder, "config.json describes a model of .* weights or more")
+    assert time.monotonic() - began < 5
+
+
 @ALL
 def test_configurations_that_describe_no_model(zoo, tmp_path, stage):
     folder = copy(zoo, stage, tmp_path)
@@ -492,7 +504,7 @@ def test_every_call_of_transformers_refuses_code_of_a_folder():
         assert "trust_remote_code=True" not in text and '"trust_remote_code": True' not in text, path
         for call in ast.walk(tree):
             name = getattr(getattr(call, "func", None), "attr", "")
-            if name not in ("from_pretrained", "from_config") or path.name in ("images.py", "pictures.py"):  # Preprocess's
+            if name not in ("from_pretrained", "from_config") or path.name in ("images.py", "pictures.py"):
                 continue
             given = {word.arg: getattr(word.value, "value", ...) for word in call.keywords}
             assert given.get("trust_remote_code") is False or (None in given and "trust_remote_code" in text), path

@@ -281,8 +281,9 @@ def test_a_checkpoint_holds_to_the_tokenizer_that_it_was_trained_with(zoo, tmp_p
         config = {"build": dict(build), "tau": 0.01, "constants": {"FROZEN_SHA256": digest}}
         train_cir.save_folder(checkpoint, {"model.safetensors": train_cir.get_trained(model)}, {"config.json": config})
 
-    digests = train_cir.frozen_sha256(model), train_cir.frozen_sha256(model, words=False)
-    assert digests[0] != digests[1]
+    older = {"words": False, "shaping": False}, {"shaping": False}
+    digests = train_cir.frozen_sha256(model), *(train_cir.frozen_sha256(model, **how) for how in older)
+    assert len(set(digests)) == 3
     for digest in digests:
         save(digest)
         train_cir.load_cir(str(checkpoint))
@@ -292,6 +293,27 @@ def test_a_checkpoint_holds_to_the_tokenizer_that_it_was_trained_with(zoo, tmp_p
     save(digests[0])
     with pytest.raises(UserError, match="was trained on other frozen weights"):
         train_cir.load_cir(str(checkpoint))
+
+
+@pytest.mark.parametrize("kind, name, part", [("sum", "clip", "text_config"), ("blip_tdm", "blip", "vision_config")])
+def test_a_checkpoint_holds_to_how_its_backbone_is_used(zoo, tmp_path, kind, name, part):
+    """An activation, an end token or a number of heads that changed in config.json gives other features, no error."""
+    folder = copy(zoo, name, tmp_path)
+    model = train_cir.build_cir(kind, str(folder))
+    config = {"build": {"model": kind, "backbone": str(folder)}, "tau": 0.01}
+    config["constants"] = {"FROZEN_SHA256": train_cir.frozen_sha256(model)}
+    weights = {"model.safetensors": train_cir.get_trained(model)}
+    train_cir.save_folder(tmp_path / "cir", weights, {"config.json": config})
+    train_cir.load_cir(str(tmp_path / "cir"))
+    before = (folder / "config.json").read_text()
+    of_part = read_json(folder / "config.json")[part]
+    changes = [{"hidden_act": "relu"}, {"layer_norm_eps": 0.1}, {"num_attention_heads": 1}]
+    for change in [*changes, {"eos_token_id": 3}] if name == "clip" else changes:
+        edit(folder / "config.json", **{part: of_part | change})
+        with pytest.raises(UserError, match="was trained on other frozen weights"):
+            train_cir.load_cir(str(tmp_path / "cir"))
+        (folder / "config.json").write_text(before)
+    train_cir.load_cir(str(tmp_path / "cir"))
 
 
 def test_a_vdg_holds_to_its_tokenizer_too(zoo, tmp_path):

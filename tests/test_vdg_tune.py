@@ -161,6 +161,11 @@ def test_a_changed_adapter_is_refused(zoo, tmp_path):
         (bad / "adapter_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(UserError, match=key):
             vdg_tune.load_adapter(load_llm(str(zoo / "llama"), torch.float32, "cpu")[0], str(bad), LORA)
+    mixed = tmp_path / "lora_alpha" / "adapter_config.json"
+    for value, words in (([], "wanted an object"), ({**config, "target_modules": ["q_proj", ["v_proj"]]}, "target_")):
+        mixed.write_text(json.dumps(value))
+        with pytest.raises(UserError, match=words):
+            vdg_tune.load_adapter(load_llm(str(zoo / "llama"), torch.float32, "cpu")[0], str(mixed.parent), LORA)
     for key, value in wrong_tensors.items():
         bad = tmp_path / key
         shutil.copytree(good, bad)
