@@ -65,6 +65,7 @@ if wants figures; then
   step generation 65 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
   step tuning 70 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step alignment 45 python bench/alignment.py --device cuda --batch 64 -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
   step real-step 55 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
 fi
 wants tiles && step tiles 30 python $SWEEP propose,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
