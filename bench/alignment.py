@@ -4,7 +4,7 @@
     python bench/alignment.py --device cuda --batch 64      # 13B, bf16, random weights made on the device
 
 A step: projection of 32 Q-Former outputs, forward through the frozen LLM, backward to the projection, AdamW. Prompts of
-9 tokens, captions of 4 to 24. Tokens of use: all that are no padding. Both must give the same loss, or no time is taken.
+9 tokens, captions of 4 to 24. Tokens of use: all that are no padding. Both must give the same loss first.
 Floor: 4 FLOP a frozen weight and token of use (forward, and backward without gradients of the weights), the head's at
 the captions' tokens alone, at the speed of a large product on the same device.
 """

@@ -62,13 +62,14 @@ if wants figures; then
   step mining 25 python bench/mining.py --device cuda -- $INTERPRET bench/mining.py --rehearse 1 --n 150 --d 64 --repeats 1
   step loss 20 python bench/loss.py --device cuda -- python bench/loss.py --rehearse 1 --b 600 --d 300 --repeats 1
   step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
-  step generation 65 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
+  step generation 55 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
-  step tuning 70 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
-  step alignment 45 python bench/alignment.py --device cuda --batch 64 -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
-  step real-step 55 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
+  step tuning 60 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step alignment 40 python bench/alignment.py --device cuda --batch 64 \
+    -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
+  step real-step 45 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
 fi
-wants tiles && step tiles 30 python $SWEEP propose,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
+wants tiles && step tiles 25 python $SWEEP propose,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
   -- $INTERPRET $SWEEP propose,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
 if wants demo; then
   JOBS=8 step demo 330 bash demo.sh -- bash -c "echo 'demo.sh runs on a CPU as it is: not rehearsed'"
