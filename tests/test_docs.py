@@ -1,5 +1,6 @@
 """README.md and docs/ say what is there: every command is one that its script takes, every file and link exists."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -85,3 +86,20 @@ def test_commands_are_ones_the_scripts_take(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_links_exist(page):
     assert not dead_paths(ROOT, page)
+
+
+def test_every_result_is_a_row_of_numbers():
+    """bench/results.csv: the columns of measure.py and nothing between the rows."""
+    with open(ROOT / "bench/results.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == "what sizes device torch triton commit date value unit floor percent_of_floor note".split()
+    for row in rows:
+        assert len(row) == len(header) and float(row[7]) > 0 and re.fullmatch(r"20\d\d-\d\d-\d\d", row[6]), row
+
+
+def test_no_file_holds_an_unmerged_conflict():
+    kinds = (".py", ".md", ".sh", ".csv", ".json", ".txt", ".toml", ".html", ".css", ".js")
+    for path in ROOT.rglob("*"):
+        ours = not {".venv", "out", ".git"} & set(path.relative_to(ROOT).parts)
+        if ours and path.is_file() and path.suffix in kinds:
+            assert not re.search(r"^(<<<<<<<|>>>>>>>) ", path.read_text(encoding="utf-8"), re.M), path
