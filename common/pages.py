@@ -55,11 +55,12 @@ figcaption { font-size: .76rem; line-height: 1.3; margin-top: .3rem; color: var(
 .panel .strip { margin: 0; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: .8rem;
   margin: .8rem 0; }
-.pair { display: grid; grid-template-columns: 7rem 1fr 7rem; gap: 0 .6rem; padding: .8rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 8px; align-items: start; }
+.pair { display: grid; grid-template-columns: 6.4rem 1fr 6.4rem; gap: 0 .6rem; padding: .8rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; align-items: start; align-content: start; }
 .pair figure { width: auto; min-width: 0; }
 .pair img { aspect-ratio: 1; object-fit: contain; }
-.pair .delta { align-self: center; text-align: center; margin: 0; overflow-wrap: anywhere; }
+.pair .delta { align-self: center; text-align: center; margin: 0; overflow-wrap: break-word; min-width: 0;
+  font-size: .86rem; line-height: 1.35; }
 .pair .delta::after { content: "→"; display: block; color: var(--soft); font-weight: 400; }
 .pair .note { grid-column: 1 / -1; margin: .5rem 0 0; overflow-wrap: anywhere; }
 .turn a, .turn b { display: inline-block; padding: .1rem .5rem; }
