@@ -83,7 +83,7 @@ BETA = "auto"  # hardness of negatives in Eq. 2; auto = 0 for CLIP, 0.5 for blip
 # ---- ablations and options of the loss ----
 CONCAT = True  # second term of L_tcc over B + B' [Eq. 2]; false: over B' alone
 TDM = True  # blip_tdm: L_tdm [Eq. 3]; false: L_tcc alone
-BANK = False  # every training image, encoded once without augmentation, is a further negative target of L_tcc [ours]
+BANK = False  # all training images and negatives of KEYS, encoded once, are further negative targets of L_tcc [ours]
 BIDIRECTIONAL = 0.0  # alpha of [Bi]: weight of the reversed loss; 0 = off; CIRR 0.1; FashionIQ 0.4 (sum), 0.5
 # L_tcc sums two directions where [Bi]'s forward loss has one, so the same alpha weighs half as much here [ours].
 REVERSED_TEXT = "token"  # "token": the delta behind a learned [BACKWARD] [Bi]; "delta": reverse_delta of VDG [ours]

@@ -23,6 +23,7 @@ class Item(NamedTuple):
     target: tuple[int, str]
     deltas: tuple[tuple[str, ...], ...]
     back: tuple[str, ...] = ()  # texts that lead from the target back to the reference, where VDG wrote any
+    negatives: tuple[tuple[int, str], ...] = ()  # images that others call hard negatives (--keys negatives=hns)
 
 
 class Draw(NamedTuple):
@@ -70,7 +71,7 @@ def human_items(
             groups.append(t.alternatives)  # the VDG release's [human, generated]: those after the human one
         if same and deltas:
             groups.append(tuple(other.delta for other in same))
-        items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same])))
+        items.append(Item((0, t.reference), (0, t.target), tuple(groups), backs([t, *same]), negatives_of(t, 0)))
     without = sum((t.reference, t.target) not in also for t in triplets)
     if generated and without == len(triplets):
         raise UserError("--same_pairs: none of its (reference, target) pairs is a human triplet's; wrong file?")
@@ -120,12 +121,24 @@ def pseudo_source(file: str, images: str, keys: str = "", pool: str = "") -> Sou
     kept = with_text(triplets, file)
     if not kept:
         raise UserError(f"{file} holds no triplet to train on")
-    items = [Item((1, t.reference), (1, t.target), ((t.delta, *t.alternatives),), backs([t])) for t in kept]
+    items = []
+    for t in kept:
+        texts = (t.delta, *t.alternatives)
+        items.append(Item((1, t.reference), (1, t.target), (texts,), backs([t]), negatives_of(t, 1)))
     return Source(store, items)
 
 
-def _names(item: Item) -> tuple[str, str]:
+def negatives_of(triplet: Triplet, stream: int) -> tuple[tuple[int, str], ...]:
+    """Its hard negatives, where its file names any; only a bank makes use of them."""
+    return tuple((stream, name) for name in (triplet.extra or {}).get("negatives", ()))
+
+
+def _names(item: Item) -> tuple[str, ...]:
     return item.reference[1], item.target[1]
+
+
+def _names_with_negatives(item: Item) -> tuple[str, ...]:
+    return (*_names(item), *(name for _, name in item.negatives))
 
 
 def complete_sources(
@@ -139,7 +152,8 @@ def complete_sources(
     complete = []
     for source, what in zip(sources, _STREAMS, strict=True):
         listing = f"{out}/unreadable-{what}.txt"
-        items = drop_missing(source.items, _names, source.images, f"{what} triplets", listing, workers)
+        names = _names_with_negatives if bank else _names
+        items = drop_missing(source.items, names, source.images, f"{what} triplets", listing, workers)
         complete.append(source._replace(items=items))
     fewest = min(len(source.items) for source in complete if source.items)
     if fewest < batch * ranks:
@@ -171,10 +185,11 @@ def steps_an_epoch(sources: list[Source], batch: int, ranks: int) -> int:
     return len(items) // (batch * ranks)
 
 
-def images_of(sources: list[Source]) -> list[tuple[int, str]]:
-    """Every image that is trained on, once, in one order."""
+def images_of(sources: list[Source], negatives: bool = False) -> list[tuple[int, str]]:
+    """Every image that is trained on, once, in one order; with the hard negatives that the files name, if asked for."""
     items = [item for source in sources for item in source.items]
-    return sorted({image for item in items for image in (item.reference, item.target)})
+    named = {image for item in items for image in item.negatives} if negatives else set()
+    return sorted(named | {image for item in items for image in (item.reference, item.target)})
 
 
 def pictures_of(sources: list[Source]) -> list[tuple[ImageStore, list[str]]]:

@@ -144,7 +144,8 @@ def rows_of_machine(folder: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 class Bank(NamedTuple):
-    """Target features of all training images, not augmented: each is one more negative [ours]."""
+    """Target features of all training images and of the hard negatives that their files name, not augmented: each is
+    one more negative [ours]."""
 
     images: list[Image]
     features: Tensor  # (len(images), d)
@@ -224,7 +225,7 @@ class TrainingImages:
             with self.compute.autocast():
                 return self.model.image(self._normalised(pixels))[1]
 
-        images = images_of(self.sources)
+        images = images_of(self.sources, negatives=True)
         blocks = list(chunks([(image, None) for image in images], self.compute.batch))
         rows = [rows for _, rows in encode_in_turn(blocks, self._pixels, features, "encoding the bank")]
         return Bank(images, torch.cat(rows).to(self.compute.device))

@@ -449,6 +449,27 @@ def test_the_bank_is_every_other_image(world, zoo, tmp_path, monkeypatch):
         assert (wanted @ bank.T > 1 - 1e-5).any(1).all()
 
 
+def test_hard_negatives_of_a_file_are_in_the_bank_alone(world, zoo, tmp_path, monkeypatch):
+    """MegaPairs' hns: further negatives with --bank; without it nobody asks for their pictures."""
+    names = sorted(path.name for path in (world / "aux").iterdir())
+    lines = [
+        {"q_img": a, "t_img": b, "q_text": "is red", "hns": [names[-1]]}
+        for a, b in zip(names[:4], names[1:5], strict=True)
+    ]
+    (tmp_path / "mega.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = "reference=q_img,target=t_img,delta=q_text,negatives=hns"
+    source = batches.human_source("jsonl", str(tmp_path / "mega.jsonl"), "train", str(world / "aux"), keys=keys)
+    assert {item.negatives for item in source.items} == {((0, names[-1]),)}
+    assert (0, names[-1]) not in batches.images_of([source])
+    assert (0, names[-1]) in batches.images_of([source], negatives=True)
+    lost = [line | {"hns": ["gone.png"]} for line in lines]
+    (tmp_path / "lost.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lost))
+    source = batches.human_source("jsonl", str(tmp_path / "lost.jsonl"), "train", str(world / "aux"), keys=keys)
+    assert len(batches.complete_sources([source, batches.Source()], 2, 1, str(tmp_path), 0)[0].items) == 4
+    with pytest.raises(UserError):
+        batches.complete_sources([source, batches.Source()], 2, 1, str(tmp_path), 0, bank=True)
+
+
 def test_ablations_and_frozen_text(world, zoo, tmp_path):
     """no concat: L(B) + L(B') of the same batch; a frozen text encoder keeps its weights."""
     for name, more in (("with", {}), ("without", {"concat": False}), ("human", {"pseudo": ""})):
