@@ -24,7 +24,7 @@ import measure  # first: it puts the repository on the path
 import mining
 import torch
 
-from kernels import contrastive
+from kernels import contrastive_triton
 from kernels import similarity_topk as topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,13 +57,10 @@ DOWN = [(16, 256, 4), (8, 256, 4), (32, 128, 8), (8, 128, 2), (64, 128, 8), (16,
 DOWN += [(16, 256, 8), (32, 256, 8), (8, 512, 8), (16, 64, 1), (16, 128, 2)]
 
 
-def tiles_of(module, name: str, value: tuple) -> None:
-    """Puts a candidate in the place the kernel looks at."""
-    if module is topk:
-        topk.TILES[CAPABILITY] = value
-    else:
-        found = dict(contrastive.TILES.get(CAPABILITY, contrastive.OTHER_TILES))
-        contrastive.TILES[CAPABILITY] = found | {name: value}
+def put_tile(kernel: str, candidate: tuple) -> None:
+    """Puts a candidate in the place the loss looks at."""
+    found = contrastive_triton.TILES.get(CAPABILITY, contrastive_triton.OTHER_TILES)
+    contrastive_triton.TILES[CAPABILITY] = found | {kernel: candidate}
 
 
 def half(n: int, d: int, dtype=torch.float16, seed: int = 0):
@@ -111,14 +108,14 @@ def loss(kernel: str, n: int, d: int, dtype):
     shape = x, c, label, 0, 0, 0, scale, 0.5
 
     def sums(candidate):
-        tiles_of(contrastive, kernel, candidate)
-        return contrastive._statistics_triton(*shape)
+        put_tile(kernel, candidate)
+        return contrastive_triton.statistics(*shape)
 
     vectors = [torch.full((2, 3, n), 1.0, device=DEVICE) for _ in "rc"]
 
     def gradient(candidate):
-        tiles_of(contrastive, kernel, candidate)
-        return contrastive._gradient_triton(*shape, vectors, torch.ones(n, device=DEVICE))
+        put_tile(kernel, candidate)
+        return contrastive_triton.gradient(*shape, vectors, torch.ones(n, device=DEVICE))
 
     return (sums, 2 * n * n * d) if "sums" in kernel else (gradient, 6 * n * n * d)
 

@@ -213,7 +213,7 @@ VARIANTS = (
     ),
     Variant(
         "exp, then log",
-        "kernels/contrastive.py",
+        "kernels/contrastive_torch.py",
         "    top = s.amax(dim, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)\n",
         "    top = torch.zeros_like(s.amax(dim, keepdim=True))\n",
         ("test_contrastive.py::test_finite_at_cosine_one",),

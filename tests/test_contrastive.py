@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from kernels import contrastive
+from kernels import contrastive, contrastive_torch
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
 
 SETTINGS = [(1.0, 0.0, 0.07), (1.0, 0.5, 0.07), (1.0, 0.5, 0.01), (0.5, 0.25, 0.1)]  # alpha, beta, tau
@@ -65,7 +65,7 @@ def test_fixture(setting, wanted):
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("n, m, seed", [(7, 7, 0), (13, 21, 1), (9, 5, 2)])  # 9 rows on 5 columns: shared positives
 def test_equals_the_formula_and_its_autograd(n, m, seed, alpha, beta, tau, detach, monkeypatch):
-    monkeypatch.setattr(contrastive, "BLOCK", 4 * m)  # several blocks, the last one partial
+    monkeypatch.setattr(contrastive_torch, "BLOCK", 4 * m)  # several blocks, the last one partial
     generator = torch.Generator().manual_seed(seed)
     positive = torch.randperm(m, generator=generator)[:n] if n <= m else torch.randint(0, m, (n,), generator=generator)
     weight = torch.rand(2, n, generator=generator, dtype=torch.float64)
@@ -122,7 +122,7 @@ def value_and_gradients(loss, *inputs):
     "n_human, k, detach", [(5, 0, False), (5, 4, False), (12, 3, True), (0, 2, False), (1, 3, True)]
 )
 def test_both_terms_and_the_bank_in_one_pass(alpha, beta, tau, n_human, k, detach, monkeypatch):
-    monkeypatch.setattr(contrastive, "BLOCK", 3 * 12)
+    monkeypatch.setattr(contrastive_torch, "BLOCK", 3 * 12)
 
     def run(function, dtype):
         x, c = (normalized(12, 6, seed, dtype).requires_grad_() for seed in (30, 31))
@@ -227,7 +227,7 @@ def test_blocks_change_nothing_and_nothing_square_is_kept(monkeypatch):
 
     results = []
     for block in (1, 7 * 200, 1 << 30):
-        monkeypatch.setattr(contrastive, "BLOCK", block)
+        monkeypatch.setattr(contrastive_torch, "BLOCK", block)
         with torch.autograd.graph.saved_tensors_hooks(small, lambda t: t):
             loss = l_tcc(x, c, 120, 0.02, 1.0, 0.5)
         results.append((loss, *torch.autograd.grad(loss, x)))

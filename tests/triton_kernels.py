@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_contrastive import errors, two_terms
 
-from kernels import contrastive
+from kernels import contrastive_triton
 from kernels import similarity_topk as topk
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
 from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk_reference
@@ -28,8 +28,8 @@ def used(monkeypatch):
     names = set()
     for module, name in (
         (topk, "_propose_triton"),
-        (contrastive, "_statistics_triton"),
-        (contrastive, "_gradient_triton"),
+        (contrastive_triton, "statistics"),
+        (contrastive_triton, "gradient"),
     ):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: names.add(name) or real(*a))
@@ -117,8 +117,8 @@ def close(found, wanted, tolerance, plain=None):
 @pytest.mark.parametrize("alpha, beta, tau", [(1.0, 0.0, 0.07), (1.0, 0.5, 0.07), (1.0, 0.5, 0.01), (0.5, 0.25, 0.1)])
 @pytest.mark.parametrize("n, m, d", [(7, 7, 6), (37, 70, 33), (50, 41, 257)])  # the last: shared positives, strips
 def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, monkeypatch):
-    monkeypatch.setattr(contrastive, "STRIP", 13 * m)
-    monkeypatch.setattr(contrastive, "STRIP_TILES", 1)
+    monkeypatch.setattr(contrastive_triton, "STRIP", 13 * m)
+    monkeypatch.setattr(contrastive_triton, "STRIP_TILES", 1)
     generator = torch.Generator().manual_seed(n)
     positive = torch.randperm(m, generator=generator)[:n] if n <= m else torch.randint(m, (n,), generator=generator)
     weight = torch.randn(2, n, generator=generator, dtype=torch.float64)
@@ -132,14 +132,14 @@ def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, 
 
     wanted = run(hn_nce_reference, torch.float64, "cpu")
     close(run(hn_nce, torch.float32, DEVICE), wanted, 1e-5, run(hn_nce_reference, torch.float32, "cpu"))
-    assert used == {"_statistics_triton", "_gradient_triton"}
+    assert used == {"statistics", "gradient"}
 
 
 @pytest.mark.parametrize("d", [24, 260])
 @pytest.mark.parametrize("n_human, k, detach", [(20, 0, False), (33, 5, True), (1, 40, False), (50, 3, False)])
 def test_l_tcc_with_bank(n_human, k, detach, d, monkeypatch):
-    monkeypatch.setattr(contrastive, "STRIP", 9 * 50)
-    monkeypatch.setattr(contrastive, "STRIP_TILES", 2)
+    monkeypatch.setattr(contrastive_triton, "STRIP", 9 * 50)
+    monkeypatch.setattr(contrastive_triton, "STRIP_TILES", 2)
 
     def run(function, dtype, device):
         x, c = (unit(50, d, seed).to(device, dtype).T.contiguous().T.requires_grad_() for seed in (20, 21))  # strided
