@@ -41,7 +41,7 @@ from common.annotations import (
     require_official,
     without_unreadable,
 )
-from common.audit import Audited, audit, audit_tables, best_rank, ways_alone
+from common.audit import Audited, audit, audit_tables, ways_alone
 from common.cir_model import find_again, read_settings, trained_on
 from common.console import UserError, run, say
 from common.copies import note_of_copies
@@ -72,6 +72,7 @@ from common.retrieval import (
     Way,
     aspect_maps,
     best,
+    best_rank,
     embed_ways,
     index,
     mean_recalls,
@@ -459,12 +460,13 @@ def padding() -> float:
 
 def protocol_text() -> str:
     """What stands beside every number: the gallery, and all that is not as usual."""
+    ratio = padding()
     unusual = {
         "not the official data": not OFFICIAL,
         "reversed queries": REVERSED,
         SECOND_FIRST: DATASET == "fashioniq" and JOIN == "reverse",
         f"texts of {REVERSE_TEXT}": REVERSE_TEXT,
-        f"pictures padded to a ratio of {padding()}": padding(),
+        f"pictures padded to a ratio of {ratio}": ratio,
         f"first {RERANK} re-ranked by the tdm head": RERANK,
     }
     return protocol_of(DATASET, gallery_protocol(), KEEP_REFERENCE, tuple(text for text, on in unusual.items() if on))

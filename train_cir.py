@@ -457,12 +457,12 @@ def measure(model: CirModel, validation: Validation, step: int, best: dict | Non
     return {"score": recalls["score"], "step": step, "weights": get_trained(model) if KEEP_BEST else None}
 
 
-def save_model(model: CirModel, steps: int, best: dict | None, protocol: str, constants: dict) -> None:
+def save_model(model: CirModel, settings: dict, steps: int, best: dict | None, protocol: str, constants: dict) -> None:
     """Writes OUT/model.safetensors, of the best measured step or the last, and OUT/config.json, in which tau stands."""
     kept = best if best and KEEP_BEST else {"step": steps, "weights": get_trained(model)}
     weights = dict(kept["weights"])
     tau = weights.pop("tau", model.tau).item()
-    config = {"stage": "cir", "build": model_settings(), "near": cir_model.places_near(model_settings(), OUT)}
+    config = {"stage": "cir", "build": settings, "near": cir_model.places_near(settings, OUT)}
     config |= {"step": kept["step"], "tau": tau, "constants": constants}
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": protocol, "score": best["score"], "step": best["step"]}
@@ -564,7 +564,7 @@ def main() -> None:
             say(f"stopped after step {done} of {steps}; the same command goes on from there")
             raise SystemExit(143)
 
-    save_model(model, steps, best, validation.says, constants)
+    save_model(model, settings, steps, best, validation.says, constants)
     ranks.barrier()
 
 

@@ -4,7 +4,7 @@ A name in an annotation file is an id until an ImageStore finds its file. A mist
 file and record."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from common.console import UserError, say
@@ -168,8 +168,7 @@ def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, l
         require(record.get(key) == wanted, f"{key} is {record.get(key)!r}, wanted {wanted!r}")
     lists = {key: value for key, value in record.items() if key not in ("version", "metric")}
     asked = {str(query.id): query for query in benchmark.queries}
-    for what, ids in (("lacks", asked.keys() - lists.keys()), ("has unknown", lists.keys() - asked.keys())):
-        require(not ids, f"{what} {len(ids)} of the {len(asked)} pairids of {benchmark.title}: {sorted(ids)[:3]}")
+    require_ids(path, lists, benchmark, "pairids")
     gallery = set(benchmark.gallery)
     for pairid, query in asked.items():
         names = lists[pairid]
@@ -184,6 +183,15 @@ def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, l
         place = "the gallery" if metric == "recall" else "the query's img_set"
         require(not stray, f"pairid {pairid}: {stray[:1]} is not in {place}")
     return lists
+
+
+def require_ids(path: str, lists: Mapping[str, object], benchmark: Benchmark, what: str) -> None:
+    """UserError unless a file for a server answers each query of the benchmark, by its id, and no other."""
+    asked = {str(query.id) for query in benchmark.queries}
+    for says, ids in (("lacks", asked - lists.keys()), ("has unknown", lists.keys() - asked)):
+        if ids:
+            found = f"{len(ids)} of the {len(asked)} {what} of {benchmark.title}"
+            raise UserError(f"{path}: {says} {found}: {sorted(ids)[:3]}")
 
 
 def read_circo(root: str, split: str, images: str | Sequence[str] | None = None) -> Benchmark:
@@ -414,17 +422,21 @@ def read_own(
         triplets = held if part == "held" else trained
     names = gallery_names(gallery, store)
     known = set(names)
-
-    def in_gallery(name: str) -> str:
-        below = name if name in known else store.relative(name).removeprefix("./")
-        return below if below in known else name
-
-    queries = [replace(t, reference=in_gallery(t.reference), target=in_gallery(t.target)) for t in triplets]
+    queries = []
+    for t in triplets:
+        reference, target = (gallery_name(name, known, store) for name in (t.reference, t.target))
+        queries.append(replace(t, reference=reference, target=target))
     stray = [t.target for t in queries if t.target not in known and store.find(t.target)]
     if stray:
         where = gallery or ", ".join(store.roots)
         raise UserError(f"{path}: {len(stray):,} targets are not in the gallery {where}, first {shown(stray[0])}")
     return Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
+
+
+def gallery_name(name: str, known: Container[str], store: ImageStore) -> str:
+    """A name without folder or suffix as the gallery's `known` names have the picture it finds; else as it is."""
+    below = name if name in known else store.relative(name).removeprefix("./")
+    return below if below in known else name
 
 
 def gallery_names(gallery: str, store: ImageStore) -> list[str]:

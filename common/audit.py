@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common.retrieval import NEVER, Ranks, Way, mean_recalls, recalls
+from common.retrieval import Ranks, Way, mean_recalls, recalls
 
 AUDIT_KS = (1, 5, 10)  # a query is answered by half of it where the right image is among so many
 # What is counted as one half, by the name of its way; "frozen sum" is shown beside them and is no half
@@ -52,13 +52,6 @@ def ways_alone(model: torch.nn.Module | None, plain: torch.nn.Module) -> dict[st
 
     ways = {"frozen image": image, "frozen text": text, "frozen sum": both}
     return ways | ({"trained image": trained_image, "trained text": trained_text} if model is not None else {})
-
-
-def best_rank(ranks: Ranks) -> torch.Tensor:
-    """(N,) rank of the target; of CIRCO that of the best ranked right answer."""
-    if ranks.truths is None:
-        return ranks.target
-    return torch.where(ranks.truths > 0, ranks.truths, NEVER).amin(1)
 
 
 def answered(alone: dict[str, torch.Tensor], k: int, kinds: tuple[str, ...] = HALVES) -> torch.Tensor:

@@ -344,6 +344,13 @@ def _ranks_within(among: torch.Tensor, others: torch.Tensor, soft: torch.Tensor)
     return torch.stack(each, dim=1)
 
 
+def best_rank(ranks: Ranks) -> torch.Tensor:
+    """(N,) rank of the target; where a query has several right answers that of the best ranked one."""
+    if ranks.truths is None:
+        return ranks.target
+    return torch.where(ranks.truths > 0, ranks.truths, NEVER).amin(1)
+
+
 def recalls(ranks: Ranks, dataset: str = "") -> dict[str, float]:
     """Percent. CIRR: R@K, Rs@K, Avg = (R@5 + Rs@1) / 2, and Rs@K with soft targets where the split has them; CIRCO:
     mAP@K, and R@K of the target; FashionIQ: R@10, 50; one's own ("jsonl"): R@1, 5, 10, 50."""

@@ -1,14 +1,13 @@
 """Searches of several turns, in the format of CIRCLED: each turn starts from a picture that the one before found."""
 
+import functools
 import os
 
-import torch
-
-from common.annotations import Benchmark, gallery_names, own_store
+from common.annotations import Benchmark, gallery_name, gallery_names, own_store
 from common.console import UserError
 from common.files import read_json, read_jsonl
 from common.images import shown
-from common.retrieval import NEVER, Ranks
+from common.retrieval import Ranks, best_rank
 from common.triplets import Triplet, field_of, name_of, records_of
 
 SESSION_KS = (1, 5, 10, 50)
@@ -26,11 +25,7 @@ def read_sessions(path: str, images: str | None = None, gallery: str = "") -> Be
     store = own_store(path, images)
     names = gallery_names(gallery, store)
     known, queries, seen = set(names), [], set()
-
-    def in_gallery(name: str) -> str:
-        below = name if name in known else store.relative(name).removeprefix("./")
-        return below if below in known else name
-
+    in_gallery = functools.partial(gallery_name, known=known, store=store)
     for where, record in records_of(path, records):
         session, turns = str(record.get("session_id")), field_of(record, "turns", list, where)
         if "session_id" not in record or session in seen:
@@ -58,8 +53,7 @@ def session_hits(benchmark: Benchmark, ranks: Ranks) -> dict[str, float]:
     """Percent of sessions of which a right image stands among the first K: first@K at the first turn, last@K at the
     last one, any@K at any. Each turn is asked alone, by its own picture and text [ours]."""
     best: dict[str, list[int]] = {}
-    found = torch.where(ranks.truths > 0, ranks.truths, NEVER).amin(1).tolist()
-    for query, rank in zip(benchmark.queries, found, strict=True):
+    for query, rank in zip(benchmark.queries, best_rank(ranks).tolist(), strict=True):
         best.setdefault(query.extra["session"], []).append(rank)
     result = {}
     for name, pick in (("first", lambda turns: turns[0]), ("last", lambda turns: turns[-1]), ("any", min)):

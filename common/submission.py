@@ -6,7 +6,7 @@ import os
 import torch
 
 from common import pages
-from common.annotations import Benchmark, read_submission
+from common.annotations import Benchmark, read_submission, require_ids
 from common.console import UserError, say
 from common.files import read_json, write_text
 from common.images import shown
@@ -74,15 +74,10 @@ def read_circo_submission(path: str, benchmark: Benchmark) -> dict[str, list[str
     record = read_json(path)
     if not isinstance(record, dict):
         raise UserError(f"{path}: found {shown(record)}, wanted an object of query id: image ids")
-    asked = [str(query.id) for query in benchmark.queries]
-    for what, ids in (("lacks", set(asked) - record.keys()), ("has unknown", record.keys() - set(asked))):
-        if ids:
-            raise UserError(
-                f"{path}: {what} {len(ids)} of the {len(asked)} ids of {benchmark.title}: {sorted(ids)[:3]}"
-            )
+    require_ids(path, record, benchmark, "ids")
     gallery, lists = set(benchmark.gallery), {}
     most = min(50, len(gallery))
-    for id in asked:
+    for id in (str(query.id) for query in benchmark.queries):
         found = record[id]
         if not isinstance(found, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
             raise UserError(f"{path}: query {id}: wanted a list of image ids, found {str(found)[:80]}")

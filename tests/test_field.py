@@ -24,7 +24,7 @@ from common.files import read_json, read_jsonl, save_folder
 from common.flags import constants_of, override
 from common.images import ImageStore, Preprocess
 from common.queries import read_ids, reversed_queries, select_queries
-from common.retrieval import NEVER, Ranks, embed_ways, index, measure, recalls, soft_recall, whole_query
+from common.retrieval import NEVER, Ranks, best_rank, embed_ways, index, measure, recalls, soft_recall, whole_query
 from common.sessions import read_sessions
 from common.submission import score, score_circo, score_submission
 from common.towers import siglip_spelling
@@ -246,8 +246,8 @@ def test_the_rest_is_every_metric_of_its_queries():
             right = sorted(int(r) for r in truths[i] if r > 0)
             total += sum((n + 1) / r for n, r in enumerate(right) if r <= 10) / min(10, len(right))
         assert found["rest"][str(k)]["metrics"]["mAP@10"] == pytest.approx(100 * total / len(left))
-    assert audits.best_rank(Ranks(ranks, truths=torch.tensor([[9, 4, -1]]))).tolist() == [4]
-    assert audits.best_rank(Ranks(ranks, truths=torch.tensor([[-1, -1, -1]]))).tolist() == [NEVER]
+    assert best_rank(Ranks(ranks, truths=torch.tensor([[9, 4, -1]]))).tolist() == [4]
+    assert best_rank(Ranks(ranks, truths=torch.tensor([[-1, -1, -1]]))).tolist() == [NEVER]
 
 
 def test_a_category_without_a_rest_gives_no_mean():
