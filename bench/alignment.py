@@ -65,14 +65,10 @@ def losses_of(llm, projection, device: str) -> dict:
 def main() -> None:
     found = measure.arguments(__doc__, batch=16, steps=2, rounds=3)
     import torch
-    from torch import nn
 
     device = found.device
     llm = generation.random_llm(device)
-    projection = nn.Linear(tuning.WIDTH, llm.config.hidden_size)
-    projection.weight.data.normal_(std=0.02 / tuning.WIDTH**0.5, generator=torch.Generator().manual_seed(3))
-    projection.bias.data.zero_()
-    projection = projection.to(device)
+    projection = tuning.new_projection(llm, device)
     optimizer = torch.optim.AdamW(projection.parameters(), lr=1e-4)
     work, forms = batches(llm, found.batch, found.steps, device), losses_of(llm, projection, device)
     with torch.no_grad():
@@ -94,11 +90,8 @@ def main() -> None:
     floor = tokens * generation.peak_flops(device, llm.dtype) / (4 * weights * tokens + 4 * head * words)
     size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {str(llm.dtype)[6:]}, {found.batch} captions a step"
     pace = {name: [tokens / s for s in times] for name, times in seconds.items()}
-    rows = []
-    for name, values in pace.items():
-        note = f"{sorted(values)[len(values) // 2] * found.batch * found.steps / tokens:.1f} captions/s"
-        value = sorted(values)[len(values) // 2]
-        rows.append(measure.row(f"alignment: {name}", size, device, value, "tokens/s", floor, note))
+    rows = measure.pace_rows("alignment", size, device, pace, "tokens/s", floor)
+    print(f"{tokens / (found.batch * found.steps):.1f} tokens of use a caption")
     value, note = measure.ratio(pace["ours"], pace["padded"])
     rows.append(measure.row("alignment: ours against padded", size, device, value, "x", note=note))
     measure.publish(rows)

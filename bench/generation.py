@@ -161,10 +161,7 @@ def main() -> None:
     floor = peak_flops(device, llm.dtype) / (2 * weights * tokens + 2 * head * found.new)
     size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {str(llm.dtype)[6:]}, {found.pairs} pairs, {found.new} new"
     pace = {name: [count[name] / s for s in times] for name, times in seconds.items()}
-    rows = []
-    for name, values in pace.items():
-        value = sorted(values)[len(values) // 2]
-        rows.append(measure.row(f"generation: {name}", size, device, value, "pairs/s", floor))
+    rows = measure.pace_rows("generation", size, device, pace, "pairs/s", floor)
     for ours in [name for name in chosen if name.startswith("ours")]:
         for name in [name for name in chosen if not name.startswith("ours")]:
             value, note = measure.ratio(pace[ours], pace[name])

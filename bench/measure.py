@@ -195,6 +195,12 @@ def row(
     return dict(zip(COLUMNS, cells, strict=True))
 
 
+def pace_rows(what: str, sizes: str, device: str, pace: dict[str, list[float]], unit: str, floor: float) -> list[dict]:
+    """A row for each contestant, its middle pace; pace: name -> the pace of each round."""
+    middle = {name: sorted(values)[len(values) // 2] for name, values in pace.items()}
+    return [row(f"{what}: {name}", sizes, device, value, unit, floor) for name, value in middle.items()]
+
+
 def publish(rows: list[dict]) -> None:
     """Prints the rows as a table and appends them to bench/results.csv, or to the file BENCH_RESULTS names."""
     shown = ["what", "sizes", "value", "unit", "floor", "percent_of_floor", "note"]

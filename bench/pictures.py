@@ -107,10 +107,9 @@ def main() -> None:
         runs = {name: lambda job=job: measure.clock(job) for name, job in jobs.items()}
         seconds = measure.interleave(runs, found.rounds)
     pace = {name: [len(names) / s for s in times] for name, times in seconds.items()}
-    middle = {name: sorted(values)[len(values) // 2] for name, values in pace.items()}
     size = f"{len(names)} pictures to {found.size} px, one thread"
-    floor = middle["decoding alone"]
-    rows = [measure.row(f"pictures: {name}", size, "cpu", value, "images/s", floor) for name, value in middle.items()]
+    middle = {name: sorted(values)[len(values) // 2] for name, values in pace.items()}
+    rows = measure.pace_rows("pictures", size, "cpu", pace, "images/s", middle["decoding alone"])
     for kind in ("plain", "augmented") if theirs else ():
         value, note = measure.ratio(pace[f"ours, {kind}"], pace[f"torchvision, {kind}"])
         rows.append(measure.row(f"pictures: ours / torchvision, {kind}", size, "cpu", value, "x", note=note))

@@ -41,6 +41,16 @@ def batches(llm, batch: int, count: int, device: str):
     return made
 
 
+def new_projection(llm, device: str):
+    """Linear layer WIDTH -> D, whose tokens are of the size of words."""
+    import torch
+
+    projection = torch.nn.Linear(WIDTH, llm.config.hidden_size)
+    projection.weight.data.normal_(std=0.02 / WIDTH**0.5, generator=torch.Generator().manual_seed(3))
+    projection.bias.data.zero_()
+    return projection.to(device)
+
+
 def contestant(name: str, batch: int, steps: int, device: str):
     """A function that trains once on each batch, the first batch's loss, and the GiB held at most."""
     import contextlib
@@ -50,10 +60,7 @@ def contestant(name: str, batch: int, steps: int, device: str):
 
     llm = generation.random_llm(device)
     ids = generation.problem(llm, 1, "cpu")[0]
-    projection = nn.Linear(WIDTH, llm.config.hidden_size)
-    projection.weight.data.normal_(std=0.02 / WIDTH**0.5, generator=torch.Generator().manual_seed(3))
-    projection.bias.data.zero_()
-    projection = projection.to(device)
+    projection = new_projection(llm, device)
     work = batches(llm, batch, steps, device)
 
     if name == "peft":
@@ -140,10 +147,7 @@ def main() -> None:
     floor = tokens * generation.peak_flops(device, llm.dtype) / (4 * weights * tokens + 4 * head * answers)
     size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {str(llm.dtype)[6:]}, {found.batch} triplets a step"
     pace = {name: [tokens / s for s in times] for name, times in seconds.items()}
-    rows = []
-    for name, values in pace.items():
-        value = sorted(values)[len(values) // 2]
-        rows.append(measure.row(f"tuning: {name}", size, device, value, "tokens/s", floor))
+    rows = measure.pace_rows("tuning", size, device, pace, "tokens/s", floor)
     for name in ("packed", "tree"):
         value, note = measure.ratio(pace[name], pace["peft"])
         rows.append(measure.row(f"tuning: {name} against PEFT, padded", size, device, value, "x", note=note))

@@ -146,18 +146,25 @@ def address(path: str | os.PathLike, beside: str | os.PathLike) -> str:
 
 
 def figure(
-    image: str | os.PathLike | Image.Image, caption: object = "", size: int = 900, kind: str = "big", beside: str = ""
+    image: str | os.PathLike | Image.Image,
+    caption: object = "",
+    size: int = 900,
+    kind: str = "big",
+    beside: str = "",
+    linked: bool = False,
 ) -> Html:
     """One picture with its caption; kind: "big" (as wide as it is), "small", "query" or "right" (framed).
 
-    beside: the folder of the page, which makes the picture, if it is a path, a link to its file."""
+    beside: the folder of the page, which makes the picture, if it is a path, a link to its file. linked: that file is
+    also what is shown, once it comes into view, and no thumbnail is embedded."""
     assert kind in ("big", "small", "query", "right"), kind
     alt = html.escape(clean(caption)[:200], quote=True) if not isinstance(caption, Html) else ""
     words = escape(caption) if kind == "big" else shortened(caption)
     below = f"<figcaption>{words}</figcaption>" if caption else ""
-    seen = f'<img src="{thumbnail(image, size)}" alt="{alt}">'
-    if beside and not isinstance(image, Image.Image):
-        seen = f'<a href="{address(image, beside)}">{seen}</a>'
+    file = address(image, beside) if beside and not isinstance(image, Image.Image) else ""
+    source = f'src="{file}" loading="lazy"' if linked else f'src="{thumbnail(image, size)}"'
+    seen = f'<img {source} alt="{alt}">'
+    seen = f'<a href="{file}">{seen}</a>' if file else seen
     return Html(f'<figure class="{kind}">{seen}{below}</figure>')
 
 
@@ -195,17 +202,10 @@ def delta_panel(
     images: where the two names are looked up; notes: joined by a dot; an empty delta shows as (nothing). linked: the
     pictures are not embedded but read from their files when they come into view, for pages of very many."""
 
-    def side(name: str) -> str:
-        path = images.path(name)
-        if not linked:
-            return figure(path, name, 300, "query", beside)
-        at = address(path, beside)
-        seen = f'<a href="{at}"><img src="{at}" alt="{escape(name)}" loading="lazy"></a>'
-        return f'<figure class="query">{seen}<figcaption>{shortened(name)}</figcaption></figure>'
-
+    before, after = (figure(images.path(name), name, 300, "query", beside, linked) for name in (reference, target))
     words = f'<p class="delta" dir="auto">{escape(delta or "(nothing)")}</p>'
     below = f'<p class="note">{escape(" · ".join(notes))}</p>' if notes else ""
-    return Html(f'<article class="pair">{side(reference)}{words}{side(target)}{below}</article>')
+    return Html(f'<article class="pair">{before}{words}{after}{below}</article>')
 
 
 def pairs(panels: list[Html]) -> Html:
