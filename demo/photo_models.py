@@ -25,11 +25,11 @@ from torch import nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common.console import progress, say
 from demo import products
+from demo.architectures import WIDTH, new_blip, new_clip, new_instructblip
 from demo.formats import MEAN, STD, bert_tokenizer, clip_tokenizer, preprocessor, save, words_of
-from demo.standins import contrast, sincos, start_from_vit, vit_of
+from demo.standins import contrast
 
 PIXELS = 64  # side of the picture that a model sees
-_PATCH, _WIDTH, _LAYERS, _HEADS = 16, 192, 4, 6  # of the ViT
 _BRANDS = 60  # the most frequent first words of titles are an attribute of their own
 _HELD = 1000  # photographs kept to measure on
 _EVERY = 200  # steps between two states
@@ -239,58 +239,13 @@ def trained_resnet(out: str):
     return model.to(memory_format=torch.channels_last).eval()
 
 
-def new_instructblip(slots: Slots, seed: int):
-    from transformers import (
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-        InstructBlipQFormerConfig,
-        InstructBlipVisionConfig,
-        LlamaConfig,
-    )
-
-    torch.manual_seed(seed)
-    vision = InstructBlipVisionConfig(
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        image_size=PIXELS,
-        patch_size=_PATCH,
-        initializer_range=0.02,
-    )
-    qformer = InstructBlipQFormerConfig(
-        vocab_size=64,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=256,
-        encoder_hidden_size=_WIDTH,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    text = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    config = InstructBlipConfig(
-        vision_config=vision.to_dict(),
-        qformer_config=qformer.to_dict(),
-        text_config=text.to_dict(),
-        num_query_tokens=len(slots.values),
-        image_token_index=63,
-    )
-    model = InstructBlipForConditionalGeneration(config)
-    with torch.no_grad():
-        model.query_tokens.normal_(std=0.5)
-        model.vision_model.embeddings.position_embedding.copy_(sincos(PIXELS // _PATCH, _WIDTH))
-    return model
-
-
 class Vision(nn.Module):
     """InstructBLIP's vision side with a head on its cls token, and one on query k for slot k."""
 
     def __init__(self, model, sizes: list[int]):
         super().__init__()
         self.vision_model, self.qformer, self.query_tokens = model.vision_model, model.qformer, model.query_tokens
-        self.by_cls = nn.Linear(_WIDTH, sum(sizes))
+        self.by_cls = nn.Linear(WIDTH, sum(sizes))
         self.by_query = nn.ModuleList(nn.Linear(128, size) for size in sizes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,7 +258,7 @@ class Vision(nn.Module):
 
 def pretrain_vision(out: str, states: str, seed: int, steps: int, slots: Slots, shown: Shelf, held: Shelf) -> None:
     """The ViT and the Q-Former learn the attributes, and what the trained ResNet says of the same view."""
-    model, sizes, teacher = new_instructblip(slots, seed), slots.sizes(), trained_resnet(out)
+    model, sizes, teacher = new_instructblip(len(slots.values), PIXELS, seed), slots.sizes(), trained_resnet(out)
     vision = Vision(model, sizes)
 
     def loss_at(step):
@@ -346,34 +301,8 @@ def ranks(texts: torch.Tensor, images: torch.Tensor) -> dict[str, float]:
 def pretrain_clip(
     out: str, states: str, seed: int, steps: int, slots: Slots, shown: Shelf, held: Shelf, corpus: list[str]
 ) -> None:
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-
     tok = clip_tokenizer(f"{out}/clip", told(shown.titles) + corpus, 3000)
-    torch.manual_seed(seed)
-    text = CLIPTextConfig(
-        vocab_size=len(tok),
-        hidden_size=128,
-        intermediate_size=256,
-        projection_dim=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.eos_token_id,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
-        projection_dim=128,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        image_size=PIXELS,
-        patch_size=_PATCH,
-        hidden_act="gelu",
-    )
-    model = CLIPModel(CLIPConfig(projection_dim=128, text_config=text.to_dict(), vision_config=vision.to_dict()))
-    start_from_vit(model.vision_model, f"{out}/instructblip")
+    model = new_clip(tok, f"{out}/instructblip", PIXELS, seed)
     sizes = slots.sizes()
     both = nn.ModuleDict({"model": model, "heads": nn.Linear(128, sum(sizes))})
 
@@ -405,47 +334,13 @@ def pretrain_clip(
     preprocessor(f"{out}/clip", "clip-squashed", PIXELS)
 
 
-def new_blip(out: str, vocab: int, seed: int):
-    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
-
-    torch.manual_seed(seed)
-    text = BlipTextConfig(
-        vocab_size=vocab,
-        hidden_size=128,
-        encoder_hidden_size=_WIDTH,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        bos_token_id=vocab - 2,
-        eos_token_id=3,
-        sep_token_id=3,
-        pad_token_id=0,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    vision = BlipVisionConfig(
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        image_size=PIXELS,
-        patch_size=_PATCH,
-    )
-    config = BlipConfig(image_text_hidden_size=128, text_config=text.to_dict(), vision_config=vision.to_dict())
-    model = BlipForImageTextRetrieval(config)
-    model.vision_model.load_state_dict(vit_of(f"{out}/instructblip"))
-    model.vision_model.requires_grad_(False).eval()
-    return model
-
-
 def pretrain_blip(
     out: str, states: str, seed: int, steps: int, slots: Slots, shown: Shelf, held: Shelf, corpus: list[str]
 ) -> None:
     """The text encoder learns; the vision tower is the trained ViT. Contrast and matching, as in ALBEF and BLIP."""
     tok = bert_tokenizer(f"{out}/blip", frequent(shown.titles, corpus))
     vocab, sizes = len(tok) + 2, slots.sizes()  # [DEC] and [ENC] come last, as in the released weights
-    model = new_blip(out, vocab, seed)
+    model = new_blip(vocab, f"{out}/instructblip", PIXELS, seed)
     trained = nn.ModuleDict({"model": model, "guide": nn.Linear(128, sum(sizes))})
     trained.register_parameter("scale", nn.Parameter(torch.tensor(2.6)))
 

@@ -18,6 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common.console import progress
 from common.ranks import seeded_rng
 from demo import world
+from demo.architectures import new_blip, new_clip, new_instructblip
 from demo.formats import MEAN, PIXELS, STD, bert_tokenizer, clip_tokenizer, llama_tokenizer, preprocessor, save, write
 from demo.texts import KINDS_OF_TEXT, SLOTS, corpus, document
 
@@ -72,15 +73,6 @@ def views(pictures: np.ndarray, train: bool) -> torch.Tensor:
     else:
         x = F.interpolate(x, (PIXELS, PIXELS), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def sincos(grid: int, width: int) -> torch.Tensor:
-    """2-D sine-cosine positions with a zero row for cls, (1, 1 + grid^2, width): a trained start stalls less."""
-    omega = 100 ** -torch.arange(0, 1, 4 / width)
-    at = torch.arange(grid).float()[:, None] * omega
-    one = torch.cat([at.sin(), at.cos()], 1)
-    both = torch.cat([one[:, None].expand(-1, grid, -1), one[None].expand(grid, -1, -1)], 2).reshape(grid * grid, width)
-    return torch.cat([torch.zeros(1, width), both])[None]
 
 
 def train(name, parameters, steps, lr, loss_at, report=None):
@@ -217,48 +209,7 @@ def accuracy(logits, labels) -> dict:
 
 
 def pretrain_vision(out: str, seed: int, steps: int, pictures, labels, held) -> None:
-    from transformers import (
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-        InstructBlipQFormerConfig,
-        InstructBlipVisionConfig,
-        LlamaConfig,
-    )
-
-    torch.manual_seed(seed)
-    vision = InstructBlipVisionConfig(
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        image_size=PIXELS,
-        patch_size=16,
-        initializer_range=0.02,
-    )
-    qformer = InstructBlipQFormerConfig(
-        vocab_size=64,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=256,
-        encoder_hidden_size=192,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    text = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = InstructBlipForConditionalGeneration(
-        InstructBlipConfig(
-            vision_config=vision.to_dict(),
-            qformer_config=qformer.to_dict(),
-            text_config=text.to_dict(),
-            num_query_tokens=len(SLOTS),
-            image_token_index=63,
-        )
-    )
-    with torch.no_grad():
-        model.query_tokens.normal_(std=0.5)
-        model.vision_model.embeddings.position_embedding.copy_(sincos(PIXELS // 16, 192))
+    model = new_instructblip(len(SLOTS), PIXELS, seed)
     by_cls, by_query = nn.Linear(192, len(SLOTS) * len(CLASSES)), nn.Linear(128, len(CLASSES))
 
     def logits_of(x):
@@ -310,38 +261,8 @@ def contrast(a, b, scale):
 
 
 def pretrain_clip(out: str, seed: int, steps: int, pictures, garments, labels, held) -> None:
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-
     tok = clip_tokenizer(f"{out}/clip", corpus(np.random.default_rng(seed), 1500))
-    torch.manual_seed(seed)
-    model = CLIPModel(
-        CLIPConfig(
-            projection_dim=128,
-            text_config=CLIPTextConfig(
-                vocab_size=len(tok),
-                hidden_size=128,
-                intermediate_size=256,
-                projection_dim=128,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                max_position_embeddings=77,
-                bos_token_id=tok.bos_token_id,
-                eos_token_id=tok.eos_token_id,
-                pad_token_id=tok.eos_token_id,
-            ).to_dict(),
-            vision_config=CLIPVisionConfig(
-                hidden_size=192,
-                intermediate_size=384,
-                projection_dim=128,
-                num_hidden_layers=4,
-                num_attention_heads=6,
-                image_size=PIXELS,
-                patch_size=16,
-                hidden_act="gelu",
-            ).to_dict(),
-        )
-    )
-    start_from_vit(model.vision_model, f"{out}/instructblip")
+    model = new_clip(tok, f"{out}/instructblip", PIXELS, seed)
     heads = nn.Linear(128, len(SLOTS) * len(CLASSES))
 
     def loss_at(step):
@@ -383,69 +304,10 @@ def pretrain_clip(out: str, seed: int, steps: int, pictures, garments, labels, h
     preprocessor(f"{out}/clip", "clip")
 
 
-def vit_of(folder: str) -> dict:
-    """The trained ViT's tensors, without their prefix."""
-    from safetensors.torch import load_file
-
-    state = load_file(f"{folder}/model.safetensors")
-    return {k.removeprefix("vision_model."): v.float() for k, v in state.items() if k.startswith("vision_model.")}
-
-
-def start_from_vit(tower: nn.Module, folder: str) -> None:
-    """Copies the trained ViT into CLIP's layout (q, k, v apart; an extra norm before the layers starts as it is)."""
-    state, new = vit_of(folder), tower.state_dict()
-    new["embeddings.class_embedding"] = state["embeddings.class_embedding"].flatten()
-    new["embeddings.patch_embedding.weight"] = state["embeddings.patch_embedding.weight"]
-    new["embeddings.position_embedding.weight"] = state["embeddings.position_embedding"][0]
-    for i in range(len(tower.encoder.layers)):
-        old, here = f"encoder.layers.{i}.", f"encoder.layers.{i}."
-        for part in ("weight", "bias"):
-            q, k, v = state[f"{old}self_attn.qkv.{part}"].chunk(3)
-            new[f"{here}self_attn.q_proj.{part}"], new[f"{here}self_attn.k_proj.{part}"] = q, k
-            new[f"{here}self_attn.v_proj.{part}"] = v
-            new[f"{here}self_attn.out_proj.{part}"] = state[f"{old}self_attn.projection.{part}"]
-            for norm in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"):
-                new[f"{here}{norm}.{part}"] = state[f"{old}{norm}.{part}"]
-    tower.load_state_dict(new)
-
-
 def pretrain_blip(out: str, seed: int, steps: int, pictures, garments, held) -> None:
-    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
-
     tok = bert_tokenizer(f"{out}/blip", corpus(np.random.default_rng(seed), 1500))
-    torch.manual_seed(seed)
     vocab = len(tok) + 2  # [DEC] and [ENC] come last, as in the released weights
-    model = BlipForImageTextRetrieval(
-        BlipConfig(
-            image_text_hidden_size=128,
-            text_config=BlipTextConfig(
-                vocab_size=vocab,
-                hidden_size=128,
-                encoder_hidden_size=192,
-                intermediate_size=256,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                max_position_embeddings=128,
-                bos_token_id=vocab - 2,
-                eos_token_id=3,
-                sep_token_id=3,
-                pad_token_id=0,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            ).to_dict(),
-            vision_config=BlipVisionConfig(
-                hidden_size=192,
-                intermediate_size=384,
-                num_hidden_layers=4,
-                num_attention_heads=6,
-                image_size=PIXELS,
-                patch_size=16,
-            ).to_dict(),
-        )
-    )
-    state = vit_of(f"{out}/instructblip")
-    model.vision_model.load_state_dict(state)
-    model.vision_model.requires_grad_(False).eval()
+    model = new_blip(vocab, f"{out}/instructblip", PIXELS, seed)
     guide = nn.Linear(128, len(SLOTS) * len(CLASSES))
     label_of = torch.tensor([label(g) for g in garments])
     scale = nn.Parameter(torch.tensor(2.6))
