@@ -3,7 +3,8 @@
 #   ./demo.sh            -> out/demo/{index.html, metrics.json}, the committed default seed
 #   ./demo.sh --seed 1   -> out/demo-seed-1: another world, other triplets, other weights, other samples
 #   ./demo.sh --world photos --data FOLDER [--llm FOLDER]   product photographs, a pretrained LLM: see demo/photos.sh
-# Every line below is a stage with its public flags; copy one to play with it. Sizes are flags, nothing else is special.
+# Every line below is a stage with its public flags (those of steps 5 and 6 stand in demo/rows.sh); copy one to play with
+# it. Sizes are flags, nothing else is special.
 set -euo pipefail
 if [ "${1:-} ${2:-}" = "--world photos" ]; then
   shift 2
@@ -66,29 +67,8 @@ wait $AUX_JOB
 trap - EXIT
 
 step "5 train and 6 evaluate: two models, four training sets, ${JOBS:-2} jobs at a time"
-export SEED OUT M W OMP_NUM_THREADS=1
-one_row() { # model and row of the table
-  local model=${1%-*} row=${1#*-} data how
-  case $model in
-    combiner) how="--backbone $M/clip --steps 80 --lr 5e-4 --val_every 5" ;;
-    blip_tdm) how="--backbone $M/blip --steps 140 --lr 1e-3 --val_every 20" ;;
-  esac
-  case $row in
-    supervised) data="" ;;
-    same) data="--same_pairs $OUT/same/pseudo.jsonl" ;;
-    auxiliary) data="--same_pairs $OUT/same/pseudo.jsonl --pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux" ;;
-    only) data="--triplets false --pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux" ;;
-  esac
-  python train_cir.py --model $model $how $data --dataset cirr --root $W/cirr --split train --batch 48 --tau 0.05 --views 2 \
-    --val_split dev --out $OUT/cir/$1 --seed $SEED &&
-  python eval_cir.py --checkpoint $OUT/cir/$1 --dataset cirr --root $W/cirr --split val --official false --out $OUT/eval/$1
-}
-export -f one_row
-mkdir -p $OUT/logs
-printf '%s\n' blip_tdm-auxiliary blip_tdm-only blip_tdm-same blip_tdm-supervised \
-              combiner-auxiliary combiner-only combiner-same combiner-supervised |
-  xargs -P "${JOBS:-2}" -I{} bash -c 'one_row {} > $OUT/logs/{}.log 2>&1 || { tail -3 $OUT/logs/{}.log; exit 255; }
-                           echo "{}: $(grep -c . $OUT/cir/{}/log.jsonl) log lines, $OUT/eval/{}/index.html"'
+COMBINER="--steps 80 --lr 5e-4 --val_every 5" BLIP_TDM="--steps 140 --lr 1e-3 --val_every 20"
+source demo/rows.sh
 
 step "the table"
 python demo/report.py --out $OUT --world $W

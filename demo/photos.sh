@@ -40,7 +40,7 @@ OUT=out/demo-photos
 M=${MODELS:-demo/models_photos} W=$OUT/world
 START=$SECONDS
 
-# ---- sizes: two hours on 2 cores ----
+# ---- sizes: two hours on 2 cores, an estimate ----
 CHAT=${CHAT:-6000}               # shop titles to align with, ...
 ALIGN_EPOCHS=${ALIGN_EPOCHS:-5}  # ... and passes over them
 TRAIN=${TRAIN:-300}              # human-like triplets, ...
@@ -79,31 +79,9 @@ python gen_deltas.py --vdg $OUT/vdg --triplets cirr/train --root $W/cirr --max_n
 python gen_deltas.py --vdg $OUT/vdg --pairs $OUT/mined/pairs.jsonl --images $W/aux --subgroups $SUBGROUPS --max_new 20 \
   --dtype $DTYPE --out $OUT/pseudo --seed $SEED
 
-step "5 train and 6 evaluate: two models, four training sets, two jobs at a time"
-export SEED OUT M W STEPS OMP_NUM_THREADS=1
-one_row() { # model and row of the table
-  local model=${1%-*} row=${1#*-} data how
-  [ ! -f $OUT/eval/$1/metrics.json ] || return 0
-  case $model in
-    combiner) how="--backbone $M/clip --steps $STEPS --lr 5e-4 --val_every 10" ;;
-    blip_tdm) how="--backbone $M/blip --steps $STEPS --lr 1e-3 --val_every 20" ;;
-  esac
-  case $row in
-    supervised) data="" ;;
-    same) data="--same_pairs $OUT/same/pseudo.jsonl" ;;
-    auxiliary) data="--same_pairs $OUT/same/pseudo.jsonl --pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux" ;;
-    only) data="--triplets false --pseudo $OUT/pseudo/pseudo.jsonl --pseudo_images $W/aux" ;;
-  esac
-  python train_cir.py --model $model $how $data --dataset cirr --root $W/cirr --split train --batch 48 --tau 0.05 --views 2 \
-    --val_split dev --out $OUT/cir/$1 --seed $SEED &&
-  python eval_cir.py --checkpoint $OUT/cir/$1 --dataset cirr --root $W/cirr --split val --official false --out $OUT/eval/$1
-}
-export -f one_row
-mkdir -p $OUT/logs
-printf '%s\n' blip_tdm-auxiliary blip_tdm-only blip_tdm-same blip_tdm-supervised \
-              combiner-auxiliary combiner-only combiner-same combiner-supervised |
-  xargs -P 2 -I{} bash -c 'one_row {} > $OUT/logs/{}.log 2>&1 || { tail -3 $OUT/logs/{}.log; exit 255; }
-                           echo "{}: $OUT/eval/{}/index.html"'
+step "5 train and 6 evaluate: two models, four training sets, ${JOBS:-2} jobs at a time"
+COMBINER="--steps $STEPS --lr 5e-4 --val_every 10" BLIP_TDM="--steps $STEPS --lr 1e-3 --val_every 20"
+source demo/rows.sh
 
 step "the table"
 python demo/report.py --kind photos --out $OUT --world $W
