@@ -4,7 +4,7 @@
 #   ./demo.sh --world photos --data FOLDER --llm smollm2  another place than out/smollm2
 #   ./demo.sh --world photos --data FOLDER --seed 1       -> out/demo-photos-seed-1: other photographs, triplets, weights
 # FOLDER holds "Fashion Product Images (Small)" (demo/products.py); bench/real_llm.py makes the language model's folder.
-# About two hours on 2 cores. Stopped or killed, the same command goes on: what a part has written, it does not do again.
+# About two hours on 2 cores (an estimate). Stopped or killed, the same command goes on: what a part has written, it does not do again.
 # Every line below is a stage with its public flags; the sizes in capitals may be set in the environment (CHAT=200 ...).
 set -euo pipefail
 SEED=0 DATA="" LLM=""
