@@ -10,7 +10,7 @@ from common.annotations import Benchmark
 from common.console import UserError
 from common.disk import open_regular
 from common.files import HASH_LIMIT, file_sha256
-from common.images import shown
+from common.images import ImageStore, shown
 
 _MOST = 0.5  # share of copies above which a benchmark is refused; CIRR's test1 repeats 4 of its 4,148 queries
 _START = 1 << 12  # bytes that are compared before a whole file is read
@@ -23,12 +23,18 @@ def note_of_copies(benchmark: Benchmark) -> str:
     return "; ".join(filter(None, (_note_of_pictures(benchmark), _note_of_queries(benchmark))))
 
 
-def _note_of_pictures(benchmark: Benchmark) -> str:
-    names = benchmark.gallery
-    paths = [benchmark.images.path(name) for name in names]
+def same_pictures(images: ImageStore, names: Sequence[str]) -> list[list[int]]:
+    """The groups of two and more places in names whose files hold the same bytes. Every picture must be there."""
+    paths = [images.path(name) for name in names]
     groups = [[i for i, _ in enumerate(paths)]]
     for key in (os.path.getsize, _start, file_sha256):  # the cheap ones first: few files come to the last
         groups = [part for group in groups for part in _alike(group, lambda i, key=key: key(paths[i]))]
+    return groups
+
+
+def _note_of_pictures(benchmark: Benchmark) -> str:
+    names = benchmark.gallery
+    groups = same_pictures(benchmark.images, names)
     return _note(benchmark.title, "gallery images", "pictures of their own", groups, len(names), names)
 
 

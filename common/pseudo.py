@@ -9,6 +9,7 @@ import torch
 
 from common.annotations import Benchmark, training_triplets
 from common.console import UserError
+from common.copies import same_pictures
 from common.encoding import Compute
 from common.files import read_json, read_jsonl
 from common.retrieval import Indices, embed
@@ -54,14 +55,19 @@ def read_pseudo(folder: str, images: str) -> Pseudo:
 def subgroup_ranks(model: torch.nn.Module, benchmark: Benchmark, compute: Compute) -> list[int]:
     """Place of each target, 1 the best, among its subgroup less the reference; ties count against it.
 
-    Each image is encoded once, by one of the ranks; call it on all of them."""
+    Each image is encoded once, by one of the ranks; call it on all of them. Copies of a picture have one score, also
+    where a product of matrices rounds each row of a batch in its own way."""
     place = {name: i for i, name in enumerate(benchmark.gallery)}
+    row = list(range(len(benchmark.gallery)))  # whose embedding stands for each
+    for group in same_pictures(benchmark.images, benchmark.gallery):
+        for i in group:
+            row[i] = group[0]
     references = torch.tensor([place[query.reference] for query in benchmark.queries])
     at = Indices(benchmark.gallery, len(benchmark.gallery), references, target=None, others=None, excluded=None)
     queries, images = (embedded.cpu() for embedded in embed(model, benchmark, at, compute))
     ranks = []
     for query, c in zip(benchmark.queries, queries, strict=True):
         others = [name for name in query.members if name not in (query.reference, query.target)]
-        scores = (images[[place[name] for name in (query.target, *others)]] * c).sum(1)
+        scores = (images[[row[place[name]] for name in (query.target, *others)]] * c).sum(1)
         ranks.append(int((scores >= scores[0]).sum()))
     return ranks
