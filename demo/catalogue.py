@@ -4,10 +4,11 @@
 
 FOLDER holds "Fashion Product Images (Small)" in either of its forms (demo/products.py). Written are OUT/cirr/{captions,
 image_splits,img_raw} (splits train, dev, val, test1: sets of six similar photographs), OUT/fashioniq, OUT/chat/
-{chat.json,images} (shop titles as captions), OUT/aux (unlabelled photographs), OUT/attributes.json (what the catalogue
-knows of each: for judging deltas only, no stage reads it) and OUT/products.json (which product each name is). None of
-them is a photograph that the stand-ins of demo/models_photos were trained on. The same seed and catalogue give the same
-bytes. Products are disjoint between parts and splits, and near duplicates (same title and colour) lie in one of them.
+{chat.json,images} (captions: shop titles or catalogue entries), OUT/aux (unlabelled photographs), OUT/attributes.json
+(what the catalogue knows of each: for judging deltas only, no stage reads it) and OUT/products.json (which product each
+name is). None of them is a photograph that the stand-ins of demo/models_photos were trained on. The same seed and
+catalogue give the same bytes. Products are disjoint between parts and splits, and near duplicates (same title and
+colour) lie in one of them.
 """
 
 import os
@@ -22,7 +23,7 @@ from common.flags import override
 from common.ranks import seeded_rng
 from demo.products import Catalogue, Product, changed, is_for_pretraining, read_catalogue
 from demo.texts import ASK_CAPTION
-from demo.wordings import delta
+from demo.wordings import delta, entry
 
 # ---- what is written ----
 DATA = ""  # folder of the catalogue: styles.csv + images/, or products.jsonl + photos.zip
@@ -34,6 +35,9 @@ VAL_GROUPS = 250  # sets of 6 in the val split (the reported one): 1,500 picture
 TEST_GROUPS = 20  # sets of 6 in the test1 split (targets hidden, as CIRR hides them)
 QUERIES = 4  # queries a set in dev, val and test1
 CHAT = 2000  # captioned pictures for alignment (none of them is in another part)
+ENTRIES = (
+    0.0  # share of them whose caption is the catalogue's entry ("a red t-shirt for men") instead of the shop title
+)
 AUX = 3000  # pictures of the unlabelled auxiliary gallery
 FASHIONIQ = 12  # families of 6 per FashionIQ category and split
 
@@ -67,6 +71,7 @@ class Sizes(NamedTuple):
     test: int
     queries: int
     chat: int
+    entries: float
     aux: int
     fashioniq: int
 
@@ -233,15 +238,18 @@ def put_fashioniq(out: str, shelf: Shelf, seed: int, category: str, split: str, 
     write_json(f"{out}/fashioniq/image_splits/split.{category}.{split}.json", all_names)
 
 
-def put_chat(out: str, shelf: Shelf, seed: int, products: list[Product]) -> None:
-    """LLaVA's format: one of its brief requests before or behind the picture, the shop's title as the answer."""
+def put_chat(out: str, shelf: Shelf, seed: int, products: list[Product], entries: float) -> None:
+    """LLaVA's format: one of its brief requests before or behind the picture, and as the answer the shop's title, or
+    for a share `entries` of the pictures the catalogue's entry."""
     rng, records = seeded_rng("chat", seed), []
+    takes_entry = seeded_rng("chat", seed, "entries").random(len(products)) < entries
     for i, product in enumerate(products):
         name = f"chat_{i:05d}.jpg"
         shelf.put(f"chat/images/{name}", name, product)
         asked = ASK_CAPTION[rng.integers(4)]
         human = f"{asked}\n<image>" if rng.random() < 0.5 else f"<image>\n{asked}"
-        turns = [{"from": "human", "value": human}, {"from": "gpt", "value": product.title}]
+        answer = entry(product.attributes) if takes_entry[i] else product.title
+        turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
         records.append({"id": name[:-4], "image": name, "conversations": turns})
     write_json(f"{out}/chat/chat.json", records)
 
@@ -276,7 +284,7 @@ def write_world(data: str, out: str, seed: int, sizes: Sizes) -> None:
         pairs = put_cirr(out, shelf, seed, split, sets, sizes.train if split == "train" else sizes.queries, pairs)
 
     # single photographs; those of the gallery in no order, so that names tell nothing
-    put_chat(out, shelf, seed, parts["chat"][: sizes.chat])
+    put_chat(out, shelf, seed, parts["chat"][: sizes.chat], sizes.entries)
     gallery = parts["aux"][: sizes.aux]
     for i, k in enumerate(seeded_rng("aux", seed).permutation(len(gallery))):
         shelf.put(f"aux/aux_{i:05d}.jpg", f"aux_{i:05d}.jpg", gallery[k])
@@ -290,7 +298,9 @@ def write_world(data: str, out: str, seed: int, sizes: Sizes) -> None:
 def main() -> None:
     if not DATA:
         raise UserError("--data: name the folder of the catalogue, styles.csv + images/ or products.jsonl + photos.zip")
-    sizes = Sizes(TRAIN, DEV_GROUPS, VAL_GROUPS, TEST_GROUPS, QUERIES, CHAT, AUX, FASHIONIQ)
+    if not 0 <= ENTRIES <= 1:
+        raise UserError(f"--entries {ENTRIES}: wanted a share from 0 to 1")
+    sizes = Sizes(TRAIN, DEV_GROUPS, VAL_GROUPS, TEST_GROUPS, QUERIES, CHAT, ENTRIES, AUX, FASHIONIQ)
     write_world(DATA, OUT, SEED, sizes)
 
 

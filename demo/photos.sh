@@ -41,8 +41,9 @@ M=${MODELS:-demo/models_photos} W=$OUT/world
 START=$SECONDS
 
 # ---- sizes: two hours on 2 cores, an estimate ----
-CHAT=${CHAT:-6000}               # shop titles to align with, ...
-ALIGN_EPOCHS=${ALIGN_EPOCHS:-5}  # ... and passes over them
+CHAT=${CHAT:-6000}               # captioned photographs to align with, ...
+ENTRIES=${ENTRIES:-0.5}          # ... share of their captions that are the catalogue's entry, not the shop's title, ...
+ALIGN_EPOCHS=${ALIGN_EPOCHS:-3}  # ... and passes over them
 TRAIN=${TRAIN:-300}              # human-like triplets, ...
 TUNE_EPOCHS=${TUNE_EPOCHS:-8}    # ... and passes over them
 AUX=${AUX:-3000}                 # unlabelled photographs
@@ -57,12 +58,12 @@ DTYPE=${DTYPE:-$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || 
 step() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - START)); }
 
 step "photographs: the catalogue laid out as benchmarks"
-[ -f $W/attributes.json ] || python demo/catalogue.py --data "$DATA" --out $W --seed $SEED --chat $CHAT --train $TRAIN \
+[ -f $W/attributes.json ] || python demo/catalogue.py --data "$DATA" --out $W --seed $SEED --chat $CHAT --entries $ENTRIES --train $TRAIN \
   --aux $AUX --dev_groups $DEV_GROUPS --val_groups $VAL_GROUPS
 
-step "1 align: the projection learns to say shop titles"
+step "1 align: the projection learns to say titles and entries"
 python vdg_align.py --vision $M/instructblip --llm "$LLM" --chat $W/chat/chat.json --images $W/chat/images \
-  --keep true --epochs $ALIGN_EPOCHS --batch 16 --lr 2e-3 --dtype $DTYPE --out $OUT/align --seed $SEED
+  --keep true --epochs $ALIGN_EPOCHS --batch 8 --lr 2e-3 --dtype $DTYPE --out $OUT/align --seed $SEED
 
 step "2 tune: the language model learns visual deltas from the human-like triplets"
 python vdg_tune.py --aligned $OUT/align --dataset cirr --root $W/cirr --split train --held_out 0 --out $OUT/vdg \

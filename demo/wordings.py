@@ -137,6 +137,20 @@ def delta(one: dict[str, str], other: dict[str, str], rng) -> str:
     return " and ".join(said)
 
 
+def entry(known: dict[str, str]) -> str:
+    """A product's catalogue entry in a line: "a red striped t-shirt for men, sporty, v-neck, short sleeves".
+
+    What the catalogue does not know is not there. Parsed back by `claims`."""
+    said = {key: SAID.get(key, {}).get(value, value) for key, value in known.items()}
+    pattern = ADJECTIVES.get(said.get("pattern", ""), said.get("pattern", ""))
+    thing = " ".join(filter(None, (said.get("colour"), pattern, said["article"])))
+    text = a(thing) if known["article"] not in PLURAL else thing
+    if "gender" in said:
+        text += " unisex" if known["gender"] == "unisex" else f" for {said['gender']}"
+    sleeves = {"": "", "none": "no sleeves"}.get(known.get("sleeves", ""), f"{known.get('sleeves')} sleeves")
+    return ", ".join(filter(None, (text, said.get("usage"), said.get("neck"), sleeves)))
+
+
 def corpus(seed: int, count: int = 3000) -> list[str]:
     """Texts for the tokenizers alone: deltas between made-up products, and every value's words."""
     rng, lines = np.random.default_rng(seed), []

@@ -22,7 +22,7 @@ from common.files import write_jsonl
 from common.images import Preprocess
 from demo import catalogue, photo_models, products, report, wordings
 
-SIZES = catalogue.Sizes(train=20, dev=2, val=4, test=1, queries=4, chat=12, aux=30, fashioniq=1)
+SIZES = catalogue.Sizes(train=20, dev=2, val=4, test=1, queries=4, chat=12, entries=0.5, aux=30, fashioniq=1)
 KINDS = {  # article -> the kind it is filed under
     "Tshirts": "Topwear", "Shirts": "Topwear", "Kurtas": "Topwear", "Tops": "Topwear", "Dresses": "Dress",
     "Casual Shoes": "Shoes", "Formal Shoes": "Shoes", "Handbags": "Bags", "Perfume and Body Mist": "Fragrance",
@@ -157,7 +157,10 @@ def test_layouts_read_like_the_real_ones(small):
     captions = read_chat(str(small / "chat" / "chat.json"))
     assert len(captions) == 12 and {c.image_first for c in captions} == {True, False}
     titles = {" ".join(row["title"].split()) for row in rows()}
-    assert all(caption.text in titles for caption in captions)
+    attributes = json.loads((small / "attributes.json").read_text())
+    entries = {wordings.entry(known) for name, known in attributes.items() if name.startswith("chat_")}
+    assert {caption.text in titles for caption in captions} == {True, False}
+    assert all((caption.text in titles) != (caption.text in entries) for caption in captions)
     pairids = [record["pairid"] for split in ("train", "dev", "val", "test1") for record in captions_of(small, split)]
     assert len(set(pairids)) == len(pairids)
 
@@ -234,6 +237,21 @@ def product(rng) -> dict[str, str]:
     """Some attributes of a made-up product."""
     keys = [key for key in products.VALUES if key == "article" or rng.random() < 0.8]
     return {key: str(rng.choice(products.VALUES[key])) for key in keys}
+
+
+def test_an_entry_says_all_that_is_known_and_nothing_else():
+    """Read back by what judges deltas, and two lines as a person would write them."""
+    rng = np.random.default_rng(3)
+    for _ in range(500):
+        values = {key: str(rng.choice(values)) for key, values in products.VALUES.items()}
+        known = {k: v for k, v in values.items() if k in ("article", "colour") or rng.random() < 0.5}
+        said = [(claim.attribute, claim.value) for claim in wordings.claims(wordings.entry(known)) if not claim.denied]
+        assert sorted(said) == sorted(known.items()), wordings.entry(known)
+    known = {"article": "t-shirt", "colour": "red", "usage": "sports", "gender": "men", "pattern": "stripes"}
+    assert wordings.entry(known | {"neck": "v", "sleeves": "none"}) == (
+        "a red striped t-shirt for men, sporty, v-neck, no sleeves"
+    )
+    assert wordings.entry({"article": "jeans", "colour": "blue", "gender": "unisex"}) == "blue jeans unisex"
 
 
 def test_human_like_deltas_are_judged_right():
