@@ -1,147 +1,376 @@
-"""Bi-directional training, VDG's reversed texts, a bank, re-ranking: what each is worth on the embedded world.
+"""The papers' claims, and this repository's own, on a world of pictures: each over seeds, with an interval.
 
-    python demo/claims.py --demos out/demo,out/demo-seed-1,out/demo-seed-2      # after ./demo.sh for each of them
+    python demo/claims.py --seeds 3                        # the drawn world: docs/claims.md, out/claims
+    python demo/claims.py --only concat,bank               # these alone
+    python demo/claims.py --world photos --data FOLDER --llm out/smollm2 --seeds 3 --only same,auxiliary
 
-Runs the stages with their public flags on the human triplets of each finished demo folder (its world, its tuned VDG,
-its BLIP_tdm checkpoint with auxiliary triplets) and writes OUT/claims.json and OUT/claims.md: mean over the folders,
-and the range. Recall is the mean of R@1, R@5 and R@10 in percent on val; the training step is chosen on dev, by
-forward queries. A run whose world, VDG and models have not changed is not repeated. Three kinds of queries:
+A claim says that one arm finds more than another. An arm is a model and how it is asked, or a set of deltas. What a
+demo of that seed has made (demo.sh, demo/photos.sh; run where it is not there) is taken from its folder; what an arm
+needs besides is a *part*: one command line of a stage, most of them a row of the demo with other flags. Arms of a claim
+see the same seed: world, VDG, order and start. So the interval is of paired differences, Student's t, 95 %.
 
-    forward            reference + human text -> target
-    backward           target + [BACKWARD] + the same human text -> reference (a model without directions: text alone)
-    VDG's text         target + the text that VDG writes for the swapped images -> reference
+A part lies in a folder whose name holds a hash of its command, of the parts it stands on, and of the demo's world, VDG
+and models: what is there is not made again, and a stopped run goes on. Retrieval is measured on val; the training step
+is chosen on dev. No flag was chosen by a result below.
 """
 
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from common.console import UserError, run, say
-from common.files import file_sha256, read_json, write_json, write_text
-from common.flags import override
+from common.files import file_sha256, read_json, read_jsonl, write_json, write_text
+from common.flags import at_least, override, read_flags
 
-DEMOS = ("out/demo",)  # folders that demo.sh has finished, one a seed
-OUT = "out/claims"  # folder written
-MODELS = "demo/models"  # stand-in backbones
-JOBS = 2  # runs at a time, one thread each
-ALPHA = 0.5  # weight of the reversed loss; [Bi] takes 0.4 and 0.5 on FashionIQ
-SIZES = "--steps 80 --batch 48 --lr 5e-4 --tau 0.05 --views 2 --val_split dev --val_every 10"  # of every training run
+WORLD = "drawn"  # "drawn" (demo.sh) or "photos" (demo/photos.sh, which wants DATA and LLM)
+SEEDS = 5  # seeds 0, 1, ...: each another world, other triplets, other weights
+ONLY = ()  # names of claims; empty: all
+DEMOS = "out"  # folder of the demos
+OUT = "out/claims"  # folder of the parts, claims.json, claims.md and claims.png
+PAGE = "docs/claims.md"  # page whose table of this world is written anew; empty: none
+JOBS = 2  # parts made at a time, one thread each
+DATA = ""  # photos: folder of the catalogue (demo/products.py)
+LLM = ""  # photos: folder of the language model
 
-_BACK = "--bidirectional {alpha} "
-_VDG = "--reversed_text delta --same_deltas false --same_pairs {folder}/train/pseudo.jsonl "  # human forward, VDG back
-_STAGE2 = "--train_text false --start {folder}/cir/"  # the Combiner behind stage I's text encoder, as in [Bi]
-RUNS = {  # row of the table, model, flags; on the human triplets alone
-    "sum": ("sum, forward only", "sum", ""),
-    "combiner": ("combiner, forward only", "combiner", _STAGE2 + "sum"),
-    "combiner-bank": ("combiner, forward only, bank of negatives", "combiner", "--bank " + _STAGE2 + "sum"),
-    "sum-token": ("sum, bi-directional, [BACKWARD] + human text", "sum", _BACK),
-    "combiner-token": ("combiner, bi-directional, [BACKWARD] + human text", "combiner", _BACK + _STAGE2 + "sum-token"),
-    "sum-vdg": ("sum, bi-directional, VDG's reversed text", "sum", _BACK + _VDG),
-    "combiner-vdg": ("combiner, bi-directional, VDG's reversed text", "combiner", _BACK + _VDG + _STAGE2 + "sum-vdg"),
+
+# ---- parts: one command line each ----
+class Part(NamedTuple):
+    """{name} in flags stands for the folder of a part; {demo}, {world}, {models}, {seed} for the demo's."""
+
+    stage: str  # the program, with OUT and SEED added
+    flags: str
+    like: str = ""  # of train_cir.py: a row of the demo, whose constants hold but for flags
+
+
+_TUNE = "--aligned {demo}/align --dataset cirr --root {world}/cirr --split train --held_out 0 --views 2 "
+_LONG = _TUNE + "--warmup 20 --epochs {tune_epochs} --decay_at 0.7 --batch {tune_batch} --lr {tune_lr} "
+_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+_SAY = "--max_new {max_new} "
+_HELD = "--triplets cirr/val --root {world}/cirr --max_pairs 500 "
+_AUX = "--images {world}/aux --subgroups {subgroups} "
+_STAGE2 = "--model combiner --train_text false --start "  # the Combiner behind stage I's text encoder, as in [Bi]
+_VDG_BACK = "--bidirectional 0.5 --reversed_text delta --same_deltas false --same_pairs {back-train}/pseudo.jsonl"
+PARTS = {
+    # pseudo triplets of another kind
+    "mined-random": Part(
+        "mine_pairs.py",
+        "--images {world}/aux --encoder {models}/resnet --exclude {world}/cirr/img_raw --grouping false",
+    ),
+    "pseudo-random": Part("gen_deltas.py", "--vdg {demo}/vdg --pairs {mined-random}/pairs.jsonl " + _AUX + _SAY),
+    "pseudo-eighth": Part("demo/part_of.py", "--of {demo}/pseudo --share 0.125"),
+    "pseudo-half": Part("demo/part_of.py", "--of {demo}/pseudo --share 0.5"),
+    "pseudo-shuffled": Part("demo/part_of.py", "--of {demo}/pseudo --shuffled 0.5"),
+    "pseudo-kept": Part(
+        "eval_cir.py",
+        "--checkpoint {demo}/cir/combiner-same --filter {demo}/pseudo --filter_top 2 --images {world}/aux",
+    ),
+    # other VDGs
+    "vdg-untuned": Part("vdg_tune.py", _TUNE + "--epochs 1 --lr 1e-12"),  # LoRA starts at 0 and stays there
+    "vdg-rank2": Part("vdg_tune.py", _LONG + "--lora_rank 2 --lora_targets " + _LINEARS),
+    "vdg-linears": Part("vdg_tune.py", _LONG + "--lora_rank 16 --lora_targets " + _LINEARS),
+    "vdg-queries": Part("vdg_tune.py", _LONG + "--lora_rank 16 --lora_targets q_proj,v_proj"),
+    "held-untuned": Part("gen_deltas.py", "--vdg {vdg-untuned} " + _HELD + _SAY),
+    "held-rank2": Part("gen_deltas.py", "--vdg {vdg-rank2} " + _HELD + _SAY),
+    "held-linears": Part("gen_deltas.py", "--vdg {vdg-linears} " + _HELD + _SAY),
+    "held-queries": Part("gen_deltas.py", "--vdg {vdg-queries} " + _HELD + _SAY),
+    "held-hot": Part("gen_deltas.py", "--vdg {demo}/vdg --temperature 1 " + _HELD + _SAY),
+    "back-train": Part("gen_deltas.py", "--vdg {demo}/vdg --triplets cirr/train --root {world}/cirr --reverse " + _SAY),
+    "back-val": Part("gen_deltas.py", "--vdg {demo}/vdg --triplets cirr/val --root {world}/cirr --reverse " + _SAY),
+    # Combiners, all on supervised + VDG deltas + auxiliary but for one thing
+    "no-grouping": Part("train_cir.py", "--pseudo {pseudo-random}/pseudo.jsonl", "combiner-auxiliary"),
+    "no-concat": Part("train_cir.py", "--concat false", "combiner-auxiliary"),
+    "eighth": Part("train_cir.py", "--pseudo {pseudo-eighth}/pseudo.jsonl", "combiner-auxiliary"),
+    "half": Part("train_cir.py", "--pseudo {pseudo-half}/pseudo.jsonl", "combiner-auxiliary"),
+    "shuffled": Part("train_cir.py", "--pseudo {pseudo-shuffled}/pseudo.jsonl", "combiner-auxiliary"),
+    "filtered": Part("train_cir.py", "--pseudo {pseudo-kept}/pseudo.jsonl", "combiner-auxiliary"),
+    "no-augment": Part("train_cir.py", "--augment false", "combiner-auxiliary"),
+    "frozen-text": Part("train_cir.py", "--train_text false", "combiner-auxiliary"),
+    "beta": Part("train_cir.py", "--beta 0.5", "combiner-auxiliary"),
+    "bank": Part("train_cir.py", "--bank true", "combiner-auxiliary"),
+    # BLIP with target-delta matching
+    "no-tdm": Part("train_cir.py", "--tdm false", "blip_tdm-auxiliary"),
+    "plain-nce": Part("train_cir.py", "--beta 0", "blip_tdm-auxiliary"),
+    "cls": Part("train_cir.py", "--first_token cls", "blip_tdm-auxiliary"),
+    # bi-directional training, on the human triplets alone: stage I, and the Combiner behind it
+    "sum": Part("train_cir.py", "--model sum", "combiner-supervised"),
+    "sum-token": Part("train_cir.py", "--model sum --bidirectional 0.5", "combiner-supervised"),
+    "sum-heavy": Part("train_cir.py", "--model sum --bidirectional 2", "combiner-supervised"),
+    "sum-vdg": Part("train_cir.py", "--model sum " + _VDG_BACK, "combiner-supervised"),
+    "stage2": Part("train_cir.py", _STAGE2 + "{sum}", "combiner-supervised"),
+    "stage2-token": Part("train_cir.py", _STAGE2 + "{sum-token} --bidirectional 0.5", "combiner-supervised"),
 }
-_CHAINS = [("sum", "combiner", "combiner-bank"), ("sum-token", "combiner-token"), ("sum-vdg", "combiner-vdg")]
-QUERIES = {"forward": "", "backward": "--reversed", "vdg": "--reversed --reverse_text {folder}/val/pseudo.jsonl"}
-RERANKED = {"plain": "", "reranked": "--rerank 50"}
 
 
-def stands_on(demo: str, blip: str) -> str:
-    """Hash of what a demo's runs follow from (world, VDG, backbone, the runs themselves): the name of their folder."""
-    files = [f"{demo}/world/attributes.json", f"{demo}/vdg/manifest.json", f"{blip}/manifest.json"]
-    parts = [file_sha256(file) for file in (*files, f"{MODELS}/clip/model.safetensors")]
-    return hashlib.sha256(json.dumps([parts, RUNS, QUERIES, RERANKED, ALPHA, SIZES]).encode()).hexdigest()[:8]
+# ---- claims ----
+class Arm(NamedTuple):
+    """A row of the demo, a part, or "" for plain `ask`; a part of gen_deltas.py is measured by "precision"."""
+
+    of: str
+    ask: str = ""  # further flags of eval_cir.py
+    metric: str = "mean"  # of R@1, R@5 and R@10; or one of eval_cir.py's; or precision, recall of deltas
 
 
-def stage(words: list[str], log: str) -> None:
-    """One command line with one thread; its output goes to a file, whose end is shown if it fails."""
+class Claim(NamedTuple):
+    says: str
+    of: str  # where it is from
+    less: Arm
+    more: Arm
+
+
+_ALL_C, _ALL_B = "combiner-auxiliary", "blip_tdm-auxiliary"
+_BACK, _BY_VDG = "--reversed", "--reversed --reverse_text {back-val}/pseudo.jsonl"
+CLAIMS = {
+    "same": Claim("Combiner: VDG's deltas beside the human ones of the same pairs help", "Table 2",
+                  Arm("combiner-supervised"), Arm("combiner-same")),
+    "auxiliary": Claim("Combiner: pairs of unlabelled pictures help further", "Table 2",
+                       Arm("combiner-same"), Arm(_ALL_C)),
+    "all": Claim("Combiner: all triplets beat the human ones", "Table 2", Arm("combiner-supervised"), Arm(_ALL_C)),
+    "all-subset": Claim("... among the subset as well (Rs@1)", "Table 2",
+                        Arm("combiner-supervised", metric="Rs@1"), Arm(_ALL_C, metric="Rs@1")),
+    "same-blip": Claim("BLIP_tdm: VDG's deltas of the same pairs help", "Table 2",
+                       Arm("blip_tdm-supervised"), Arm("blip_tdm-same")),
+    "auxiliary-blip": Claim("BLIP_tdm: pairs of unlabelled pictures help further", "Table 2",
+                            Arm("blip_tdm-same"), Arm(_ALL_B)),
+    "all-blip": Claim("BLIP_tdm: all triplets beat the human ones", "Table 2",
+                      Arm("blip_tdm-supervised"), Arm(_ALL_B)),
+    "zero-shot": Claim("Combiner: auxiliary triplets alone beat no training (sum of CLIP's features)", "Table 3",
+                       Arm("", "--baseline sum --backbone {models}/clip"), Arm("combiner-only")),
+    "human-too": Claim("BLIP_tdm: all triplets beat auxiliary ones alone", "Table 3",
+                       Arm("blip_tdm-only"), Arm(_ALL_B)),
+    "human-subset": Claim("Combiner: ... among the subset (Rs@1)", "Table 3",
+                          Arm("combiner-only", metric="Rs@1"), Arm(_ALL_C, metric="Rs@1")),
+    "grouping": Claim("Pairs of similar pictures beat random pairs", "Table 4", Arm("no-grouping"), Arm(_ALL_C)),
+    "concat": Claim("The loss over human and auxiliary triplets together helps", "Table 4",
+                    Arm("no-concat"), Arm(_ALL_C)),
+    "tdm": Claim("BLIP_tdm: target-delta matching helps", "Table 4", Arm("no-tdm"), Arm(_ALL_B)),
+    "eighth-half": Claim("More auxiliary triplets: half beats an eighth", "Table 5", Arm("eighth"), Arm("half")),
+    "half-all": Claim("... and all beat half", "Table 5", Arm("half"), Arm(_ALL_C)),
+    "tuning": Claim("Tuning on human triplets makes deltas more right (precision)", "S3.1",
+                    Arm("held-untuned", metric="precision"), Arm("heldout", metric="precision")),
+    "rank": Claim("LoRA of rank 16 beats rank 2 (precision)", "Table 7",
+                  Arm("held-rank2", metric="precision"), Arm("held-linears", metric="precision")),
+    "linears": Claim("LoRA on all linears beats queries and values alone (precision)", "[ours]",
+                     Arm("held-queries", metric="precision"), Arm("held-linears", metric="precision")),
+    "cold": Claim("Temperature 0.2 beats 1 (precision)", "S4.1",
+                  Arm("held-hot", metric="precision"), Arm("heldout", metric="precision")),
+    "both-ways": Claim("Bi-directional training answers reversed queries (stage I, R@10)", "[Bi] S2",
+                       Arm("sum", _BACK, "R@10"), Arm("sum-token", _BACK, "R@10")),
+    "forward": Claim("... and forward ones better", "[Bi] Table 1", Arm("sum"), Arm("sum-token")),
+    "stage2": Claim("... behind the Combiner as well", "[Bi] Table 1", Arm("stage2"), Arm("stage2-token")),
+    "alpha": Claim("A reversed loss of weight 0.5 beats one of 2", "[Bi] S1", Arm("sum-heavy"), Arm("sum-token")),
+    "combiner": Claim("The Combiner beats the sum it starts from", "[Bi] Table 1", Arm("sum"), Arm("stage2")),
+    "reversed-text": Claim("VDG's text for the way back finds more than [BACKWARD] and the human text", "[ours]",
+                           Arm("sum-token", _BACK), Arm("sum-vdg", _BY_VDG)),
+    "hn-nce": Claim("BLIP_tdm: weighing hard negatives more (HN-NCE, beta 0.5) helps", "S6.1",
+                    Arm("plain-nce"), Arm(_ALL_B)),
+    "hn-nce-clip": Claim("Combiner: beta 0 beats 0.5", "S6.1", Arm("beta"), Arm(_ALL_C)),
+    "enc": Claim("BLIP_tdm: [ENC] first, as BLIP was trained, beats [CLS]", "[ours]", Arm("cls"), Arm(_ALL_B)),
+    "text": Claim("Training the text encoder helps", "S3.3", Arm("frozen-text"), Arm(_ALL_C)),
+    "augment": Claim("Augmented pictures help", "S6.1", Arm("no-augment"), Arm(_ALL_C)),
+    "bank": Claim("A bank of further negatives helps", "[ours]", Arm(_ALL_C), Arm("bank")),
+    "rerank": Claim("BLIP_tdm: re-ranking the first 50 by the tdm head helps", "[ours]",
+                    Arm(_ALL_B), Arm(_ALL_B, "--rerank 50")),
+    "filter": Claim("Keeping deltas by which a model finds their target helps", "[ours]", Arm(_ALL_C), Arm("filtered")),
+    "noise": Claim("Half of the auxiliary deltas shuffled cost recall", "[ours]", Arm("shuffled"), Arm(_ALL_C)),
+}  # fmt: skip
+
+# ---- the two worlds: what their demos say of themselves besides ----
+_WORLDS = {
+    "drawn": {
+        "demo": "demo", "make": "./demo.sh --seed {seed}", "models": "demo/models", "judge": "world", "max_new": 32,
+        "tune_epochs": 12, "tune_batch": 16, "tune_lr": "3e-3", "subgroups": 350,
+    },
+    "photos": {
+        "demo": "demo-photos", "make": "demo/photos.sh --seed {seed} --data {data} --llm {llm}",
+        "models": "demo/models_photos", "judge": "wordings", "max_new": 20, "tune_epochs": 8, "tune_batch": 8,
+        "tune_lr": "1e-3", "subgroups": 300,
+    },
+}  # fmt: skip
+_T = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}  # t, 97.5 %, by freedom
+
+
+# ---- one seed of a world ----
+class Bench(dict):
+    """Names -> folders, which are made when they are asked for; measures arms."""
+
+    def __init__(self, world: str, seed: int):
+        settings = _WORLDS[world]
+        demo = f"{DEMOS}/{settings['demo']}" + f"-seed-{seed}" * bool(seed)
+        if not os.path.exists(os.path.join(ROOT, demo, "metrics.json")):
+            words = settings["make"].format(seed=seed, data=DATA, llm=LLM).split()
+            command(words, f"{OUT}/logs/{os.path.basename(demo)}.log", threads=2)
+        super().__init__(settings | {"demo": demo, "world": f"{demo}/world", "seed": seed})
+        self.attributes, self.judge = read_json(f"{demo}/world/attributes.json"), settings["judge"]
+        self.folder = f"{OUT}/{os.path.basename(demo)}-{self.stands_on()}"
+        self.locks: dict[str, Lock] = defaultdict(Lock)
+
+    def stands_on(self) -> str:
+        """Hash of what the demo's rows follow from: world, VDG, backbones."""
+        models = (f"{self['models']}/{name}/model.safetensors" for name in ("clip", "blip", "resnet", "instructblip"))
+        files = [f"{self['world']}/attributes.json", f"{self['demo']}/vdg/manifest.json", *models]
+        return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:8]
+
+    def __missing__(self, name: str) -> str:
+        if name not in PARTS:
+            return f"{self['demo']}/" + ("cir/" if "-" in name else "") + name
+        part = PARTS[name]
+        words = [part.stage, *self.constants(part.like), *part.flags.format_map(self).split()]
+        return self.made(name, words)
+
+    def constants(self, row: str) -> list[str]:
+        """The flags that a row of the demo was trained with, but for OUT and SEED."""
+        if not row:
+            return []
+        stored = read_json(f"{self['demo']}/cir/{row}/config.json")["constants"]
+        usual = {flag.name: flag.default for flag in read_flags(f"{ROOT}/train_cir.py")}
+        usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+        changed = {n: v for n, v in stored.items() if n in usual and n not in ("OUT", "SEED") and v != usual[n]}
+        return [f"--{name.lower()}={value}" for name, value in changed.items()]
+
+    def made(self, name: str, words: list[str]) -> str:
+        """The folder that a command line has filled."""
+        words = [*words, "--seed", str(self["seed"])]
+        out = f"{self.folder}/{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}"
+        with self.locks[out]:
+            if not os.path.exists(f"{out}.json"):
+                started = time.monotonic()
+                command([sys.executable, *words, "--out", out], f"{out}.log")
+                write_json(f"{out}.json", {"words": words, "seconds": round(time.monotonic() - started)})
+        return out
+
+    def value(self, arm: Arm) -> float:
+        """What an arm scores, in percent."""
+        if arm.metric in ("precision", "recall"):
+            from demo import report, wordings, world
+
+            by = {"world": world, "wordings": wordings}[self.judge]
+            return report.judge(read_jsonl(f"{self[arm.of]}/pseudo.jsonl"), self.attributes, by)[arm.metric]
+        checkpoint = ["--checkpoint", self[arm.of]] if arm.of else []
+        asked = [*checkpoint, *arm.ask.format_map(self).split()]
+        words = f"eval_cir.py --dataset cirr --root {self['world']}/cirr --split val --official false --show 0".split()
+        metrics = read_json(f"{self.made('eval-' + (arm.of or 'plain'), [*words, *asked])}/metrics.json")["metrics"]
+        return sum(metrics[f"R@{k}"] for k in (1, 5, 10)) / 3 if arm.metric == "mean" else metrics[arm.metric]
+
+
+def command(words: list[str], log: str, threads: int = 1) -> None:
+    """One command line; its output goes to a file, whose end is shown if it fails."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "JOBS": str(JOBS)}
+    env |= {"OMP_NUM_THREADS": str(threads)}
     with open(log, "w") as file:
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env)
+        done = subprocess.run(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env)
     if done.returncode:
-        with open(log) as file:
+        with open(log, errors="replace") as file:
             raise UserError(f"{' '.join(words)} failed: {file.read()[-600:]}")
 
 
-def reversed_texts(demo: str, folder: str, seed: str) -> None:
-    """VDG's texts for the swapped images of the train and val pairs."""
-    root = f"{demo}/world/cirr"
-    for split in ("train", "val"):
-        if not os.path.exists(f"{folder}/{split}/pseudo.jsonl"):
-            words = f"gen_deltas.py --vdg {demo}/vdg --triplets cirr/{split} --root {root} --reverse --seed {seed}"
-            stage(f"{words} --out {folder}/{split}".split(), f"{folder}/logs/gen-{split}.log")
+# ---- what follows ----
+def interval(differences: list[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % interval by Student's t; infinite for one seed."""
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return mean, float("-inf"), float("inf")
+    half = _T.get(count - 1, 1.96) * statistics.stdev(differences) / count**0.5
+    return mean, mean - half, mean + half
 
 
-def one_run(name: str, demo: str, folder: str, seed: str) -> dict[str, float]:
-    """Trains a run, at demo.sh's sizes, and asks it the three kinds of queries -> kind -> mean recall."""
-    _, model, flags = RUNS[name]
-    checkpoint, log = f"{folder}/cir/{name}", f"{folder}/logs/{name}.log"
-    if not os.path.exists(f"{checkpoint}/model.safetensors"):
-        words = f"train_cir.py --model {model} --backbone {MODELS}/clip --dataset cirr --root {demo}/world/cirr"
-        words += f" {SIZES} --seed {seed} --out {checkpoint} " + flags.format(alpha=ALPHA, folder=folder)
-        stage(words.split(), log)
-    asked = {kind: how.format(folder=folder) for kind, how in QUERIES.items()}
-    return {kind: evaluation(checkpoint, demo, f"{folder}/eval/{name}-{kind}", how) for kind, how in asked.items()}
+def verdict(low: float, high: float) -> str:
+    return "holds" if low > 0 else "the contrary" if high < 0 else "undecided"
 
 
-def one_chain(names: tuple[str, ...], demo: str, folder: str, seed: str) -> dict[str, dict[str, float]]:
-    """Runs of which the later start from the first."""
-    return {name: one_run(name, demo, folder, seed) for name in names}
+def table(found: dict[str, list[tuple[float, float]]]) -> list[str]:
+    """A line a claim; found: name -> (less, more) of each seed."""
+    lines = ["| claim | from | less | more | difference [95 %] | | seeds |", "|---|---|---|---|---|---|---|"]
+    for name, values in found.items():
+        less, more = (statistics.mean(side) for side in zip(*values, strict=True))
+        mean, low, high = interval([b - a for a, b in values])
+        between = f" [{low:.1f}, {high:.1f}]" if len(values) > 1 else ""
+        claim = CLAIMS[name]
+        lines.append(
+            f"| {claim.says} (`{name}`) | {claim.of} | {less:.1f} | {more:.1f} | {mean:+.1f}{between} | "
+            f"{verdict(low, high)} | {len(values)} |"
+        )
+    return lines
 
 
-def evaluation(checkpoint: str, demo: str, out: str, flags: str) -> float:
-    """Mean of R@1, R@5 and R@10 on val."""
-    if not os.path.exists(f"{out}/metrics.json"):
-        words = f"eval_cir.py --checkpoint {checkpoint} --dataset cirr --root {demo}/world/cirr --split val"
-        stage(f"{words} --official false --show 0 --out {out} {flags}".split(), f"{out}.log")
-    metrics = read_json(f"{out}/metrics.json")["metrics"]
-    return (metrics["R@1"] + metrics["R@5"] + metrics["R@10"]) / 3
+def draw(found: dict[str, list[tuple[float, float]]], file: str) -> None:
+    """The differences with their intervals, one line a claim."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.27 * len(found) + 1))
+    colours = {"holds": "#1a7f37", "the contrary": "#b3261e", "undecided": "#777777"}
+    for place, (_, values) in enumerate(found.items()):
+        mean, low, high = interval([b - a for a, b in values])
+        colour = colours[verdict(low, high)]
+        if len(values) > 1:
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot(mean, place, "o", color=colour, markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [f"{CLAIMS[name].says}  ({CLAIMS[name].of})" for name in found], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("points gained, 95 % interval of paired differences", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
 
 
-def cell(values: list[float]) -> str:
-    """Mean and range."""
-    middle = sum(values) / len(values)
-    return f"{middle:.1f} ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else f"{middle:.1f}"
+def write_results(found: dict[str, list[tuple[float, float]]]) -> None:
+    """claims.json, claims.md, claims.png under OUT, and the table between this world's marks on PAGE."""
+    lines = table(found)
+    write_json(f"{OUT}/claims.json", {"world": WORLD, "less and more of each seed": found}, indent=1)
+    write_text(f"{OUT}/claims.md", "\n".join(lines) + "\n")
+    draw(found, f"{OUT}/claims.png")
+    begin, end = f"<!-- {WORLD} -->\n", f"<!-- end of {WORLD} -->"
+    if PAGE:
+        with open(PAGE, encoding="utf-8") as file:
+            before, _, rest = file.read().partition(begin)
+        if end not in rest:
+            raise UserError(f"--page {PAGE}: wanted the marks {begin.strip()} and {end} around the table")
+        write_text(PAGE, before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
-    found: dict[str, dict[str, list[float]]] = {}
-    for demo in DEMOS:
-        demo, seed = demo.rstrip("/"), (demo.rstrip("/").rsplit("-seed-", 1) + ["0"])[1]
-        blip = f"{demo}/cir/blip_tdm-auxiliary"
-        for made in (f"{demo}/vdg", blip):
-            if not os.path.exists(f"{made}/manifest.json"):
-                raise UserError(f"{demo} is not a finished demo; run ./demo.sh, or ./demo.sh --seed N, first")
-        folder = f"{OUT}/{os.path.basename(demo)}-{stands_on(demo, blip)}"
-        reversed_texts(demo, folder, seed)
+    at_least(globals(), SEEDS=1, JOBS=1)
+    if WORLD not in _WORLDS:
+        raise UserError(f"--world {WORLD}: wanted one of {', '.join(_WORLDS)}")
+    if unknown := set(ONLY) - CLAIMS.keys():
+        raise UserError(f"--only {', '.join(unknown)}: no such claim; there are {', '.join(CLAIMS)}")
+    names = [name for name in CLAIMS if not ONLY or name in ONLY]
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for seed in range(SEEDS):
+        bench = Bench(WORLD, seed)
+        arms = list(dict.fromkeys(arm for name in names for arm in (CLAIMS[name].less, CLAIMS[name].more)))
         with ThreadPoolExecutor(JOBS) as pool:
-            chains = [pool.submit(one_chain, names, demo, folder, seed) for names in _CHAINS]
-            ranked = {
-                name: pool.submit(evaluation, blip, demo, f"{folder}/eval/{name}", how)
-                for name, how in RERANKED.items()
-            }
-            done = {name: kinds for job in chains for name, kinds in job.result().items()}
-            for name in RUNS:
-                for kind, value in done[name].items():
-                    found.setdefault(name, {}).setdefault(kind, []).append(value)
-            for name, job in ranked.items():
-                found.setdefault(name, {}).setdefault("forward", []).append(job.result())
-        say(f"{demo}: done")
-    rows = {name: row for name, (row, _, _) in RUNS.items()}
-    rows |= {"plain": "blip_tdm with auxiliary triplets", "reranked": "the same, first 50 re-ranked by the tdm head"}
-    lines = ["| | forward queries | backward, [BACKWARD] + text | backward, VDG's text |", "|---|---|---|---|"]
-    for name, row in rows.items():
-        if name in found:
-            cells = (cell(found[name][kind]) if kind in found[name] else "" for kind in QUERIES)
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    record = {"demos": list(DEMOS), "alpha": ALPHA, "mean of R@1, R@5, R@10": found}
-    write_json(f"{OUT}/claims.json", record, indent=1)
-    write_text(f"{OUT}/claims.md", "\n".join(lines) + "\n")
-    say("\n".join(lines), f"\nwrote {OUT}/claims.md and claims.json")
+            values = dict(zip(arms, pool.map(bench.value, arms), strict=True))
+        for name in names:
+            found[name].append((values[CLAIMS[name].less], values[CLAIMS[name].more]))
+        write_results(found)
+        say(f"seed {seed}: done, {OUT}/claims.md")
+    say("\n".join(table(found)))
 
 
 if __name__ == "__main__":

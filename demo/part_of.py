@@ -1,0 +1,42 @@
+"""Fewer pseudo triplets, or worse ones: for the claims about how many there are and how right they must be.
+
+    python demo/part_of.py --of out/demo/pseudo --share 0.125 --out out/eighth
+    python demo/part_of.py --of out/demo/pseudo --shuffled 0.5 --out out/shuffled
+
+Writes OUT/pseudo.jsonl: of the triplets of gen_deltas.py those of a share of the subgroups, or all, of which a share
+has its texts dealt out anew among themselves.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common.console import run, say
+from common.files import read_jsonl, write_jsonl
+from common.flags import override, within
+from common.ranks import seeded_rng
+
+OF = "out/demo/pseudo"  # folder that gen_deltas.py wrote
+OUT = "out/part"  # folder written
+SHARE = 1.0  # of the subgroups that are kept, at random
+SHUFFLED = 0.0  # share of the triplets that get the text of another of them, at random
+SEED = 0  # of what is drawn
+
+
+def main() -> None:
+    within(globals(), SHARE=(0, 1), SHUFFLED=(0, 1))
+    records, rng = read_jsonl(f"{OF}/pseudo.jsonl"), seeded_rng("part", SEED)
+    groups = sorted({record["subgroup"] for record in records})
+    kept = set(rng.permutation(groups)[: round(SHARE * len(groups))].tolist())
+    records = [record for record in records if record["subgroup"] in kept]
+    dealt = rng.permutation(len(records))[: round(SHUFFLED * len(records))]
+    texts = [records[i]["delta"] for i in dealt]
+    for i, text in zip(dealt, texts[1:] + texts[:1], strict=True):  # each the next one's, so none its own place's
+        records[i] = records[i] | {"delta": text}
+    write_jsonl(f"{OUT}/pseudo.jsonl", records)
+    say(f"wrote {OUT}/pseudo.jsonl: {len(records):,} triplets, {len(dealt):,} with the text of another")
+
+
+if __name__ == "__main__":
+    override(globals())
+    run(main)
