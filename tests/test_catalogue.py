@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from test_demo import finished_demo
@@ -20,7 +21,7 @@ from common.annotations import FASHIONIQ_CATEGORIES, read_chat, read_cirr, read_
 from common.console import UserError
 from common.files import write_jsonl
 from common.images import Preprocess
-from demo import catalogue, photo_models, products, report, wordings
+from demo import catalogue, ceiling, photo_models, products, report, wordings
 
 SIZES = catalogue.Sizes(train=20, dev=2, val=4, test=1, queries=4, chat=12, entries=0.5, aux=30, fashioniq=1)
 KINDS = {  # article -> the kind it is filed under
@@ -267,6 +268,35 @@ def test_human_like_deltas_are_judged_right():
             assert verdicts and all(good is True for _, good in verdicts), (text, one, other)
             said |= {key for key, _ in verdicts}
     assert said == set(products.VALUES)
+
+
+def test_the_rule_is_judged_as_its_text_is(small):
+    """demo/ceiling.py against the judge of texts, on the sets' own pairs and probabilities drawn at random."""
+    attributes = json.loads((small / "attributes.json").read_text())
+    records = [record for split in ("train", "val") for record in captions_of(small, split)]
+    pairs = [(record["reference"], record["target_hard"]) for record in records]
+    draw = torch.Generator().manual_seed(0)
+    seen = {key: torch.rand(2, len(values), generator=draw) for key, values in products.VALUES.items() if key != "neck"}
+    verdicts, texts = [], []
+    for i, (reference, target) in enumerate(pairs):
+        for key, p in seen.items():  # now and then what is true is also what is seen
+            for row, name in enumerate((reference, target)):
+                if i % 2 and key in attributes[name]:
+                    p[row] = 0.1
+                    p[row, products.VALUES[key].index(attributes[name][key])] = 0.9
+        claims = ceiling.named_by_rule(seen, 0, 1, 3, 0.0)
+        assert len(claims) <= 3
+        both_same = attributes[reference]["article"] == attributes[target]["article"]
+        claims = [(k, v) for k, v in claims if not (k == "article" and both_same)]  # a text may speak of the thing
+        words = {"sleeves": "has {} sleeves", "usage": "is {}", "pattern": "is {}"}
+        said = [words.get(key, "is {}").format("no" if value == "none" else value) for key, value in claims]
+        texts.append({"reference": reference, "target": target, "delta": " and ".join(said)})
+        verdicts.append(ceiling.judged(claims, attributes[reference], attributes[target]))
+    wanted = report.judge(texts, attributes, wordings)
+    right, wrong, named, changes = map(sum, zip(*verdicts, strict=True))
+    assert right > 5 and wrong > 5 and wanted["claims"] == right + wrong
+    assert wanted["precision"] == pytest.approx(100 * right / (right + wrong))
+    assert wanted["recall"] == pytest.approx(100 * named / changes)
 
 
 def test_verdicts():
