@@ -4,11 +4,12 @@
     python bench/teach.py --gallery catalogue --truth products.jsonl --backbone CLIP --seeds 3
 
 --truth: what each picture shows, {"name": {attribute: value}} (attributes.json of a world), or .jsonl of {"image",
-"article", "colour", "usage"} (a catalogue). A query is a picture and a text that changes one attribute; right is
-whatever else equals the picture in all others. The person looks at the first 48 answers of each query and marks two
-right ones at most, until there are --marks. Then it is taught, as by the button on the page, and two things are
-measured before and after: the page's own recall on the marks it held out, and whether a right picture is among the
-first K of fresh queries about pictures that were never marked.
+"article", "colour", "usage"} (a catalogue). --pseudo: deltas of gen_deltas.py over the gallery, taught beside the
+marks. A query is a picture and a text that changes one attribute; right is whatever else equals the picture in all
+others. The person looks at the first 48 answers of each query and marks two right ones at most, until there are
+--marks. Then it is taught, as by the button on the page, and two things are measured before and after: the page's own
+recall on the marks it held out, and whether a right picture is among the first K of fresh queries about pictures that
+were never marked.
 """
 
 import json
@@ -89,6 +90,7 @@ def one_seed(args, truth: dict, out: Path, seed: int) -> tuple[dict, dict, dict,
     import torch
 
     import search
+    from common.annotations import read_triplets
     from common.encoding import Compute
     from common.gallery import Engine, Query, find, index_folder
     from common.notes import is_held_out, note, read_notes
@@ -102,7 +104,8 @@ def one_seed(args, truth: dict, out: Path, seed: int) -> tuple[dict, dict, dict,
     flags = {"TOP": 48, "TEACH_STEPS": args.steps, "TEACH_BATCH": 32, "TEACH_LR": args.lr, "TEACH_TAU": 0.05}
     for path in [*out.glob("teach-*"), *out.glob("*.jsonl"), *out.glob("using.json")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    notes = read_notes(out, 5, [], gallery.of_name)
+    pairs = read_triplets(args.pseudo) if args.pseudo else []  # as --label of search.py: nobody judged them yet
+    notes = read_notes(out, 5, pairs, gallery.of_name)
     pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     site = search.Site(out, engine, notes, base, flags | {"SEED": seed}, *pools, contents=list(gallery.ids))
 
@@ -128,7 +131,7 @@ def one_seed(args, truth: dict, out: Path, seed: int) -> tuple[dict, dict, dict,
 def main() -> None:
     args = measure.arguments(
         __doc__, gallery="", truth="", checkpoint="", backbone="demo/models/clip", marks=60, seeds=3, steps=100,
-        lr=1e-4, out="",
+        lr=1e-4, pseudo="", out="",
     )  # fmt: skip
     truth = read_truth(args.truth)
     with tempfile.TemporaryDirectory() as folder:
