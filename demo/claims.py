@@ -58,6 +58,7 @@ _LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 _SAY = "--max_new {max_new} "
 _HELD = "--triplets cirr/val --root {world}/cirr --max_pairs 500 "
 _AUX = "--images {world}/aux --subgroups {subgroups} "
+_BOTH = "--pseudo_images {world}/aux" + os.pathsep + "{world}/cirr/img_raw"
 _STAGE2 = "--model combiner --train_text false --start "  # the Combiner behind stage I's text encoder, as in [Bi]
 _VDG_BACK = "--bidirectional 0.5 --reversed_text delta --same_deltas false --same_pairs {back-train}/pseudo.jsonl"
 PARTS = {
@@ -70,6 +71,7 @@ PARTS = {
     "pseudo-eighth": Part("demo/part_of.py", "--of {demo}/pseudo --share 0.125"),
     "pseudo-half": Part("demo/part_of.py", "--of {demo}/pseudo --share 0.5"),
     "pseudo-shuffled": Part("demo/part_of.py", "--of {demo}/pseudo --shuffled 0.5"),
+    "pseudo-once": Part("demo/part_of.py", "--of {demo}/pseudo --also {world}/cirr"),
     "pseudo-kept": Part(
         "eval_cir.py",
         "--checkpoint {demo}/cir/combiner-same --filter {demo}/pseudo --filter_top 2 --images {world}/aux",
@@ -101,6 +103,7 @@ PARTS = {
     "no-tdm": Part("train_cir.py", "--tdm false", "blip_tdm-auxiliary"),
     "plain-nce": Part("train_cir.py", "--beta 0", "blip_tdm-auxiliary"),
     "cls": Part("train_cir.py", "--first_token cls", "blip_tdm-auxiliary"),
+    "once": Part("train_cir.py", "--pseudo {pseudo-once}/pseudo.jsonl " + _BOTH, "blip_tdm-only"),
     # bi-directional training, on the human triplets alone: stage I, and the Combiner behind it
     "sum": Part("train_cir.py", "--model sum", "combiner-supervised"),
     "sum-token": Part("train_cir.py", "--model sum --bidirectional 0.5", "combiner-supervised"),
@@ -147,6 +150,8 @@ CLAIMS = {
                        Arm("", "--baseline sum --backbone {models}/clip"), Arm("combiner-only")),
     "human-too": Claim("BLIP_tdm: all triplets beat auxiliary ones alone", "Table 3",
                        Arm("blip_tdm-only"), Arm(_ALL_B)),
+    "human-once": Claim("... drawn as often as the auxiliary ones, not as half of each step, human triplets help",
+                        "[ours]", Arm("blip_tdm-only"), Arm("once")),
     "human-subset": Claim("Combiner: ... among the subset (Rs@1)", "Table 3",
                           Arm("combiner-only", metric="Rs@1"), Arm(_ALL_C, metric="Rs@1")),
     "grouping": Claim("Pairs of similar pictures beat random pairs", "Table 4", Arm("no-grouping"), Arm(_ALL_C)),

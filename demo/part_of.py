@@ -2,15 +2,18 @@
 
     python demo/part_of.py --of out/demo/pseudo --share 0.125 --out out/eighth
     python demo/part_of.py --of out/demo/pseudo --shuffled 0.5 --out out/shuffled
+    python demo/part_of.py --of out/demo/pseudo --also out/demo/world/cirr --out out/both
 
 Writes OUT/pseudo.jsonl: of the triplets of gen_deltas.py those of a share of the subgroups, or all, of which a share
-has its texts dealt out anew among themselves.
+has its texts dealt out anew among themselves; and the human triplets of CIRR's layout once each, as if they were more
+of them (their pictures are named by their paths below ALSO/img_raw).
 """
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common.annotations import training_triplets
 from common.console import run, say
 from common.files import read_jsonl, write_jsonl
 from common.flags import override, within
@@ -20,6 +23,7 @@ OF = "out/demo/pseudo"  # folder that gen_deltas.py wrote
 OUT = "out/part"  # folder written
 SHARE = 1.0  # of the subgroups that are kept, at random
 SHUFFLED = 0.0  # share of the triplets that get the text of another of them, at random
+ALSO = ""  # folder in CIRR's layout whose train triplets are added
 SEED = 0  # of what is drawn
 
 
@@ -33,6 +37,10 @@ def main() -> None:
     texts = [records[i]["delta"] for i in dealt]
     for i, text in zip(dealt, texts[1:] + texts[:1], strict=True):  # each the next one's, so none its own place's
         records[i] = records[i] | {"delta": text}
+    triplets, images = training_triplets("cirr", ALSO, "train") if ALSO else ([], None)
+    for triplet in triplets:
+        names = (images.relative(name) for name in (triplet.reference, triplet.target))
+        records.append(dict(zip(("reference", "target", "delta"), (*names, triplet.delta), strict=True)))
     write_jsonl(f"{OUT}/pseudo.jsonl", records)
     say(f"wrote {OUT}/pseudo.jsonl: {len(records):,} triplets, {len(dealt):,} with the text of another")
 

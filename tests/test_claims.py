@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zoo as writer
 
 from common.console import UserError
+from common.exports import write_cirr_captions
 from common.files import read_jsonl, write_json, write_jsonl, write_text
 from common.flags import parse_flags, read_flags
 from demo import claims, part_of
@@ -132,3 +134,13 @@ def test_a_part_of_the_deltas(tmp_path, monkeypatch):
     assert sum(a["delta"] != b["delta"] for a, b in zip(half, records, strict=True)) == 360
     assert sorted(r["delta"] for r in half) == sorted(r["delta"] for r in records)
     assert [{**r, "delta": ""} for r in half] == [{**r, "delta": ""} for r in records]
+
+    cirr = tmp_path / "cirr"
+    names = writer.draw(cirr / "img_raw" / "train", 4, 3)
+    human = [{"id": 1, "reference": "a", "target": "b", "delta": "in red", "members": ["a", "b"]}]
+    write_cirr_captions(cirr, "train", human)
+    split = {name: f"./train/{file}" for name, file in zip("ab", names, strict=False)}
+    write_json(cirr / "image_splits" / "split.rc2.train.json", split)
+    both = part(SHARE=1.0, SHUFFLED=0.0, ALSO=str(cirr))
+    assert both[:-1] == records
+    assert both[-1] == {"reference": f"train/{names[0]}", "target": f"train/{names[1]}", "delta": "in red"}
