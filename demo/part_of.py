@@ -39,7 +39,7 @@ def main() -> None:
         records[i] = records[i] | {"delta": text}
     triplets, images = training_triplets("cirr", ALSO, "train") if ALSO else ([], None)
     for triplet in triplets:
-        names = (images.relative(name) for name in (triplet.reference, triplet.target))
+        names = (os.path.relpath(images.path(name), f"{ALSO}/img_raw") for name in (triplet.reference, triplet.target))
         records.append(dict(zip(("reference", "target", "delta"), (*names, triplet.delta), strict=True)))
     write_jsonl(f"{OUT}/pseudo.jsonl", records)
     say(f"wrote {OUT}/pseudo.jsonl: {len(records):,} triplets, {len(dealt):,} with the text of another")
