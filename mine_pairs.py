@@ -14,11 +14,12 @@ from common.flags import early_help
 
 early_help(__name__, __file__)
 
+import functools
 import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, ResNetModel
 
-from common import pages
+from common import memory, pages
 from common.annotations import cirr_template
 from common.batches import ahead, chunks, faults_of, gather_dealt
 from common.console import UserError, progress, run, say
@@ -49,6 +50,7 @@ from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leav
 from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
+from kernels.topk_blocks import topk_in_blocks
 
 # ---- gallery ----
 IMAGES = "images"  # folder of the unlabelled pictures, searched recursively; names in every output are relative to it
@@ -75,6 +77,7 @@ SEED = 0  # which subgroups the contact sheet shows, and random groups; mining i
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 WORKERS = 8  # threads that read and decode pictures
 BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU; pairs whose score is computed at once
+AT_ONCE = 0  # pictures searched for, and among, at a time; 0 = all where memory has room, which halves the work
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the pictures: counts of expected, present and unreadable ones, then stop
 
@@ -320,28 +323,44 @@ def choose(scores: np.ndarray, max_score: float, min_gap: float, count: int) -> 
     return chosen
 
 
-def candidates(embeddings: Tensor, rows: range, rule: Rule, block: int) -> tuple[list[Subgroup], Counter]:
-    """The subgroups of the anchors `rows` that find enough members, and why the others do not.
+def lot_of(count: int, width: int, device: torch.device) -> int:
+    """How many pictures are searched for, and among, at a time: AT_ONCE, or what half of the memory has room for."""
+    of_one = 48 * 64 + (
+        6 * width if device.type == "cuda" else 0
+    )  # what it proposes; embedding, and its half precision
+    room = memory.has(device) * 2**30 / 2
+    fitting = count if count * of_one <= room else max(1, int(room / 3 / of_one))  # a lot, a block, the next block
+    return min(count, AT_ONCE or fitting)
 
-    Scores are float64 cosines with the pictures most similar to the anchor, itself left out."""
-    # the K nearest pictures of each anchor
+
+def nearest(embeddings: Tensor, rows: range, top_k: int, lot: int, device: torch.device) -> Iterator[tuple]:
+    """The K nearest pictures of each anchor, itself left out, some anchors at a time: (anchors, scores (n, K), indices
+    (n, K)), scores being float64 cosines. embeddings: on the device, or, where a lot is fewer, wherever they are."""
+    top_k = max(1, min(top_k, len(embeddings) - 1))
+    tile, searching = None if device.type == "cuda" else BLOCK, functools.partial(progress, desc="search")
+    if lot < len(embeddings):
+        columns = lot if device.type == "cuda" else len(embeddings)  # a CPU reads them as they are mapped
+        yield from topk_in_blocks(embeddings, rows, top_k, lot, columns, device, tile, searching)
+        return
     everything = len(rows) == len(embeddings)  # the search then computes each pair once, not twice
     queries = embeddings if everything else embeddings[rows.start : rows.stop]
-    itself = torch.arange(rows.start, rows.stop, device=embeddings.device)
-    top_k = max(1, min(rule.top_k, len(embeddings) - 1))
-    tile = None if embeddings.is_cuda else block
-    nearest = exact_topk(queries, embeddings, top_k, itself, tile, lambda tiles: progress(tiles, "search"))
+    itself = torch.arange(rows.start, rows.stop, device=device)
+    yield rows, *exact_topk(queries, embeddings, top_k, itself, tile, searching)
 
+
+def candidates(neighbours: Iterable[tuple], rule: Rule) -> tuple[list[Subgroup], Counter]:
+    """The subgroups of the anchors that find enough members, and why the others do not; neighbours: of nearest()."""
     found, discarded = [], Counter()
-    for anchor, scores, indices in zip(rows, *(part.cpu().numpy() for part in nearest), strict=True):
-        # near duplicates out, then members whose scores keep a distance
-        chosen = choose(scores, rule.max_score, rule.min_gap, rule.group - 1)
-        if len(chosen) == rule.group - 1:
-            found.append(Subgroup([anchor, *indices[chosen].tolist()], [1.0, *scores[chosen].tolist()]))
-        elif len(embeddings) > 1 and (scores > rule.max_score).all():
-            discarded["all neighbours are near duplicates"] += 1
-        else:
-            discarded["too few neighbours left"] += 1
+    for anchors, *both in neighbours:
+        for anchor, scores, indices in zip(anchors, *(part.cpu().numpy() for part in both), strict=True):
+            # near duplicates out, then members whose scores keep a distance
+            chosen = choose(scores, rule.max_score, rule.min_gap, rule.group - 1)
+            if len(chosen) == rule.group - 1:
+                found.append(Subgroup([anchor, *indices[chosen].tolist()], [1.0, *scores[chosen].tolist()]))
+            elif (scores > rule.max_score).all():
+                discarded["all neighbours are near duplicates"] += 1
+            else:
+                discarded["too few neighbours left"] += 1
     return found, discarded
 
 
@@ -442,7 +461,7 @@ def draw(subgroups: list[dict], counts: dict[str, int], images: ImageStore) -> N
 def check_flags() -> None:
     if GROUP < 3 or TOP_K < GROUP - 1:
         raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    at_least(globals(), BATCH=1, BLOCK=1)
+    at_least(globals(), BATCH=1, BLOCK=1, AT_ONCE=0)
 
 
 def check_pictures(names: list[str], images: ImageStore) -> None:
@@ -478,12 +497,16 @@ def main() -> None:
     fresh = embed_gallery(encoder, images, gallery, world)
     names = gallery.names
     say(f"embeddings of {len(names):,} pictures: {'written' if fresh else 'reused'} ({OUT}/embeddings.npy)")
-    embeddings = load_embeddings(OUT).to(world.device)  # (N, D)
+    embeddings = load_embeddings(OUT)  # (N, D), mapped
+    lot = lot_of(*embeddings.shape, world.device)
+    if lot == len(names):
+        embeddings = embeddings.to(world.device)
 
     # S3.2: every picture is an anchor and looks for its subgroup; each rank searches for its share of them
     rule = Rule(TOP_K, MAX_SCORE, MIN_GAP, GROUP, MAX_SHARED)
     anchors = range(len(names) * world.rank // world.size, len(names) * (world.rank + 1) // world.size)
-    searched = gather_objects(candidates(embeddings, anchors, rule, BLOCK))  # in rank order, hence in anchor order
+    neighbours = nearest(embeddings, anchors, TOP_K, lot, world.device)
+    searched = gather_objects(candidates(neighbours, rule))  # in rank order, hence in anchor order
 
     # one rank decides: whether a subgroup overlaps depends on all before it
     if world.rank == 0:

@@ -35,9 +35,7 @@ VAL_GROUPS = 250  # sets of 6 in the val split (the reported one): 1,500 picture
 TEST_GROUPS = 20  # sets of 6 in the test1 split (targets hidden, as CIRR hides them)
 QUERIES = 4  # queries a set in dev, val and test1
 CHAT = 2000  # captioned pictures for alignment (none of them is in another part)
-ENTRIES = (
-    0.0  # share of them whose caption is the catalogue's entry ("a red t-shirt for men") instead of the shop title
-)
+ENTRIES = 0.0  # share of them whose caption is the catalogue's entry ("a red t-shirt for men"), not the shop's title
 AUX = 3000  # pictures of the unlabelled auxiliary gallery
 FASHIONIQ = 12  # families of 6 per FashionIQ category and split
 

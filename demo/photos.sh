@@ -58,8 +58,8 @@ DTYPE=${DTYPE:-$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || 
 step() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - START)); }
 
 step "photographs: the catalogue laid out as benchmarks"
-[ -f $W/attributes.json ] || python demo/catalogue.py --data "$DATA" --out $W --seed $SEED --chat $CHAT --entries $ENTRIES --train $TRAIN \
-  --aux $AUX --dev_groups $DEV_GROUPS --val_groups $VAL_GROUPS
+[ -f $W/attributes.json ] || python demo/catalogue.py --data "$DATA" --out $W --seed $SEED --chat $CHAT --entries $ENTRIES \
+  --train $TRAIN --aux $AUX --dev_groups $DEV_GROUPS --val_groups $VAL_GROUPS
 
 step "1 align: the projection learns to say titles and entries"
 python vdg_align.py --vision $M/instructblip --llm "$LLM" --chat $W/chat/chat.json --images $W/chat/images \

@@ -250,7 +250,7 @@ def _exact_triton(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tenso
 
 def _lengths(x: Tensor) -> Tensor:
     """Lengths (N,) of the rows in float64, without a float64 copy of all of them."""
-    step = max(1, (1 << 26) // x.size(1))
+    step = max(1, EXACT_BLOCK[x.device.type] // x.size(1))
     parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in x.split(step)]
     return torch.cat(parts) if parts else x.new_empty(0, dtype=torch.float64)
 

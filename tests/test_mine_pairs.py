@@ -81,13 +81,14 @@ def rule(rows, top_k, max_score, min_gap, group, max_shared):
     return accepted, scores
 
 
-def stage_rule(embeddings, top_k, max_score, min_gap, group, max_shared, block=1024, cuts=1):
+def stage_rule(embeddings, top_k, max_score, min_gap, group, max_shared, cuts=1, lot=10_000):
     n = len(embeddings)
     found = []
     for cut in range(cuts):
         rows = range(n * cut // cuts, n * (cut + 1) // cuts)
         rule = mine_pairs.Rule(top_k, max_score, min_gap, group, max_shared)
-        found += mine_pairs.candidates(embeddings, rows, rule, block)[0]
+        neighbours = mine_pairs.nearest(embeddings, rows, top_k, lot, embeddings.device)
+        found += mine_pairs.candidates(neighbours, rule)[0]
     return mine_pairs.drop_overlapping(found, max_shared)
 
 
@@ -95,14 +96,15 @@ def stage_rule(embeddings, top_k, max_score, min_gap, group, max_shared, block=1
 @pytest.mark.parametrize(
     "arguments", [(20, 0.94, 0.002, 6, 3), (20, 0.9, 0.01, 6, 0), (7, 2.0, 0.0, 4, 4), (12, 0.8, 0.05, 3, 1)]
 )
-def test_rule_equals_brute_force(seed, arguments):
+def test_rule_equals_brute_force(seed, arguments, monkeypatch):
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(12, 10, generator=generator).repeat_interleave(9, 0)
     embeddings = torch.nn.functional.normalize(centres + 0.45 * torch.randn(108, 10, generator=generator), dim=1)
     embeddings[50:54] = embeddings[5]  # copies: ties, and near duplicates
     wanted, scores = rule(embeddings.tolist(), *arguments)
-    for block, cuts in ((1024, 1), (7, 3)):
-        got = stage_rule(embeddings, *arguments, block, cuts)
+    for block, cuts, lot in ((1024, 1, 108), (7, 3, 108), (7, 2, 13), (64, 1, 107)):
+        monkeypatch.setattr(mine_pairs, "BLOCK", block)
+        got = stage_rule(embeddings, *arguments, cuts, lot)
         assert [members for members, _ in got] == wanted
         for members, values in got:
             assert values == pytest.approx([1.0] + [scores[members[0]][m] for m in members[1:]], abs=1e-14)
@@ -178,7 +180,7 @@ def test_ranks_and_blocks_change_no_byte(zoo, gallery, tmp_path):
     mine(zoo, gallery, tmp_path / "one")
     mine(zoo, gallery, tmp_path / "blocks", block=5)
     run_ranks(2, lambda: (mine(zoo, gallery, tmp_path / "two"), 0)[1])
-    run_ranks(3, lambda: (mine(zoo, gallery, tmp_path / "three"), 0)[1])
+    run_ranks(3, lambda: (mine(zoo, gallery, tmp_path / "three", at_once=5), 0)[1])  # nor how many are searched at once
     for name in OUTPUTS:
         for other in ("blocks", "two", "three"):
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / other / name).read_bytes(), (other, name)

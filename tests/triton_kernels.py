@@ -12,6 +12,7 @@ from kernels import contrastive_triton
 from kernels import similarity_topk as topk
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
 from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk_reference
+from kernels.topk_blocks import topk_in_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 assert DEVICE == "cuda" or topk.INTERPRET, "set TRITON_INTERPRET=1, or on a GPU VDG_TEST_GPU=1"
@@ -78,6 +79,17 @@ def test_topk_of_a_gallery_by_the_upper_triangle_of_its_tiles(n, d, k, tile, mon
         wanted = similarity_topk_reference(gallery, gallery, k, own)
         assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
     assert True in tiles or n <= 128, "no tile served its columns"
+
+
+@pytest.mark.parametrize("rows, columns", [(64, 50), (200, 7)])
+def test_topk_in_blocks_of_a_gallery_on_the_host(rows, columns):
+    """On CUDA the next block is copied while one is worked on."""
+    gallery = unit(200, 40, 9).float()
+    gallery[90:120] = gallery[3]
+    wanted = similarity_topk_reference(gallery, gallery, 9, torch.arange(200))
+    lots = list(topk_in_blocks(gallery, range(200), 9, rows, columns, torch.device(DEVICE)))
+    assert torch.equal(torch.cat([lot[2] for lot in lots]).cpu(), wanted[1])
+    assert torch.equal(torch.cat([lot[1] for lot in lots]).cpu(), wanted[0])
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 64, 100, 257, 768, 2048])
