@@ -159,7 +159,7 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
     excluded = None if kept else torch.tensor(inside)
     reference = torch.tensor([place[q.reference] for q in benchmark.queries])
     truths = None
-    if benchmark.dataset in ("circo", "sessions") and target is not None:
+    if benchmark.dataset in ("circo", "sessions", "icir") and target is not None:
         rows = [[place[name] for name in q.extra["truths"]] for q in benchmark.queries]
         truths = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
     soft = soft_values = None
@@ -329,7 +329,8 @@ def measure(queries: torch.Tensor, images: torch.Tensor, at: Indices, first: tor
             if at.soft is not None:
                 soft.append(_ranks_within(among, others, at.soft[rows].to(scores.device)).cpu())
         if at.truths is not None:
-            each = [rank(scores, t, excluded).cpu() for t in at.truths[rows].to(scores.device).T]
+            known = at.truths[rows].to(scores.device).T  # (G, n); i-CIR's references lie outside the gallery
+            each = [rank(scores[:, : at.gallery], t, excluded).cpu() for t in known]
             truths.append(torch.where(at.truths[rows] >= 0, torch.stack(each, dim=1), -1))
     parts = [torch.cat(part) if part else None for part in (ranks, subset, truths, soft)]
     return Ranks(*parts, at.soft_values)
@@ -463,6 +464,8 @@ def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[s
         says = f'protocol "{protocol}": gallery = {which[protocol]}, minus the query\'s own reference'
     elif dataset == "sessions":
         says = f"each turn asked alone: gallery = {protocol}, minus the turn's own reference"
+    elif dataset == "icir":
+        says = "gallery = the database of the query's instance"
     elif dataset == "jsonl":
         says = f"one's own triplets: gallery = {protocol}, minus the query's own reference"
     else:
