@@ -42,7 +42,7 @@ from common.annotations import (
     without_unreadable,
 )
 from common.audit import Audited, audit, audit_tables, ways_alone
-from common.cir_model import find_again, read_settings, trained_on
+from common.cir_model import find_again, one_vector, read_settings, trained_on
 from common.console import UserError, run, say
 from common.copies import note_of_copies
 from common.encoding import Compute, encode
@@ -186,6 +186,7 @@ def load_system(device: torch.device) -> System:
 
 def halves_of(system: System, device: torch.device) -> dict[str, Way]:
     """--audit: the ways to ask with half of a query, by the frozen backbone of the system and by the system itself."""
+    one_vector(system.model, "--audit")
     if isinstance(system.model, Baseline):
         return ways_alone(None, system.model.model)
     build = find_again(read_settings(CHECKPOINT), CHECKPOINT, BACKBONE)

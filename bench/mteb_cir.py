@@ -130,6 +130,7 @@ def main() -> None:
         raise UserError(f"this wants MTEB ({fault}): pip install mteb") from None
     import torch
 
+    from common.cir_model import one_vector
     from common.encoding import Compute
     from train_cir import load_cir
 
@@ -138,6 +139,7 @@ def main() -> None:
     ENCODING["batch_size"] = given.batch
     compute = Compute.on(torch.device(given.device), given.dtype, given.batch, 0)
     model = load_cir(given.checkpoint, given.device, given.backbone)
+    one_vector(model, "bench/mteb_cir.py")
     encoder = CirEncoder(model, compute)
     if given.tasks:
         tasks = mteb.get_tasks(tasks=given.tasks.split(","))
