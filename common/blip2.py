@@ -143,12 +143,8 @@ def without_text(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def plain_pictures(preprocess: Preprocess) -> dict:
     """preprocessor_config.json of BlipImageProcessor; UserError where that would make other pixels."""
-    record = {"image_processor_type": "BlipImageProcessor", "do_convert_rgb": True, "do_resize": True}
-    record |= {"size": {"height": preprocess.size, "width": preprocess.size}, "resample": int(preprocess.resample)}
-    record |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-    record |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
-    again = Preprocess.from_config(record)
-    if again != preprocess or (again.table != preprocess.table).any():
+    record = preprocess.as_blip()
+    if record is None:
         raise UserError("--format blip2: BlipImageProcessor makes other pixels than this one; --format llama works")
     return record
 
