@@ -67,12 +67,12 @@ def merged(world: Path, out: Path, *flags: str) -> Path:
     return out
 
 
-def said_by_the_card(folder: Path, world: Path, dtype: str = '"auto"') -> list:
+def said_by_the_card(folder: Path, world: Path, dtype: str = '"auto"', said: int = SAID) -> list:
     """[texts, modules of ours, dtype of the model, dtype of its Q-Former]: the card's code run in its folder."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) <= 14 and "max_new_tokens=32" in code
     code = (
-        code.replace("max_new_tokens=32", f"max_new_tokens={SAID}").replace('dtype="auto"', f"dtype={dtype}") + DRIVER
+        code.replace("max_new_tokens=32", f"max_new_tokens={said}").replace('dtype="auto"', f"dtype={dtype}") + DRIVER
     )
     environment = {"PAIRS": str(world / "pairs.jsonl"), "IMAGES": str(world / "images"), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
