@@ -1,4 +1,4 @@
-"""Stage 6, evaluation [S4]: ranks a gallery for every query of CIRR, FashionIQ or CIRCO and reports recall or mAP.
+"""Stage 6, evaluation [S4]: ranks a gallery for every query of CIRR, FashionIQ, CIRCO, i-CIR; reports recall or mAP.
 
     python eval_cir.py --checkpoint out/cir --dataset cirr --root data/cirr --out out/eval
     torchrun --nproc_per_node 8 eval_cir.py --checkpoint out/cir --dataset fashioniq --root data/fashioniq
@@ -42,7 +42,7 @@ from common.annotations import (
     without_unreadable,
 )
 from common.audit import Audited, audit, audit_tables, ways_alone
-from common.cir_model import find_again, read_settings, trained_on
+from common.cir_model import find_again, one_vector, read_settings, trained_on
 from common.console import UserError, run, say
 from common.copies import note_of_copies
 from common.encoding import Compute, encode
@@ -58,6 +58,7 @@ from common.files import (
     write_text,
 )
 from common.flags import at_least, one_of, override
+from common.icir import icir_maps, read_icir
 from common.images import ImageStore, leave_out, list_images, unreadable
 from common.pretrained import model_kind
 from common.pseudo import Pseudo, read_pseudo, subgroup_ranks
@@ -95,7 +96,7 @@ BASELINE = ""  # no checkpoint: what plain BACKBONE finds by "image", "text", or
 BACKBONE = ""  # of BASELINE: folder or hub id of a CLIP or BLIP ITM model; empty: openai/clip-vit-large-patch14
 # With CHECKPOINT where its CLIP or BLIP lies now; empty: where it was, or beside the checkpoint.
 PAD = 0.0  # of BASELINE: black bars as train_cir.py --pad; a CHECKPOINT knows its own
-DATASET = "cirr"  # "cirr", "fashioniq", "circo"; ROOT a file: "jsonl" (own triplets) or "sessions" (CIRCLED's turns)
+DATASET = "cirr"  # "cirr", "fashioniq", "circo", "icir"; ROOT a file: "jsonl" (own triplets), "sessions" (CIRCLED's)
 ROOT = ""  # folder with captions/ and image_splits/ (circo: annotations/)
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
 SPLIT = "val"  # val; CIRR's test1 (or test) and CIRCO's test: the server's files
@@ -185,6 +186,7 @@ def load_system(device: torch.device) -> System:
 
 def halves_of(system: System, device: torch.device) -> dict[str, Way]:
     """--audit: the ways to ask with half of a query, by the frozen backbone of the system and by the system itself."""
+    one_vector(system.model, "--audit")
     if isinstance(system.model, Baseline):
         return ways_alone(None, system.model.model)
     build = find_again(read_settings(CHECKPOINT), CHECKPOINT, BACKBONE)
@@ -360,6 +362,8 @@ def numbers_of(result: Result) -> dict[str, float]:
     """All metrics of its protocol, in percent."""
     if DATASET == "sessions":
         return session_hits(result.benchmark, result.ranks)
+    if DATASET == "icir":
+        return icir_maps([result.ranks])
     return recalls(result.ranks, DATASET)
 
 
@@ -370,6 +374,8 @@ def report(results: list[Result], system: System, protocol: str) -> None:
         counts = {"queries": len(result.top), "gallery": result.at.gallery}
         parts.append({"category": result.benchmark.category, **counts, "metrics": numbers_of(result)})
     metrics = mean_recalls([part["metrics"] for part in parts], DATASET)
+    if DATASET == "icir":  # the mean over all queries is not that of the instances
+        metrics = icir_maps([result.ranks for result in results])
 
     split = results[0].benchmark.split.replace("held", "held-out")  # of one's own triplets that, or "all"
     headers, rows = [DATASET, *metrics, "queries", "gallery"], []
@@ -378,6 +384,9 @@ def report(results: list[Result], system: System, protocol: str) -> None:
         rows.append([part["category"] or split, *numbers, part["queries"], part["gallery"]])
     if DATASET == "fashioniq":
         rows.append(["mean", *metrics.values(), sum(part["queries"] for part in parts), ""])
+    if DATASET == "icir":  # 202 instances: each of them stands in metrics.json
+        totals = [sum(part[name] for part in parts) for name in ("queries", "gallery")]
+        rows = [[f"{len(parts):,} instances", *metrics.values(), *totals]]
     say(f"{DATASET} {split}, {protocol}\n{pages.text_table(rows, headers)}\n{system.name}: sha256 {system.sha256}")
 
     record = {"dataset": DATASET, "split": split, "protocol": protocol, "checkpoint": system.name}
@@ -396,7 +405,8 @@ def report(results: list[Result], system: System, protocol: str) -> None:
     write_jsonl(os.path.join(OUT, "found.jsonl"), [line for result in results for line in found_lines(result)])
     if SHOW:
         weights = f"Checkpoint {system.name}, sha256 {system.sha256}"
-        sections = [section for result in results for section in sections_of(result, SHOW)]
+        shown_each = max(1, SHOW // len(results)) if DATASET == "icir" else SHOW
+        sections = [section for result in results for section in sections_of(result, shown_each)]
         shown = [part for title, names, lines in tables for part in (pages.table(lines, names), title)]
         top = (f"{DATASET} {split}", *shown, weights)
         write_text(os.path.join(OUT, "index.html"), pages.page("What the model found", [top, *sections]))
@@ -407,7 +417,7 @@ def report(results: list[Result], system: System, protocol: str) -> None:
 
 
 def check_flags(world: World) -> None:
-    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", *_FILES), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
+    one_of(globals(), DATASET=("cirr", "fashioniq", "circo", "icir", *_FILES), CATEGORY=("all", *FASHIONIQ_CATEGORIES))
     one_of(globals(), JOIN=("forward", "reverse"))
     one_of(globals(), CIRR_PROTOCOL=("split", "references"), FASHIONIQ_PROTOCOL=("original", "val"))
     one_of(globals(), BASELINE=("", "image", "text", "sum"))
@@ -417,8 +427,8 @@ def check_flags(world: World) -> None:
         raise UserError("one query wants --reference, --text and --gallery together, and one process")
     if REVERSE_TEXT and not REVERSED:
         raise UserError("--reverse_text is the text of reversed queries: add --reversed")
-    if DATASET == "sessions" and (AUDIT or REVERSED or SCORE or RERANK):
-        raise UserError("--dataset sessions is measured as it is: no --audit, --reversed, --rerank or --score")
+    if DATASET in ("sessions", "icir") and (AUDIT or REVERSED or SCORE or RERANK):
+        raise UserError(f"--dataset {DATASET} is measured as it is: no --audit, --reversed, --rerank or --score")
     if AUDIT and (REVERSED or SCORE or FILTER or REFERENCE or BASELINE not in ("", "sum")):
         raise UserError("--audit asks forward queries of a benchmark, of a --checkpoint or of --baseline sum")
     if QUERIES and (SCORE or FILTER or REFERENCE):
@@ -476,6 +486,8 @@ def read_asked() -> list[Benchmark]:
     """The benchmarks, with the counts that were published, or one's own; with --check every image is looked at."""
     if DATASET == "sessions":
         benchmarks = [read_sessions(ROOT, IMAGES or None, GALLERY)]
+    elif DATASET == "icir":
+        benchmarks = read_icir(ROOT, IMAGES or None, OFFICIAL)
     elif DATASET == "jsonl":
         benchmarks = [read_own(ROOT, IMAGES or None, GALLERY, HOLD_OUT, "held", KEYS, POOL)]
         if not CHECK:  # which names all that is wrong
@@ -483,7 +495,7 @@ def read_asked() -> list[Benchmark]:
     else:
         benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol(), JOIN)
     complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt") if CHECK else ""
-    if OFFICIAL and DATASET not in _FILES:
+    if OFFICIAL and DATASET not in (*_FILES, "icir"):
         for benchmark in benchmarks:
             require_official(benchmark, gallery_protocol())
     if complaint:

@@ -45,7 +45,7 @@ from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
 from common.batches import ahead, chunks, gather_dealt, rank_batches, stop_together
 from common.browse import write_pages
 from common.console import UserError, progress, run, say, warn
-from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, row_key, start_engine
+from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, prompt_pieces, row_key, start_engine
 from common.exports import write_exports
 from common.files import (
     JsonlAppender,
@@ -58,6 +58,7 @@ from common.files import (
     write_jsonl,
 )
 from common.flags import at_least, override
+from common.hub import read_stage
 from common.images import ImageStore, check_report, load_pixels, safe_name, shown
 from common.llama import llm_shape
 from common.notes import respected
@@ -387,7 +388,7 @@ def start_vdg(todo: list[dict], images: ImageStore, dtype: torch.dtype, world: W
     plain = not config["quantize"]
     if MERGE and plain:
         vdg_tune.merge_lora(llm)
-    prompt, order = prompt_parts(vdg_tune.prompt_pieces(tokenizer, config["prompt"]))
+    prompt, order = prompt_parts(prompt_pieces(tokenizer, config["prompt"]))
     queries = encode_images(vision, images, names_of(todo), Path(OUT, "queries"), world)
 
     sampling = Sampling(tokenizer.eos_token_id, MAX_NEW, TEMPERATURE, TOP_K)
@@ -499,7 +500,7 @@ def plan(dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Bytes of the run by purpose, as it stands and with smaller batches; without a VDG those of the paper's."""
     tuned = {"llm": vdg_align.LLM, "vision": vdg_align.VISION, "quantize": "", "prompt": vdg_tune.PROMPT}
     if not (PLAN or CHECK) or os.path.exists(f"{VDG}/config.json"):
-        tuned = vdg_tune.read_stage(VDG, "tune", LLM, VISION)
+        tuned = read_stage(VDG, "tune", LLM, VISION)
     size = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
     return memory.generation(llm_shape(tuned["llm"]), tuned, vision_weights(tuned["vision"]), size, BATCH, MAX_NEW)
 

@@ -39,7 +39,7 @@ from PIL import Image
 
 from common.annotations import read_triplets
 from common.batches import chunks
-from common.cir_model import read_settings
+from common.cir_model import one_vector, read_settings
 from common.console import UserError, progress, run, say
 from common.encoding import Compute
 from common.files import file_sha256, lock_folder, read_json, read_jsonl, save_folder, sync, write_json, write_jsonl
@@ -100,7 +100,9 @@ _KEPT += " PAD TEXT_PROJ_LR ALPHA BETA TDM BIDIRECTIONAL REVERSED_TEXT REVERSED_
 def load_model(checkpoint: str, backbone: str, device) -> tuple[torch.nn.Module, dict]:
     """The CIR model and its config.json; without a checkpoint the sum of the backbone's features."""
     if checkpoint:
-        return load_cir(checkpoint, device, backbone), read_settings(checkpoint)
+        model = load_cir(checkpoint, device, backbone)
+        one_vector(model, "search.py")
+        return model, read_settings(checkpoint)
     kind = "blip_tdm" if model_kind(backbone, "--backbone") == "blip" else "sum"
     return Baseline(build_cir(kind, backbone).eval().to(device), "sum"), {"constants": {"MODEL": kind}}
 

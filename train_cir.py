@@ -3,7 +3,7 @@
     python train_cir.py --root data/cirr --pseudo out/deltas/pseudo.jsonl --pseudo_images data/nlvr2 --out out/cir
     torchrun --nproc_per_node 8 train_cir.py --model combiner --root data/cirr --images data/img_raw --out out/clip
 
-Reads triplets (CIRR, FashionIQ, jsonl), pseudo.jsonl of gen_deltas.py and a CLIP or BLIP ITM model.
+Reads triplets (CIRR, FashionIQ, jsonl), pseudo.jsonl of gen_deltas.py and a CLIP, SigLIP, BLIP or BLIP-2.
 Writes OUT/model.safetensors (trained weights only), OUT/config.json, OUT/log.jsonl, OUT/last/ (to resume).
 """
 
@@ -29,17 +29,19 @@ from common.encoding import Bank, Compute, TrainingImages, threads_of_rank
 from common.files import is_finished, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.images import augment
+from common.qformer import QformerCir
 from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from common.towers import build_towers, text_proj_apart
 from common.vision import fuse_attention, in_compute_dtype
 from kernels.contrastive import l_tcc_ranks
+from kernels.max_similarity import l_tcc_max_ranks
 from kernels.negatives import draw_candidates, draw_negatives
 from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
-MODEL = "blip_tdm"  # "blip_tdm" [S3.3]; CLIP, BLIP, SigLIP: "combiner", or "sum" of image and text (stage I of [Bi])
+MODEL = "blip_tdm"  # "blip_tdm" [S3.3]; "qformer" (BLIP-2, as SPRC); on CLIP, BLIP, SigLIP: "combiner", "sum" [Bi]
 BACKBONE = ""  # folder or hub id; empty: START's, or openai/clip-vit-large-patch14, Salesforce/blip-itm-large-coco
 START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)
@@ -117,7 +119,7 @@ CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those
 CHECK = False  # count triplets and images, name what is missing, stop
 
 _CLIP, _BLIP = "openai/clip-vit-large-patch14", "Salesforce/blip-itm-large-coco"
-_HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP}
+_HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP, "qformer": "Salesforce/blip2-itm-vit-g"}
 
 
 # ---- models ----
@@ -257,8 +259,12 @@ def build_cir(
     if model not in _HUB:
         raise UserError(f"--model {model}: one of {', '.join(_HUB)}")
     shared = (backbone or _HUB[model], text_length, train_text, directions)
-    built = BlipTdm(*shared, first_token, train_tdm_head) if model == "blip_tdm" else build_towers(*shared)
-    if model != "blip_tdm":
+    if model == "blip_tdm":
+        built = BlipTdm(*shared, first_token, train_tdm_head)
+    elif model == "qformer":
+        built = QformerCir(*shared)
+    else:
+        built = build_towers(*shared)
         d = built.width  # 0: the release's widths
         built.combiner = Combiner(d, p or d, h or 2 * d, dropout) if model == "combiner" else Sum()
     built.set_tau(tau, learn_tau)
@@ -297,7 +303,8 @@ def contrastive_loss(model: CirModel, x: Tensor, c: Tensor, batch: Batch, bank: 
     """Eq. 2, L_tcc: this rank's share."""
     hardness = float(BETA) if BETA != "auto" else 0.5 if MODEL == "blip_tdm" else 0.0
     others = bank.without(batch.targets) if bank else None
-    loss = functools.partial(l_tcc_ranks, tau=model.tau, alpha=ALPHA, beta=hardness, bank=others)
+    of_one = l_tcc_ranks if x.ndim == 2 else l_tcc_max_ranks  # a picture has several vectors
+    loss = functools.partial(of_one, tau=model.tau, alpha=ALPHA, beta=hardness, bank=others)
     n = BATCH if TRIPLETS else 0  # human rows
     if CONCAT or n in (0, len(x)):
         return loss(x, c, n)
@@ -352,8 +359,11 @@ def check_flags() -> None:
     at_least(globals(), BATCH=1, EPOCHS=0, STEPS=0, VIEWS=0, LOG_EVERY=1, SAVE_EVERY=1, VAL_EVERY=1, WORKERS=0)
     if PAD and not PAD >= 1:
         raise UserError(f"--pad {PAD}: wanted a ratio of the longer side to the shorter, 1 or more, or 0 for none")
-    if TEXT_PROJ_LR != 1 and MODEL == "blip_tdm":
-        raise UserError("--text_proj_lr is for --model sum or combiner on BLIP; blip_tdm trains all at one rate")
+    if TEXT_PROJ_LR != 1 and MODEL not in ("sum", "combiner"):
+        raise UserError(f"--text_proj_lr is for --model sum or combiner on BLIP; {MODEL} trains all at one rate")
+    if MODEL == "qformer" and (BIDIRECTIONAL or BANK):
+        what = "--bidirectional: no direction token" if BIDIRECTIONAL else "--bank: its pictures have several vectors"
+        raise UserError(f"--model qformer and {what}; leave it out, or take combiner, sum or blip_tdm")
     at_least(globals(), TEXT_PROJ_LR=0)
     at_least(globals(), TAU=1e-4, ALPHA=0, LR=0, WEIGHT_DECAY=0, BETAS=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0)
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)

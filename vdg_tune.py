@@ -6,7 +6,7 @@
 Reads OUT of vdg_align.py (it names the vision side and the LLM) and triplets: CIRR, FashionIQ, or a jsonl file.
 Writes OUT/adapter_model.safetensors and adapter_config.json (they load with peft), OUT/projection.safetensors,
 OUT/config.json, OUT/README.md (a model card), OUT/held_out.html (deltas beside the human ones), OUT/log.jsonl and
-OUT/last/ (training state: the same command resumes). --merge FOLDER makes a plain LLaMA of a finished OUT.
+OUT/last/ (training state: the same command resumes). --merge FOLDER makes a plain LLaMA, or a Blip-2, of OUT.
 """
 
 from common.flags import early_help
@@ -15,7 +15,6 @@ early_help(__name__, __file__)  # answers --help before torch is imported
 
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -29,14 +28,15 @@ from torch import nn
 import vdg_align
 from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
+from common.blip2 import write_blip2
 from common.console import UserError, progress, run, say, warn
-from common.decode import Sampling, describe, prompt_parts, start_engine
+from common.decode import Sampling, describe, prompt_parts, prompt_pieces, start_engine
 from common.disk import open_as_umask_says
 from common.exports import adapter_config
 from common.flags import at_least, below, constants_of, one_of, override, within
-from common.hub import locate, near
+from common.hub import near, read_stage
 from common.images import ImageStore, load_pixels, random_resized_crop
-from common.llama import answer_ids, llm_shape, load_llm, load_tokenizer, make_optimizer, tokenize
+from common.llama import answer_ids, empty_llm, llm_shape, load_llm, load_tokenizer, make_optimizer, read_llm
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
 from common.resume import resume_state
@@ -97,7 +97,8 @@ DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; trained weights stay fp32 [ours]
 SAVE_EVERY = 100  # steps between training states in OUT/last
 WORKERS = 8  # threads that decode images
-MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write that as a plain LLaMA into this folder, and stop
+MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write a plain Hugging Face model into this folder, stop
+FORMAT = "llama"  # of MERGE: "llama", the LLM alone, or "blip2", all of the VDG as a Blip2ForConditionalGeneration
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
@@ -148,8 +149,13 @@ def merge_lora(llm: nn.Module) -> None:
     for name, module in lora_modules(llm).items():
         assert type(module.base) is nn.Linear, "a quantised weight cannot take the update"
         weight = module.base.weight
-        weight.data = (weight.float() + module.scale * module.lora_B.float() @ module.lora_A.float()).to(weight.dtype)
+        weight.data = merged_weight(weight, module.lora_A, module.lora_B, module.scale)
         llm.set_submodule(name, module.base)
+
+
+def merged_weight(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """W (out, in), A (r, in), B (out, r) -> W + scale B A, added in fp32, in the dtype of W."""
+    return (weight.float() + scale * up.float() @ down.float()).to(weight.dtype)
 
 
 def adapter_tensors(llm: nn.Module) -> dict[str, torch.Tensor]:
@@ -198,17 +204,6 @@ def check_saved(llm: nn.Module, folder: str) -> None:
 
 
 # ---- prompt [Fig. 3] ----
-def prompt_pieces(tokenizer, prompt: str) -> list:
-    """The start token and the prompt as ids, "<reference>" and "<target>" left standing where the image tokens go."""
-    parts = re.split("(<reference>|<target>)", prompt)
-    if sorted(parts[1::2]) != ["<reference>", "<target>"]:
-        raise UserError(f"the prompt wants <reference> and <target> once each; found {parts[1::2]}")
-    pieces = [[tokenizer.bos_token_id]]
-    for part in parts:
-        pieces.append(part if part in ("<reference>", "<target>") else tokenize(tokenizer, part.strip(" ")))
-    return pieces
-
-
 def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> list:
     """Row for pack: prompt_pieces with the image tokens (Q, D) of one pair in their places."""
     images = {"<reference>": reference, "<target>": target}
@@ -227,41 +222,54 @@ def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: s
     return vision, llm.requires_grad_(False).eval(), tokenizer, config
 
 
-def write_merged(folder: str, out: str, dtype: str, llm: str = "") -> None:
-    """A checkpoint of this script -> a plain Hugging Face LLaMA with LoRA in its weights; dtype "auto": the LLM's own.
+def write_merged(folder: str, out: str, kind: str, dtype: str, llm: str = "", vision: str = "") -> None:
+    """A checkpoint of this script -> a folder of plain Hugging Face with LoRA in its weights; dtype "auto": the LLM's.
 
-    The projection is not in it: a LLaMA has no place for pictures. A quantised base is read in full precision."""
+    kind: "llama", without a place for pictures, or "blip2", the whole. A quantised base is read in full precision."""
     if os.path.exists(out):
         raise UserError(f"--merge {out} exists; name a new folder")
-    config = read_stage(folder, "tune", llm)
+    config = read_stage(folder, "tune", llm, vision)
     of_llm = read_config(config["llm"], ("llama",)).dtype
     precision = of_llm if dtype == "auto" and of_llm else ranks.pick_dtype(dtype, "cpu")
-    merged, tokenizer = load_llm(config["llm"], precision, "cpu")
-    load_adapter(merged, folder, config["lora"])
-    merge_lora(merged)
     aside = f"{out.rstrip('/')}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    merged.save_pretrained(aside, max_shard_size="5GB")
-    tokenizer.save_pretrained(aside)
+    (merge_llama if kind == "llama" else merge_blip2)(folder, config, aside, precision)
     open_as_umask_says(aside)
     os.rename(aside, out)
-    say(f"wrote {out}, a LLaMA with the LoRA of {folder} in its weights")
+    what = "a LLaMA" if kind == "llama" else "a Blip2ForConditionalGeneration"
+    say(f"wrote {out}, {what} with the LoRA of {folder} in its weights")
 
 
-def read_stage(folder: str, stage: str, llm: str = "", vision: str = "") -> dict:
-    """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune").
+def merge_llama(folder: str, config: dict, aside: str, dtype: torch.dtype) -> None:
+    merged, tokenizer = load_llm(config["llm"], dtype, "cpu")
+    load_adapter(merged, folder, config["lora"])
+    merge_lora(merged)
+    merged.save_pretrained(aside, max_shard_size="5GB")
+    tokenizer.save_pretrained(aside)
 
-    llm, vision: where the models that it stands on lie now; empty: where they were, or moved along with it."""
-    path = f"{folder}/config.json"
-    if not os.path.exists(path):
-        raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
-    config = files.read_saved_json(folder)
-    if not isinstance(config, dict) or config.get("stage") != stage:
-        raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
-    beside = config.get("near", {})
-    for model, now in (("llm", llm), ("vision", vision)):
-        config[model] = locate(config[model], folder, f"--{model}", now, beside.get(model, ""))
-    return config
+
+def merge_blip2(folder: str, config: dict, aside: str, dtype: torch.dtype) -> None:
+    """The LLM passes through one tensor at a time."""
+    tokenizer = load_tokenizer(config["llm"])
+    require_same(tokenizer, config, folder)
+    (shapes, of_llm), (checked, _) = (empty_llm(config["llm"], dtype) for _ in "ab")
+    load_adapter(checked, folder, config["lora"])  # its names and shapes
+    lora, scale = (
+        files.load_tensors(folder, "adapter_model.safetensors"),
+        config["lora"]["alpha"] / config["lora"]["rank"],
+    )
+
+    def weights():
+        for name, weight in read_llm(config["llm"], shapes, dtype, "cpu"):
+            part = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            if f"{part}A.weight" in lora:
+                weight = merged_weight(weight, lora[f"{part}A.weight"], lora[f"{part}B.weight"], scale)
+            yield name, weight
+
+    vision = VisionProjector(config["vision"], of_llm.hidden_size, "cpu", dtype)
+    load_projection(vision, folder)
+    pieces = prompt_pieces(tokenizer, config["prompt"])
+    write_blip2(aside, vision, of_llm, weights(), tokenizer, pieces, config, dtype)
 
 
 def load_projection(vision: VisionProjector, folder: str) -> None:
@@ -298,7 +306,7 @@ def check_flags() -> None:
     at_least(globals(), HELD_OUT=0, LORA_DROPOUT=0, BETAS=0)
     below(globals(), HELD_OUT=1, LORA_DROPOUT=1, BETAS=1)
     within(globals(), DECAY_AT=(0, 1), DECAY=(0, 1), SCALE=(0.01, 1), RATIO=(0.01, 100))
-    one_of(globals(), OPTIMIZER=("adamw", "adamw8bit"))
+    one_of(globals(), OPTIMIZER=("adamw", "adamw8bit"), FORMAT=("llama", "blip2"))
 
 
 def read_aligned() -> dict:
@@ -490,7 +498,7 @@ def main() -> None:
     dtype = ranks.pick_dtype(DTYPE, world.device)
     check_flags()
     if MERGE:
-        return write_merged(OUT, MERGE, DTYPE, LLM)
+        return write_merged(OUT, MERGE, FORMAT, DTYPE, LLM, VISION)
     aligned = read_aligned()
     options = memory_options(aligned, dtype)
     if PLAN:

@@ -37,6 +37,7 @@ class CirModel(nn.Module):
     the reference? (kernels/reversed.py); tau (): temperature of the losses, a parameter where it is learned."""
 
     directed = False
+    vectors = 1  # of a picture in a gallery; with more, target gives (B, vectors, d) and the best of them counts
 
     def set_tau(self, tau: float, learned: bool) -> None:
         if learned:
@@ -59,9 +60,10 @@ class CirModel(nn.Module):
         config = read_config(source, (wanted,), "--backbone")
         self.source = source
         self.backbone = load_model(kind, source, config, torch.float32, "--backbone", **how).requires_grad_(False)
-        self.tokenizer = read_tokenizer(source, config, config.text_config.vocab_size, "--backbone")
+        text = config.qformer_config if wanted == "blip-2" else config.text_config  # Blip-2's is that of another LLM
+        self.tokenizer = read_tokenizer(source, config, text.vocab_size, "--backbone")
         self.preprocess = Preprocess.from_folder(source, kind.__name__)
-        positions = self.backbone.config.text_config.max_position_embeddings
+        positions = text.max_position_embeddings
         if text_length > positions:
             raise UserError(f"--text_length {text_length}: the text encoder has {positions} positions")
         self.length = text_length or positions
@@ -103,6 +105,13 @@ class CirModel(nn.Module):
         """pixels (B, 3, S, S) -> tokens (B, ...), target (B, d) normalised."""
         tokens = self.tokens(pixels)
         return tokens, self.target(tokens)
+
+
+def one_vector(model: nn.Module, what: str) -> None:
+    """UserError where the model gives a picture several vectors, which `what` cannot use."""
+    count = getattr(getattr(model, "model", model), "vectors", 1)  # eval_cir.py wraps a plain backbone
+    if count > 1:
+        raise UserError(f"{what} wants one vector a picture, --model qformer has {count}; take another checkpoint")
 
 
 # ---- a checkpoint's config.json ----
@@ -197,7 +206,7 @@ def frozen_sha256(model: CirModel, words: bool = True, held: Container[str] | No
 
 
 def _shaping_of(config) -> str:
-    parts = (config, config.text_config, config.vision_config)
+    parts = [config, config.text_config, config.vision_config, *filter(None, [getattr(config, "qformer_config", None)])]
     return repr([[getattr(part, name, None) for name in _SHAPING] for part in parts])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common.console import UserError
-from common.llama import attention, run_layers
+from common.llama import attention, run_layers, tokenize
 from common.pages import clean
 
 FEWEST = 8  # rows decoded together: MKL's products of fewer than four add up in another order on AMD
@@ -112,6 +112,17 @@ def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch
         return attention(q, keys[:, :stop], values[:, :stop], mask)
 
     return llm.lm_head(run_layers(llm, x, places, attend, (slice(None), -1)))
+
+
+def prompt_pieces(tokenizer, prompt: str) -> list:
+    """The start token and the prompt as ids, "<reference>" and "<target>" left standing where the image tokens go."""
+    parts = re.split("(<reference>|<target>)", prompt)
+    if sorted(parts[1::2]) != ["<reference>", "<target>"]:
+        raise UserError(f"the prompt wants <reference> and <target> once each; found {parts[1::2]}")
+    pieces = [[tokenizer.bos_token_id]]
+    for part in parts:
+        pieces.append(part if part in ("<reference>", "<target>") else tokenize(tokenizer, part.strip(" ")))
+    return pieces
 
 
 def prompt_parts(pieces: list) -> tuple[list[list[int]], list[str]]:

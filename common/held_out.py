@@ -77,5 +77,6 @@ Trained for {trained}, seed {config["seed"]}. {measured}
 - `config.json`: models, LoRA and the prompt, in which `<reference>` and `<target>` stand for the image tokens
 
 `python gen_deltas.py --vdg FOLDER --pairs pairs.jsonl --images FOLDER` writes deltas; `python vdg_tune.py --out FOLDER
---merge LLAMA` folds LoRA into the LLM. The licences of the LLM, of the vision model and of the triplets apply.
+--merge LLAMA` folds LoRA into the LLM; with `--format blip2` all of it becomes a Blip-2 of plain transformers. The
+licences of the LLM, of the vision model and of the triplets apply.
 """

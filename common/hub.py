@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from common.console import UserError
+from common.files import read_saved_json
 
 _PATIENCE = 5.0  # seconds for the hub's first answer; after that the cache alone is asked [ours: no 32 s of retries]
 _LFS = b"version https://git-lfs"  # how the text file starts that git leaves in place of a large file
@@ -151,6 +152,22 @@ def locate(saved: str, checkpoint: str | os.PathLike, flag: str, override: str =
         if os.path.isdir(folder):
             return os.path.abspath(folder)
     raise UserError(f"{checkpoint} stands on the model in {saved}, which is not there; name its new place by {flag}")
+
+
+def read_stage(folder: str, stage: str, llm: str = "", vision: str = "") -> dict:
+    """config.json of a checkpoint of ours, which must be of that stage ("align" or "tune").
+
+    llm, vision: where the models that it stands on lie now; empty: where they were, or moved along with it."""
+    path = f"{folder}/config.json"
+    if not os.path.exists(path):
+        raise UserError(f"{path} not found; wanted a finished checkpoint of vdg_{stage}.py")
+    config = read_saved_json(folder)
+    if not isinstance(config, dict) or config.get("stage") != stage:
+        raise UserError(f"{path}: not a checkpoint of vdg_{stage}.py")
+    beside = config.get("near", {})
+    for model, now in (("llm", llm), ("vision", vision)):
+        config[model] = locate(config[model], folder, f"--{model}", now, beside.get(model, ""))
+    return config
 
 
 def card_name(source: str) -> str:

@@ -384,6 +384,15 @@ class Preprocess:
             raise UserError(f'{path}: "resample" is {shown(resample)}, wanted a number of Pillow, 0 to 5')
         return cls(size, edge, keep_ratio, resample, mean, std, table)
 
+    def as_blip(self) -> dict | None:
+        """preprocessor_config.json of transformers' BlipImageProcessor; None where that would make other pixels."""
+        record = {"image_processor_type": "BlipImageProcessor", "do_convert_rgb": True, "do_resize": True}
+        record |= {"size": {"height": self.size, "width": self.size}, "resample": int(self.resample)}
+        record |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        record |= {"image_mean": list(self.mean), "image_std": list(self.std)}
+        again = Preprocess.from_config(record)
+        return record if again == self and (again.table == self.table).all() else None
+
     def __call__(self, image: Image.Image) -> "torch.Tensor":
         """RGB picture of any size -> (3, S, S)."""
         import torch

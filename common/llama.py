@@ -27,28 +27,42 @@ def load_llm(name: str, dtype: torch.dtype, device: torch.device | str, quantize
     if quantize not in ("", "int8", "nf4"):
         raise UserError(f'quantize is {quantize!r}; "", "int8" or "nf4" is wanted')
     tokenizer = load_tokenizer(name, flag)
-    config = read_config(name, ("llama",), flag)
-    how = {"attn_implementation": "sdpa", "dtype": dtype, "trust_remote_code": False}
-    llm = build_empty(AutoModelForCausalLM.from_config, name, flag, config, **how)
-    shapes = {key: weight.shape for key, weight in llm.named_parameters()}  # a tied lm_head.weight is not listed
-    tied = {"lm_head.weight": shapes["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
+    llm, config = empty_llm(name, dtype, flag)
     convert = quantizer(llm, quantize, dtype, device) if quantize else None
-    head = None  # older checkpoints store a tied one as well, and inv_freq
-    for key, tensor in read_exactly(name, shapes, optional=tied, ignored=("rotary_emb.inv_freq",), flag=flag):
-        tensor = tensor.to(device).to(dtype)  # in this order: a GPU converts in no time, one thread of the host in 30 s
-        if key in tied:
-            head = tensor
-            continue
+    for key, tensor in read_llm(name, llm, dtype, device, flag):
         path, leaf = key.rsplit(".", 1)
         module = llm.get_submodule(path)
         weight = convert(module, leaf, tensor) if convert else None
         module._parameters[leaf] = nn.Parameter(tensor) if weight is None else weight
-    if head is not None and not torch.equal(head, llm.get_input_embeddings().weight):
-        wanted = 'set "tie_word_embeddings" to false, or remove lm_head.weight'
-        raise UserError(f"{shown(name, flag)}: config.json ties lm_head to the embeddings, its files do not: {wanted}")
     llm.tie_weights()
     llm.model.rotary_emb = type(llm.model.rotary_emb)(config).to(device)  # its buffers are in no file, fp32
     return llm.requires_grad_(False).eval(), tokenizer
+
+
+def empty_llm(name: str, dtype: torch.dtype, flag: str = "--llm") -> tuple:
+    """-> a LLaMA as shapes alone, and its config."""
+    config = read_config(name, ("llama",), flag)
+    how = {"attn_implementation": "sdpa", "dtype": dtype, "trust_remote_code": False}
+    return build_empty(AutoModelForCausalLM.from_config, name, flag, config, **how), config
+
+
+def read_llm(name: str, llm: nn.Module, dtype: torch.dtype, device: torch.device | str, flag: str = "--llm"):
+    """Yields (key, tensor) of each weight of an empty_llm, one at a time, on the device in dtype; a tied head once.
+
+    UserError after the last where the files hold another head than the embeddings that config.json ties it to."""
+    shapes = {key: weight.shape for key, weight in llm.named_parameters()}  # a tied lm_head.weight is not listed
+    words, head = "model.embed_tokens.weight", "lm_head.weight"
+    tied = {head: shapes[words]} if llm.config.tie_word_embeddings else {}
+    both = {}  # older checkpoints store a tied one as well, and inv_freq
+    for key, tensor in read_exactly(name, shapes, optional=tied, ignored=("rotary_emb.inv_freq",), flag=flag):
+        tensor = tensor.to(device).to(dtype)  # in this order: a GPU converts in no time, one thread of the host in 30 s
+        if tied and key in (words, head):
+            both[key] = tensor
+        if key not in tied:
+            yield key, tensor
+    if head in both and not torch.equal(*both.values()):
+        wanted = 'set "tie_word_embeddings" to false, or remove lm_head.weight'
+        raise UserError(f"{shown(name, flag)}: config.json ties lm_head to the embeddings, its files do not: {wanted}")
 
 
 def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.device | str):

@@ -68,6 +68,8 @@ def subgroup_ranks(model: torch.nn.Module, benchmark: Benchmark, compute: Comput
     ranks = []
     for query, c in zip(benchmark.queries, queries, strict=True):
         others = [name for name in query.members if name not in (query.reference, query.target)]
-        scores = (images[[row[place[name]] for name in (query.target, *others)]] * c).sum(1)
+        # picture by picture, so that equal ones tie; of one with several vectors the best
+        rows = [row[place[name]] for name in (query.target, *others)]
+        scores = (images[rows] * c).sum(-1).reshape(len(rows), -1).amax(1)
         ranks.append(int((scores >= scores[0]).sum()))
     return ranks

@@ -18,6 +18,7 @@ from common.encoding import Compute, encode
 from common.images import ImageStore, shown
 from common.ranks import gather_objects
 from common.triplets import Triplet
+from kernels.max_similarity import max_scores
 
 CIRR_KS, SUBSET_KS, FASHIONIQ_KS, CIRCO_KS = (1, 5, 10, 50), (1, 2, 3), (10, 50), (5, 10, 25, 50)
 SECOND_FIRST = "the second caption first"  # what a protocol says of FashionIQ's captions with --join reverse
@@ -66,17 +67,17 @@ def average_precision(ranks: torch.Tensor, k: int) -> torch.Tensor:
 def score_blocks(
     queries: torch.Tensor, images: torch.Tensor, first: torch.Tensor | None = None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """queries (N, D) @ images (M, D).T in float32, some rows at a time: (rows, (n, M)).
+    """queries (N, D) @ images (M, D).T in float32, some rows at a time: (rows, (n, M)); of images (M, Q, D) the best.
 
     first (N, K): columns that a re-ranking put ahead of all others, best first."""
-    block = max(1, min(512, 2**25 // max(1, len(images))))  # 128 MiB of scores at most
+    block = max(1, min(512, 2**25 // max(1, images[..., 0].numel())))  # 128 MiB of scores at most
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 keeps 10 bits: near ties would change places
     try:
         with torch.autocast(queries.device.type, enabled=False):
             for start in range(0, len(queries), block):
                 rows = slice(start, min(start + block, len(queries)))
-                scores = queries[rows].float() @ images.float().T
+                scores = max_scores(images.float(), queries[rows].float())
                 if first is not None:
                     above = 3 - torch.arange(first.shape[1], device=scores.device) / first.shape[1]  # cosines end at 1
                     scores.scatter_(1, first[rows].to(scores.device), above.expand(len(scores), -1))
@@ -159,7 +160,7 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
     excluded = None if kept else torch.tensor(inside)
     reference = torch.tensor([place[q.reference] for q in benchmark.queries])
     truths = None
-    if benchmark.dataset in ("circo", "sessions") and target is not None:
+    if benchmark.dataset in ("circo", "sessions", "icir") and target is not None:
         rows = [[place[name] for name in q.extra["truths"]] for q in benchmark.queries]
         truths = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
     soft = soft_values = None
@@ -273,17 +274,17 @@ def rerank(
 
 
 def _merge(rows: list, what: str, title: str) -> torch.Tensor:
-    """(row, embedding) of all ranks -> (rows, D) in order, normalised; every row must be there once and finite."""
+    """(row, embedding) of all ranks -> (rows, ..., D) in order, normalised; every row must be there once and finite."""
     mine = (torch.tensor([i for i, _ in rows]), torch.stack([x for _, x in rows]) if rows else None)
     parts = [(index, x) for index, x in gather_objects(mine) if x is not None]
     index, x = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     order = index.argsort()
     assert torch.equal(index[order], torch.arange(len(index))), f"a {what} embedding is lost or doubled"
     x = x[order]
-    bad = (~torch.isfinite(x).all(1)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(f"{title}: {len(bad)} {what} embeddings are not finite, first {bad[0]}")
-    return F.normalize(x, dim=1)
+    return F.normalize(x, dim=-1)
 
 
 def shortlist(
@@ -329,7 +330,8 @@ def measure(queries: torch.Tensor, images: torch.Tensor, at: Indices, first: tor
             if at.soft is not None:
                 soft.append(_ranks_within(among, others, at.soft[rows].to(scores.device)).cpu())
         if at.truths is not None:
-            each = [rank(scores, t, excluded).cpu() for t in at.truths[rows].to(scores.device).T]
+            known = at.truths[rows].to(scores.device).T  # (G, n); i-CIR's references lie outside the gallery
+            each = [rank(scores[:, : at.gallery], t, excluded).cpu() for t in known]
             truths.append(torch.where(at.truths[rows] >= 0, torch.stack(each, dim=1), -1))
     parts = [torch.cat(part) if part else None for part in (ranks, subset, truths, soft)]
     return Ranks(*parts, at.soft_values)
@@ -463,6 +465,8 @@ def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[s
         says = f'protocol "{protocol}": gallery = {which[protocol]}, minus the query\'s own reference'
     elif dataset == "sessions":
         says = f"each turn asked alone: gallery = {protocol}, minus the turn's own reference"
+    elif dataset == "icir":
+        says = "gallery = the database of the query's instance"
     elif dataset == "jsonl":
         says = f"one's own triplets: gallery = {protocol}, minus the query's own reference"
     else:

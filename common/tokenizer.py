@@ -16,7 +16,11 @@ from common.files import read_json
 from common.hub import checkpoint_file, shown
 from common.pretrained import quiet
 
-_SPELLED = {"clip": ("vocab.json", "merges.txt"), "blip": ("vocab.txt",)}  # what does in place of tokenizer.json
+_SPELLED = {
+    "clip": ("vocab.json", "merges.txt"),
+    "blip": ("vocab.txt",),
+    "blip-2": ("vocab.txt",),
+}  # what does in place of tokenizer.json
 _FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
     "chat_template.jinja".split()

@@ -53,11 +53,15 @@ from kernels.similarity_topk import INTERPRET, full_precision
 
 def hn_nce_reference(x, c, positive, tau, alpha=1.0, beta=0.0, detach_weights=False):
     """The definition with the whole (N, M) matrix and autograd; same arguments and results as hn_nce."""
-    s = x @ c.T / tau
-    own = torch.nn.functional.one_hot(positive, len(c)).bool()  # (N, M)
+    return hn_nce_of_scores(x @ c.T / tau, positive, alpha, beta, detach_weights)
+
+
+def hn_nce_of_scores(s, positive, alpha=1.0, beta=0.0, detach_weights=False):
+    """The same of scores s (N, M), already divided by tau, however they came about."""
+    own = torch.nn.functional.one_hot(positive, s.shape[1]).bool()  # (N, M)
     s_own = s[own]
     losses = []
-    for dim, count in ((1, len(c) - own.sum(1)), (0, len(x) - own.sum(0))):
+    for dim, count in ((1, s.shape[1] - own.sum(1)), (0, s.shape[0] - own.sum(0))):
         weights = (beta * s).masked_fill(own, -torch.inf)
         weights = count.to(s.dtype).log().unsqueeze(dim) + weights - weights.logsumexp(dim, keepdim=True)
         weights = weights.detach() if detach_weights else weights

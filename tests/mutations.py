@@ -182,6 +182,35 @@ VARIANTS = (
         "row_key(SEED, number, direction) for number, _ in enumerate(batch)",
         (f"{GEN}::test_batch_size_and_order_change_no_byte",),
     ),
+    # ---- what others take over ----
+    Variant(
+        "a Blip-2 without the LoRA of one linear",
+        "vdg_tune.py",
+        'if f"{part}A.weight" in lora:',
+        'if f"{part}A.weight" in lora and "v_proj" not in part:',
+        ("test_blip2.py::test_fifty_greedy_texts_equal_plain_transformers",),
+    ),
+    Variant(
+        "places of i-CIR count pictures outside the database",
+        "common/retrieval.py",
+        "each = [rank(scores[:, : at.gallery], t, excluded).cpu() for t in known]",
+        "each = [rank(scores, t, excluded).cpu() for t in known]",
+        ("test_icir.py::test_an_evaluation_equals_brute_force",),
+    ),
+    Variant(
+        "the mean of a picture's vectors",
+        "kernels/max_similarity.py",
+        ".amax(2)",
+        ".mean(2)",
+        ("test_qformer.py::test_gallery_features_are_hugging_faces",),
+    ),
+    Variant(
+        "SPRC's second pass sees the reference",
+        "common/qformer.py",
+        "through_qformer(self.backbone.qformer, again, q, mask)",
+        "through_qformer(self.backbone.qformer, again, q, mask, tokens)",
+        ("test_qformer.py::test_queries_are_hugging_faces_modules_one_text_at_a_time",),
+    ),
     # ---- losses ----
     Variant(
         "per-rank mean loss of stage 1",
@@ -303,8 +332,8 @@ VARIANTS = (
     Variant(
         "bf16 ranking",
         "common/retrieval.py",
-        "scores = queries[rows].float() @ images.float().T",
-        "scores = (queries[rows].bfloat16() @ images.bfloat16().T).float()",
+        "scores = max_scores(images.float(), queries[rows].float())",
+        "scores = max_scores(images.bfloat16(), queries[rows].bfloat16()).float()",
         (f"{EVAL}::test_blocks_cover_every_query_once",),
     ),
     Variant(

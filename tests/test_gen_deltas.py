@@ -25,7 +25,18 @@ import vdg_tune
 from common import decode
 from common.annotations import FASHIONIQ_CATEGORIES, read_fashioniq, training_triplets
 from common.console import UserError, run
-from common.decode import FEWEST, Sampling, choose, mix, prompt_parts, row_key, signed, start_engine, text_of
+from common.decode import (
+    FEWEST,
+    Sampling,
+    choose,
+    mix,
+    prompt_parts,
+    prompt_pieces,
+    row_key,
+    signed,
+    start_engine,
+    text_of,
+)
 from common.files import load_tensors, read_json, read_jsonl, save_folder
 from common.flags import constants_of, override
 from common.images import ImageStore, load_pixels
@@ -168,7 +179,7 @@ def test_greedy_tokens_equal_those_of_generate(vdg, mined, monkeypatch, fixed):
 
     fixed: the step that a GPU replays as a graph, its shapes independent of the position, here run kernel by kernel."""
     vision, llm, tokenizer, config = vdg_tune.load_vdg(str(vdg), "cpu", torch.float32)
-    pieces = vdg_tune.prompt_pieces(tokenizer, config["prompt"])
+    pieces = prompt_pieces(tokenizer, config["prompt"])
     pairs = read_jsonl(mined / "pairs.jsonl")
     images = ImageStore(mined / "images")
     names = sorted({pair["reference"] for pair in pairs} | {pair["target"] for pair in pairs})

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from test_blip2 import plain, said_by_the_card
 from test_vdg_align import records
 
 import vdg_align
@@ -76,7 +77,7 @@ def command(name: str, *argv: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def road(smollm2, tmp_path_factory) -> Path:
-    """align/ of 24 captions, vdg/ of 24 triplets (8 held out), deltas/ of 50 pairs, merged/: three minutes."""
+    """align/ of 24 captions, vdg/ of 24 triplets (8 held out), deltas/ of 50 pairs, merged/, blip2/: three minutes."""
     out = tmp_path_factory.mktemp("road")
     drawn = out / "world"
     world.write_world(str(drawn), 5, train=32, dev=1, val=6, test=1, queries=9, chat=24, aux=1, fashioniq=1)
@@ -100,6 +101,7 @@ def road(smollm2, tmp_path_factory) -> Path:
     run = ["--temperature", 0, "--max_new", SAID, "--batch", 16]
     command("gen_deltas", "--vdg", out / "vdg", *pairs, *run, *HOW, "--out", out / "deltas")
     command("vdg_tune", "--out", out / "vdg", "--merge", out / "merged", "--dtype", "fp32")
+    command("vdg_tune", "--out", out / "vdg", "--merge", out / "blip2", "--format", "blip2", "--dtype", "fp32")
     return out
 
 
@@ -206,3 +208,14 @@ def test_greedy_deltas_equal_generate(smollm2, road):
         wanted.append(" ".join(theirs.words.decode(ids, skip_special_tokens=True).split()))
     assert len(said) == 50 and len(set(wanted)) > 10
     assert [pair["delta"] for pair in said] == wanted
+
+
+def test_blip2_of_plain_transformers_says_the_same(road, tmp_path):
+    """50 pairs by the lines of the exported folder's card, in a process of their own: tied embeddings, ByteLevel."""
+    said, images = read_jsonl(road / "deltas/pseudo.jsonl"), read_cirr(str(road / "world/cirr"), "val").images
+    write_jsonl(tmp_path / "pairs.jsonl", [{key: pair[key] for key in ("reference", "target")} for pair in said])
+    (tmp_path / "images").mkdir()
+    for name in {name for pair in said for name in (pair["reference"], pair["target"])}:
+        (tmp_path / "images" / name).symlink_to(os.path.abspath(images.path(name)))
+    texts, ours, *_ = said_by_the_card(road / "blip2", tmp_path, said=SAID)
+    assert ours == [] and plain(texts) == [pair["delta"] for pair in said]

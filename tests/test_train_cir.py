@@ -604,7 +604,7 @@ def test_only_a_learned_temperature_is_clamped_and_it_does_not_decay(zoo, monkey
 
 def test_wrong_flags_are_one_line(world, zoo, tmp_path):
     for flags, words in (
-        ({"model": "blip"}, "--model blip: wanted combiner, sum or blip_tdm; meant blip_tdm"),
+        ({"model": "blip"}, "--model blip: wanted combiner, sum, blip_tdm or qformer; meant blip_tdm"),
         ({"beta": "hard"}, "--beta hard"),
         ({"reversed_text": "words"}, "--reversed_text words"),
         ({"steps": -5}, "--steps -5: wanted 0 or more"),

@@ -22,7 +22,7 @@ from common import held_out, llama, memory, ranks
 from common.annotations import training_triplets
 from common.batches import training_steps
 from common.console import UserError
-from common.decode import text_of
+from common.decode import prompt_pieces, text_of
 from common.files import read_json, save_folder
 from common.flags import read_flags
 from common.images import load_pixels
@@ -85,7 +85,7 @@ def test_outputs_and_gradients_equal_peft(zoo, tmp_path):
     vision = vdg_align.VisionProjector(str(zoo / "instructblip"), 64)
     projection = torch.nn.Linear(24, 64)
     projection.load_state_dict(vision.projection.state_dict())
-    pieces = vdg_tune.prompt_pieces(tokenizer, vdg_tune.PROMPT)
+    pieces = prompt_pieces(tokenizer, vdg_tune.PROMPT)
     queries = torch.randn(3, 2, 32, 24)
     answers = [answer_ids(tokenizer, text) for text in ("make it red", "x", "two cats on the table")]
     batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers)
@@ -196,7 +196,7 @@ def test_dropout_is_on_the_input_of_a_alone_and_only_in_training(zoo):
 
 def test_prompt_is_figure_3(zoo):
     tokenizer = load_tokenizer(str(zoo / "llama"))
-    pieces = vdg_tune.prompt_pieces(tokenizer, vdg_tune.PROMPT)
+    pieces = prompt_pieces(tokenizer, vdg_tune.PROMPT)
     text = [piece if isinstance(piece, str) else tokenizer.decode(piece) for piece in pieces]
     assert text == [
         "<s>",
@@ -211,7 +211,7 @@ def test_prompt_is_figure_3(zoo):
     assert [p is q for p, q in zip(vdg_tune.delta_row(pieces, a, b), pieces, strict=True)].count(False) == 2
     assert vdg_tune.delta_row(pieces, a, b)[2] is a and vdg_tune.delta_row(pieces, a, b)[4] is b
     with pytest.raises(UserError, match="once each"):
-        vdg_tune.prompt_pieces(tokenizer, "Reference: <reference>\nResponse:")
+        prompt_pieces(tokenizer, "Reference: <reference>\nResponse:")
 
 
 @pytest.mark.parametrize("views", ["0", "2"])
@@ -267,7 +267,7 @@ def test_load_vdg_gives_the_held_out_loss_of_the_run(whole, flags):
     held = [triplets[i] for i in chosen]
     pixels = load_pixels(images, [n for t in held for n in (t.reference, t.target)], vision.preprocess)
     answers = [answer_ids(tokenizer, t.delta) for t in held]
-    pieces = vdg_tune.prompt_pieces(tokenizer, config["prompt"])
+    pieces = prompt_pieces(tokenizer, config["prompt"])
     queries = vision.queries(pixels).unflatten(0, (2, 2))
     with torch.no_grad():
         batch = vdg_tune.delta_batch(llm, vision, pieces, queries, answers)
@@ -312,7 +312,7 @@ def test_a_tree_batch_gives_the_gradients_of_lora_and_projection(zoo):
     llm, tokenizer = adapted(zoo)
     torch.manual_seed(0)
     vision = vdg_align.VisionProjector(str(zoo / "instructblip"), 64)
-    pieces = vdg_tune.prompt_pieces(tokenizer, vdg_tune.PROMPT)
+    pieces = prompt_pieces(tokenizer, vdg_tune.PROMPT)
     images = torch.randn(7, 32, 24)
     queries = torch.stack([torch.stack([images[i], images[j]]) for i, j in ((0, 2), (0, 3), (1, 4), (0, 5), (1, 6))])
     texts = ("make it red", "x", "two cats", "a dog", "make it red")
@@ -386,7 +386,7 @@ def test_held_out_deltas_are_shown_and_counted(whole, flags):
     triplets, images = training_triplets("jsonl", flags[5], "train", images=flags[7])
     chosen = sorted(seeded_rng("held out", 0).permutation(12).tolist()[:2])
     held, rest = [triplets[i] for i in chosen], [t for i, t in enumerate(triplets) if i not in chosen]
-    pieces, embed, said = vdg_tune.prompt_pieces(tokenizer, config["prompt"]), llm.get_input_embeddings(), []
+    pieces, embed, said = prompt_pieces(tokenizer, config["prompt"]), llm.get_input_embeddings(), []
     for t in held:
         with torch.no_grad():
             tokens = vision(vision.queries(load_pixels(images, [t.reference, t.target], vision.preprocess)))
