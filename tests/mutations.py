@@ -325,9 +325,16 @@ VARIANTS = (
     Variant(
         "bf16 mining",
         "mine_pairs.py",
-        "embeddings = load_embeddings(OUT).to(world.device)",
-        "embeddings = load_embeddings(OUT).to(world.device).bfloat16().float()",
+        "embeddings = load_embeddings(OUT)  # (N, D), mapped",
+        "embeddings = load_embeddings(OUT).bfloat16().float()",
         (f"{MINE}::test_end_to_end",),
+    ),
+    Variant(
+        "a pair's own block",
+        "kernels/topk_blocks.py",
+        "itself = torch.where((itself >= 0) & (itself < len(block)), itself, -1)",
+        "itself = torch.where(itself >= 0, itself.clamp(max=len(block) - 1), -1)",
+        ("test_topk_blocks.py::test_against_float64",),
     ),
     Variant(
         "bf16 ranking",
