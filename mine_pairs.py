@@ -78,6 +78,7 @@ DEVICE = "auto"  # "auto", "cpu" or "cuda"
 WORKERS = 8  # threads that read and decode pictures
 BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU; pairs whose score is computed at once
 AT_ONCE = 0  # pictures searched for, and among, at a time; 0 = all where memory has room, which halves the work
+PLAN = 0  # only say what so many pictures would take on 1, 8 and 64 GPUs: disk, memory, time of the search; then stop
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the pictures: counts of expected, present and unreadable ones, then stop
 
@@ -457,11 +458,24 @@ def draw(subgroups: list[dict], counts: dict[str, int], images: ImageStore) -> N
     write_text(f"{OUT}/subgroups.html", pages.page("Mined subgroups", [("Counts", table), title, *strips]))
 
 
+def say_plan(count: int, width: int = 2048) -> None:
+    """What `count` pictures would take, by arithmetic; width: of ResNet-152's embeddings. The search goes at the rate
+    of the one that was measured (an H200, 102,436 pictures in 94 ms: docs/measured.md); in lots as fast [a guess]."""
+    rate, whole = 102_436**2 * 2048 / 0.094, count * (48 * 64 + 6 * width) / 2**30
+    say(f"{4 * count * width / 2**30:12,.1f} GiB  embeddings on disk; embedding the pictures was not measured on a GPU")
+    say(f"{count * 1024 / 2**30:12,.1f} GiB  names, hashes and subgroups in host memory, about 1 KB a picture")
+    say(f"{whole:12,.1f} GiB  on each GPU for the search in one piece; with less than twice that, it goes in lots")
+    for gpus in (1, 8, 64):
+        once = gpus == 1 and whole <= 70  # a gallery against itself scores a pair once; against a part of it twice
+        seconds = (1 if once else 2) * count**2 * width / rate / gpus
+        say(f"{seconds / 3600:12,.3f} h    search on {gpus} GPU{'s' * (gpus > 1)}")
+
+
 # ---- the run ----
 def check_flags() -> None:
     if GROUP < 3 or TOP_K < GROUP - 1:
         raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    at_least(globals(), BATCH=1, BLOCK=1, AT_ONCE=0)
+    at_least(globals(), BATCH=1, BLOCK=1, AT_ONCE=0, PLAN=0)
 
 
 def check_pictures(names: list[str], images: ImageStore) -> None:
@@ -480,6 +494,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_flags()
+    if PLAN:
+        return say_plan(PLAN)
     world = init_world(DEVICE)
     names, images = list_images(IMAGES), ImageStore(IMAGES, own=True)
     if CHECK:

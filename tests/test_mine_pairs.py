@@ -400,3 +400,12 @@ def test_other_mistakes(zoo, gallery, tmp_path, capsys):
         mine(zoo, copy, copy / "out")
     with pytest.raises(UserError, match="group of 3 or more"):
         mine(zoo, gallery, tmp_path / "out", top_k=4)
+
+
+def test_a_plan_says_what_so_many_pictures_take(monkeypatch, capsys):
+    monkeypatch.setattr(mine_pairs, "PLAN", 100_000_000)
+    mine_pairs.main()
+    told = capsys.readouterr().out
+    assert "762.9 GiB  embeddings on disk" in told  # 1e8 x 2048 x 4 bytes
+    hours = 2 * 1e16 * 2048 / (102_436**2 * 2048 / 0.094) / 3600  # each pair twice
+    assert f"{hours:.3f} h    search on 1 GPU" in told and f"{hours / 64:.3f} h    search on 64 GPUs" in told
