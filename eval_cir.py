@@ -179,7 +179,7 @@ def load_system(device: torch.device) -> System:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
     kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
     model = build_cir(kind, BACKBONE, pad=PAD).eval().to(device)
-    digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
+    digest = tensors_sha256(model.named_parameters(), model.preprocess.described())
     return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)
 
 
