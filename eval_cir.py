@@ -59,6 +59,7 @@ from common.files import (
 )
 from common.flags import at_least, one_of, override
 from common.images import ImageStore, leave_out, list_images, unreadable
+from common.memory import advise
 from common.pretrained import model_kind
 from common.pseudo import Pseudo, read_pseudo, subgroup_ranks
 from common.queries import reversed_queries, select_queries
@@ -559,4 +560,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(advise(main, "a smaller --batch", planned=False))

@@ -46,6 +46,7 @@ from common.files import (
 )
 from common.flags import at_least, override
 from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_pixels
+from common.memory import advise
 from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
@@ -442,7 +443,7 @@ def draw(subgroups: list[dict], counts: dict[str, int], images: ImageStore) -> N
 def check_flags() -> None:
     if GROUP < 3 or TOP_K < GROUP - 1:
         raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    at_least(globals(), BATCH=1, BLOCK=1)
+    at_least(globals(), BATCH=1, BLOCK=1, MAX_SHARED=0)
 
 
 def check_pictures(names: list[str], images: ImageStore) -> None:
@@ -509,4 +510,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(advise(main, "a smaller --batch or --block", planned=False))

@@ -47,6 +47,7 @@ from common.flags import at_least, override
 from common.gallery import Engine, Query, find, index_folder, inner, recall_of, stamp_of, vision_digest, vision_weights
 from common.hub import located
 from common.images import ImageStore, shown
+from common.memory import advise
 from common.notes import Notes, is_held_out, note, read_notes
 from common.pixels import open_image
 from common.pretrained import model_kind
@@ -588,4 +589,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(advise(main, "a smaller --batch", planned=False))
