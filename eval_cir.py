@@ -49,6 +49,7 @@ from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
 from common.files import (
     file_sha256,
+    keep_apart,
     load_tensors,
     lock_folder,
     tensors_sha256,
@@ -247,6 +248,7 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
 @torch.no_grad()
 def answer_query(system: System, compute: Compute) -> None:
     """Ranks the pictures of GALLERY for one query: prints names, writes OUT/query.png and OUT/query.html."""
+    keep_apart(OUT, GALLERY, "--out --gallery")  # it holds a contact sheet
     # the reference first: a wrong name shows before the gallery is encoded
     folder, name = os.path.split(os.path.abspath(REFERENCE))
     alone = compute._replace(batch=1, workers=0)

@@ -35,6 +35,7 @@ from common.batches import ahead, chunks, faults_of, gather_dealt
 from common.console import UserError, progress, run, say
 from common.files import (
     file_sha256,
+    keep_apart,
     lock_folder,
     read_json,
     read_jsonl,
@@ -466,8 +467,7 @@ def main() -> None:
     names, images = list_images(IMAGES), ImageStore(IMAGES, own=True)
     if CHECK:
         return check_pictures(names, images)
-    if Path(OUT).resolve().is_relative_to(Path(IMAGES).resolve()):
-        raise UserError(f"--out {OUT} is in --images: its contact sheet would be mined next time; move --out")
+    keep_apart(OUT, IMAGES, "--out --images")  # it holds a contact sheet
     lock_folder(OUT)
     log = Log(OUT)
 

@@ -355,7 +355,7 @@ def check_flags() -> None:
     if TEXT_PROJ_LR != 1 and MODEL == "blip_tdm":
         raise UserError("--text_proj_lr is for --model sum or combiner on BLIP; blip_tdm trains all at one rate")
     at_least(globals(), TEXT_PROJ_LR=0)
-    at_least(globals(), TAU=1e-4, ALPHA=0, LR=0, WEIGHT_DECAY=0, BETAS=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0)
+    at_least(globals(), TAU=1e-4, ALPHA=1e-4, LR=0, WEIGHT_DECAY=0, BETAS=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0)
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))

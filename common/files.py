@@ -451,6 +451,17 @@ def _machine() -> dict:
 # ---- the lock ----
 
 
+def keep_apart(out: str | Path, pictures: str, flags: str) -> None:
+    """UserError where `out` lies in a folder of which every picture is read, which would be its own the next time.
+
+    flags: the two that name them, "--out --images"."""
+    if Path(out).resolve().is_relative_to(Path(pictures).resolve()):
+        own, other = flags.split()
+        raise UserError(
+            f"{own} {out} is in {other} {pictures}: what is written there would be read next time; move {own}"
+        )
+
+
 def lock_folder(out: str | Path, stage: str = "") -> None:
     """Makes the output folder and holds it until this process ends; a second run on it stops. Rank 0 locks.
 

@@ -49,7 +49,7 @@ def safe_name(name: object, where: str = "image name") -> str:
     if len(name) > MAX_NAME:
         reason = f"has {len(name):,} characters, at most {MAX_NAME:,} are read"
     elif any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in name):
-        reason = "contains a control character"
+        reason = "contains a control character, or is not UTF-8: rename it"
     elif name.startswith(("/", "\\", "~/")) or re.match(r"[A-Za-z]:", name):
         reason = "is an absolute path"  # os.path.join(root, "/etc/passwd") would drop the root
     elif ".." in re.split(r"[/\\]", name):
