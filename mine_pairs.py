@@ -444,7 +444,7 @@ def draw(subgroups: list[dict], counts: dict[str, int], images: ImageStore) -> N
 def check_flags() -> None:
     if GROUP < 3 or TOP_K < GROUP - 1:
         raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    at_least(globals(), BATCH=1, BLOCK=1, MAX_SHARED=0)
+    at_least(globals(), BATCH=1, BLOCK=1, WORKERS=0, MAX_SHARED=0)
 
 
 def check_pictures(names: list[str], images: ImageStore) -> None:
