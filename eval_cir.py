@@ -49,6 +49,7 @@ from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
 from common.files import (
     file_sha256,
+    keep_apart,
     load_tensors,
     lock_folder,
     tensors_sha256,
@@ -60,6 +61,7 @@ from common.files import (
 from common.flags import at_least, one_of, override
 from common.icir import icir_maps, read_icir
 from common.images import ImageStore, leave_out, list_images, unreadable
+from common.memory import advise
 from common.pretrained import model_kind
 from common.pseudo import Pseudo, read_pseudo, subgroup_ranks
 from common.queries import reversed_queries, select_queries
@@ -180,7 +182,7 @@ def load_system(device: torch.device) -> System:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
     kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
     model = build_cir(kind, BACKBONE, pad=PAD).eval().to(device)
-    digest = tensors_sha256(model.named_parameters(), repr(model.preprocess))
+    digest = tensors_sha256(model.named_parameters(), model.preprocess.described())
     return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)
 
 
@@ -248,6 +250,7 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
 @torch.no_grad()
 def answer_query(system: System, compute: Compute) -> None:
     """Ranks the pictures of GALLERY for one query: prints names, writes OUT/query.png and OUT/query.html."""
+    keep_apart(OUT, GALLERY, "--out --gallery")  # it holds a contact sheet
     # the reference first: a wrong name shows before the gallery is encoded
     folder, name = os.path.split(os.path.abspath(REFERENCE))
     alone = compute._replace(batch=1, workers=0)
@@ -571,4 +574,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(advise(main, "a smaller --batch", planned=False))

@@ -252,9 +252,9 @@ class Queries(NamedTuple):
 def encode_images(vision: VisionProjector, images: ImageStore, names: list[str], folder: Path, world: World) -> Queries:
     """Q-Former outputs of the images, from folder/HASH.npy, which is written where it is not there and whole.
 
-    HASH is of encoder weights and image contents: a changed picture or encoder is another file. HASH.json holds both,
-    and the sha256 of the file's bytes. Rows of an earlier file by the same encoder are taken over. Half precision
-    unless the model computes in fp32."""
+    HASH is of encoder weights, preprocessing and image contents: a changed picture or encoder is another file.
+    HASH.json holds both, and the sha256 of the file's bytes. Rows of an earlier file by the same encoder are taken
+    over. Half precision unless the model computes in fp32."""
     # what each name shows today; the ranks share the reading
     mine = [file_sha256(images.path(name)) for name in names[world.rank :: world.size]]
     content = dict(zip(names, gather_dealt(mine), strict=True))
@@ -262,7 +262,7 @@ def encode_images(vision: VisionProjector, images: ImageStore, names: list[str],
     row = {key: i for i, key in enumerate(keys)}
 
     frozen = (item for item in vision.state_dict().items() if not item[0].startswith("projection."))  # that comes after
-    encoder = tensors_sha256(frozen)
+    encoder = tensors_sha256(frozen, vision.preprocess.described())
     path = folder / f"{stem_of(encoder, keys)}.npy"
     if any_rank(world.rank == 0 and whole_rows(path, encoder) != keys):
         name_of = {key: name for name, key in reversed(content.items())}  # one name of each content

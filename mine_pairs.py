@@ -36,6 +36,7 @@ from common.batches import ahead, chunks, faults_of, gather_dealt
 from common.console import UserError, progress, run, say
 from common.files import (
     file_sha256,
+    keep_apart,
     lock_folder,
     read_json,
     read_jsonl,
@@ -47,6 +48,7 @@ from common.files import (
 )
 from common.flags import at_least, override
 from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_pixels
+from common.memory import advise
 from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
@@ -475,7 +477,7 @@ def say_plan(count: int, width: int = 2048) -> None:
 def check_flags() -> None:
     if GROUP < 3 or TOP_K < GROUP - 1:
         raise UserError(f"--group {GROUP} --top_k {TOP_K}: wanted a group of 3 or more, top_k of group - 1")
-    at_least(globals(), BATCH=1, BLOCK=1, AT_ONCE=0, PLAN=0)
+    at_least(globals(), BATCH=1, BLOCK=1, WORKERS=0, MAX_SHARED=0, AT_ONCE=0, PLAN=0)
 
 
 def check_pictures(names: list[str], images: ImageStore) -> None:
@@ -500,8 +502,7 @@ def main() -> None:
     names, images = list_images(IMAGES), ImageStore(IMAGES, own=True)
     if CHECK:
         return check_pictures(names, images)
-    if Path(OUT).resolve().is_relative_to(Path(IMAGES).resolve()):
-        raise UserError(f"--out {OUT} is in --images: its contact sheet would be mined next time; move --out")
+    keep_apart(OUT, IMAGES, "--out --images")  # it holds a contact sheet
     lock_folder(OUT)
     log = Log(OUT)
 
@@ -548,4 +549,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(advise(main, "a smaller --batch or --block", planned=False))

@@ -42,16 +42,27 @@ from common.batches import chunks
 from common.cir_model import one_vector, read_settings
 from common.console import UserError, progress, run, say
 from common.encoding import Compute
-from common.files import file_sha256, lock_folder, read_json, read_jsonl, save_folder, sync, write_json, write_jsonl
+from common.files import (
+    file_sha256,
+    keep_apart,
+    lock_folder,
+    read_json,
+    read_jsonl,
+    save_folder,
+    sync,
+    write_json,
+    write_jsonl,
+)
 from common.flags import at_least, override
 from common.gallery import Engine, Query, find, index_folder, inner, recall_of, stamp_of, vision_digest, vision_weights
 from common.hub import located
 from common.images import ImageStore, shown
+from common.memory import advise
 from common.notes import Notes, is_held_out, note, read_notes
 from common.pixels import open_image
 from common.pretrained import model_kind
 from common.ranks import init_world
-from common.server import body_of, guarded, is_address, json_of, number_of
+from common.server import body_of, guarded, is_address, json_of, listen, number_of
 from eval_cir import Baseline
 from train_cir import build_cir, load_cir
 
@@ -512,13 +523,6 @@ def build_app(site: Site):
     return app
 
 
-def listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; take another --port, or 0") from None
-
-
 def server_of(site: Site, listening: socket.socket, host: str):
     """-> uvicorn's server and its address. Beyond this machine's own addresses every path begins with a secret."""
     import uvicorn
@@ -558,6 +562,7 @@ def main() -> None:
         raise UserError(f"the page needs {' and '.join(missing)}: pip install -r requirements-search.txt")
     out = Path((INDEX if QUERIES else OUT) or f"out/search/{os.path.basename(os.path.abspath(GALLERY))}")
     pairs = read_triplets(LABEL) if LABEL else []
+    keep_apart(out, GALLERY, f"{'--index' if QUERIES else '--out'} --gallery")  # it holds thumbnails and uploads
     lock_folder(out)
     listening = None if QUERIES else listen(HOST, PORT)  # first: a port in use shows before the folder is indexed
 
@@ -590,4 +595,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(main)
+    run(advise(main, "a smaller --batch", planned=False))

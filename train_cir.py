@@ -365,7 +365,7 @@ def check_flags() -> None:
         what = "--bidirectional: no direction token" if BIDIRECTIONAL else "--bank: its pictures have several vectors"
         raise UserError(f"--model qformer and {what}; leave it out, or take combiner, sum or blip_tdm")
     at_least(globals(), TEXT_PROJ_LR=0)
-    at_least(globals(), TAU=1e-4, ALPHA=0, LR=0, WEIGHT_DECAY=0, BETAS=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0)
+    at_least(globals(), TAU=1e-4, ALPHA=1e-4, LR=0, WEIGHT_DECAY=0, BETAS=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0)
     at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))

@@ -372,7 +372,7 @@ def save_result(vision: VisionProjector, tokenizer, steps: int, captions: int) -
     config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
     config["near"] = {"vision": near(VISION, OUT), "llm": near(LLM, OUT)}  # if all of it moves
     config |= {"dim": vision.projection.out_features, "steps": steps, "captions": captions, "seed": SEED}
-    config["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
+    config["tokenizer_sha256"], config["pixels"] = tokenizer_sha256(tokenizer), vision.preprocess.described()
     files.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
     say(f"wrote {OUT}/projection.safetensors")
 
@@ -396,6 +396,7 @@ def main() -> None:
     files.lock_folder(OUT)
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
     constants["tokenizer"] = tokenizer_sha256(load_tokenizer(LLM))
+    constants["pixels"] = Preprocess.from_folder(VISION, "instructblip").described()
     pictures = [(images, [caption.image for caption in captions])]
     start, state = resume_state(OUT, constants, pictures, files.MAY_CHANGE | _FREE) or (0, None)
     if files.is_finished(OUT, "projection.safetensors", start, total):

@@ -35,7 +35,7 @@ from common.disk import open_as_umask_says
 from common.exports import adapter_config
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import near, read_stage
-from common.images import ImageStore, load_pixels, random_resized_crop
+from common.images import ImageStore, load_pixels, random_resized_crop, require_same_pixels
 from common.llama import answer_ids, empty_llm, llm_shape, load_llm, load_tokenizer, make_optimizer, read_llm
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
@@ -218,6 +218,7 @@ def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: s
     require_same(tokenizer, config, folder)
     load_adapter(llm, folder, config["lora"])
     vision = VisionProjector(config["vision"], llm.config.hidden_size, device, dtype)
+    require_same_pixels(vision.preprocess, config, folder, "--vision")
     load_projection(vision, folder)
     return vision, llm.requires_grad_(False).eval(), tokenizer, config
 
@@ -254,10 +255,8 @@ def merge_blip2(folder: str, config: dict, aside: str, dtype: torch.dtype) -> No
     require_same(tokenizer, config, folder)
     (shapes, of_llm), (checked, _) = (empty_llm(config["llm"], dtype) for _ in "ab")
     load_adapter(checked, folder, config["lora"])  # its names and shapes
-    lora, scale = (
-        files.load_tensors(folder, "adapter_model.safetensors"),
-        config["lora"]["alpha"] / config["lora"]["rank"],
-    )
+    lora = files.load_tensors(folder, "adapter_model.safetensors")
+    scale = config["lora"]["alpha"] / config["lora"]["rank"]
 
     def weights():
         for name, weight in read_llm(config["llm"], shapes, dtype, "cpu"):
@@ -267,6 +266,7 @@ def merge_blip2(folder: str, config: dict, aside: str, dtype: torch.dtype) -> No
             yield name, weight
 
     vision = VisionProjector(config["vision"], of_llm.hidden_size, "cpu", dtype)
+    require_same_pixels(vision.preprocess, config, folder, "--vision")
     load_projection(vision, folder)
     pieces = prompt_pieces(tokenizer, config["prompt"])
     write_blip2(aside, vision, of_llm, weights(), tokenizer, pieces, config, dtype)
@@ -370,6 +370,7 @@ def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
     llm, tokenizer = load_llm(aligned["llm"], dtype, world.device, aligned["quantize"])
     require_same(tokenizer, aligned, ALIGNED)
     vision = VisionProjector(aligned["vision"], llm.config.hidden_size, world.device, dtype)
+    require_same_pixels(vision.preprocess, aligned, ALIGNED, "--vision")
     load_projection(vision, ALIGNED)
     torch.manual_seed(SEED)  # here: what the vision side drew before it is overwritten came from the device's generator
     add_lora(llm, LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
@@ -481,6 +482,7 @@ def save_result(model: Model, aligned: dict, trained: dict, world: World) -> Non
     config["near"] = {key: near(aligned[key], OUT) for key in ("vision", "llm")}  # if all of it moves
     config |= {"lora": lora, "prompt": PROMPT} | trained | {"dataset": DATASET, "seed": SEED}
     config["tokenizer_sha256"] = tokenizer_sha256(model.tokenizer)
+    config["pixels"] = model.vision.preprocess.described()
     tensors = {"adapter_model.safetensors": adapter_tensors(model.llm)}
     tensors |= {"projection.safetensors": model.vision.projection.state_dict()}
     texts = {"adapter_config.json": adapter_config(lora, aligned["llm"]), "config.json": config}

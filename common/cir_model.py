@@ -201,7 +201,7 @@ def frozen_sha256(model: CirModel, words: bool = True, held: Container[str] | No
     named = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if held is not None:
         named = [(name, p) for name, p in model.named_parameters() if name.startswith("backbone.") and name not in held]
-    more = repr(model.preprocess) + (tokenizer_sha256(model.tokenizer) if words else "")
+    more = model.preprocess.described() + (tokenizer_sha256(model.tokenizer) if words else "")
     return tensors_sha256(sorted(named), more + (_shaping_of(model.backbone.config) if shaping else ""))
 
 

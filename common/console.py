@@ -26,6 +26,9 @@ class UserError(ValueError):
 
 def run(main: Callable[[], None]) -> None:
     """Calls main(): a user's mistake or a file error is one line and exit status 1, a bug keeps its traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed where the command was given (>&-): what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -35,7 +38,7 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        _out(sys.stderr, "error: interrupted")
         raise SystemExit(130) from None
     if rank_size()[1] > 1:
         # rank 0 may still write: who left first would close connections that it waits on. A signal ends the wait.
@@ -50,7 +53,7 @@ def fail(error: Exception) -> None:
     line = _one_line(error)
     if not _said_by_another(line):
         who = f" (rank {rank})" if rank else ""
-        print(f"error{who}: {line}", file=sys.stderr, flush=True)
+        _out(sys.stderr, f"error{who}: {line}")
     raise SystemExit(1)
 
 
@@ -108,7 +111,30 @@ def rank_size() -> tuple[int, int]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", 0)), 1
+    rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"  # RANK alone is a leftover of some shell
+    return int(rank) if rank.isdecimal() else 0, 1
+
+
+# ---- where it goes ----
+
+
+def hush(stream: Any) -> None:
+    """What is still said on a stream goes nowhere; so does what it holds back, which would fail again at the end."""
+    with contextlib.suppress(OSError):  # a stream without a number, as a test's is
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _out(stream: Any, line: str, write: Callable[..., None] = print) -> None:
+    """A line on a stream. A reader that left (`| head`), or a full disk behind it, does not stop a run of days."""
+    try:
+        write(line, file=stream)
+        stream.flush()
+    except OSError as error:
+        hush(stream)
+        if stream is sys.stdout:
+            warn(f"standard output takes no more ({error.strerror}); the run goes on without it")
 
 
 # ---- progress and lines ----
@@ -122,6 +148,12 @@ def progress(iterable: Iterable, desc: str, total: int | None = None, initial: i
     from tqdm import tqdm
 
     class Bar(tqdm):
+        def display(self, *given, **named):
+            try:
+                return super().display(*given, **named)
+            except OSError:  # nobody reads it any more
+                return hush(sys.stderr)
+
         def set_postfix(self, ordered_dict=None, refresh=False, **values):  # tqdm's own prints a line each call
             super().set_postfix(ordered_dict, refresh=refresh, **values)
 
@@ -144,14 +176,10 @@ def say(*text: Any) -> None:
     """Prints on rank 0, above a progress bar if there is one."""
     if rank_size()[0] == 0:
         line = printable(" ".join(map(str, text)))
-        if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(line)
-        else:
-            print(line)
-        sys.stdout.flush()
+        _out(sys.stdout, line, sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print)
 
 
 def warn(text: str) -> None:
     """One line on standard error, from rank 0."""
     if rank_size()[0] == 0:
-        print(f"WARNING: {printable(text)}", file=sys.stderr, flush=True)
+        _out(sys.stderr, f"WARNING: {printable(text)}")

@@ -122,7 +122,7 @@ def _parse(data: bytes, where: str) -> Any:
         near = ascii(error.object[max(0, error.start - 20) : error.end + 20])
         raise UserError(f"{where}: half a character (a lone surrogate) near {near}; correct that text") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is not UTF-8") from None
+        raise UserError(f"{where}: byte {error.start} is not UTF-8; save it as plain text in UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; an integer of more than 4,300 digits
@@ -449,6 +449,17 @@ def _machine() -> dict:
 
 
 # ---- the lock ----
+
+
+def keep_apart(out: str | Path, pictures: str, flags: str) -> None:
+    """UserError where `out` lies in a folder of which every picture is read, which would be its own the next time.
+
+    flags: the two that name them, "--out --images"."""
+    if Path(out).resolve().is_relative_to(Path(pictures).resolve()):
+        own, other = flags.split()
+        raise UserError(
+            f"{own} {out} is in {other} {pictures}: what is written there would be read next time; move {own}"
+        )
 
 
 def lock_folder(out: str | Path, stage: str = "") -> None:

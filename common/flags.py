@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.console import UserError, fail, rank_size
+from common.console import UserError, fail, hush, rank_size
+
+_TOO_LARGE = {int: 2**63, float: 2.0**127}  # of int64 and float32: such a number, or inf, fails only where it is used
 
 # ---- a script's flags ----
 
@@ -126,6 +128,8 @@ def _convert(text: str, default: Any) -> Any:
             raise ValueError(wanted) from None
         if math.isnan(number):
             raise ValueError(wanted)
+        if abs(number) >= (limit := _TOO_LARGE[type(default)]):
+            raise ValueError(f"{wanted} below {limit:.2g}")
         return value
     if isinstance(default, tuple | list):
         element = default[0] if default else ""
@@ -182,7 +186,10 @@ def _command_line(file: str) -> dict[str, Any]:
     try:
         if "--help" in argv or "-h" in argv:
             if first:
-                print(help_text(file))
+                try:
+                    print(help_text(file), flush=True)
+                except BrokenPipeError:  # --help | head
+                    hush(sys.stdout)
             raise SystemExit(0)
         return parse_flags(read_flags(file), argv)
     except (UserError, OSError) as error:

@@ -39,7 +39,7 @@ def vision_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def vision_digest(model: torch.nn.Module) -> str:
-    return tensors_sha256(vision_weights(model).items(), repr(inner(model).preprocess))
+    return tensors_sha256(vision_weights(model).items(), inner(model).preprocess.described())
 
 
 def pixels_of(model: torch.nn.Module, path: str) -> torch.Tensor:

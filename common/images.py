@@ -5,6 +5,7 @@ followed wherever they lead: data sets are linked from other disks, and a snapsh
 
 import errno
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -48,7 +49,7 @@ def safe_name(name: object, where: str = "image name") -> str:
     if len(name) > MAX_NAME:
         reason = f"has {len(name):,} characters, at most {MAX_NAME:,} are read"
     elif any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in name):
-        reason = "contains a control character"
+        reason = "contains a control character, or is not UTF-8: rename it"
     elif name.startswith(("/", "\\", "~/")) or re.match(r"[A-Za-z]:", name):
         reason = "is an absolute path"  # os.path.join(root, "/etc/passwd") would drop the root
     elif ".." in re.split(r"[/\\]", name):
@@ -364,21 +365,16 @@ class Preprocess:
         if match[1] == "ConvNext":
             keep_ratio = size < 384  # at 384 and above it squashes instead
             edge = int(size / _number(config, "crop_pct", 224 / 256, path)) if keep_ratio else size
-        elif config.get("do_center_crop", match[1] == "CLIP"):
+        elif _yes(config, "do_center_crop", match[1] == "CLIP", path):
             size = _side(config.get("crop_size", 224), path, "crop_size")
         elif keep_ratio:
             raise UserError(f"{path}: keeps the aspect ratio and does not crop; wanted square pictures")
-        if not config.get("do_resize", True):
+        if not _yes(config, "do_resize", True, path):
             raise UserError(f"{path}: does not resize; wanted pictures of one size")
 
         mean, std = _colours(config, "image_mean", mean, path), _colours(config, "image_std", std, path)
-        # in this order of float64 and float32, which transformers uses: the result is equal, not only close
-        table = np.arange(256, dtype=np.float64)
-        if config.get("do_rescale", True):
-            table = table * _number(config, "rescale_factor", 1 / 255, path)
-        table = np.repeat(table.astype(np.float32)[None], 3, axis=0)
-        if config.get("do_normalize", True):
-            table = (table - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+        factor = _number(config, "rescale_factor", 1 / 255, path) if _yes(config, "do_rescale", True, path) else 1
+        table = _table(mean, std, factor, _yes(config, "do_normalize", True, path))
         resample = config.get("resample", 3)
         if isinstance(resample, bool) or resample not in range(6):
             raise UserError(f'{path}: "resample" is {shown(resample)}, wanted a number of Pillow, 0 to 5')
@@ -392,6 +388,13 @@ class Preprocess:
         record |= {"image_mean": list(self.mean), "image_std": list(self.std)}
         again = Preprocess.from_config(record)
         return record if again == self and (again.table == self.table).all() else None
+
+    def described(self) -> str:
+        """All that a pixel depends on besides its picture, for the hashes that vouch for features.
+
+        Of the table only where it is not the usual one of its mean and deviation: what was hashed before stays true."""
+        usual = np.array_equal(self.table, _table(self.mean, self.std))
+        return repr(self) + ("" if usual else f", table {hashlib.sha256(self.table.tobytes()).hexdigest()[:16]}")
 
     def __call__(self, image: Image.Image) -> "torch.Tensor":
         """RGB picture of any size -> (3, S, S)."""
@@ -453,6 +456,30 @@ class Padded(Preprocess):
         wide = Image.new("RGB", size)
         wide.paste(image, (left, top))
         return wide
+
+
+def require_same_pixels(preprocess: Preprocess, config: dict, checkpoint: str, flag: str) -> None:
+    """A checkpoint's pictures are prepared as those it was trained on (config.json says how since it is kept)."""
+    if config.get("pixels") not in (None, preprocess.described()):
+        where = f"preprocessor_config.json of {flag}"
+        raise UserError(
+            f"{checkpoint} was trained on pictures prepared otherwise than {where} says now; restore that one"
+        )
+
+
+def _table(mean: Sequence[float], std: Sequence[float], factor: float = 1 / 255, normalised: bool = True) -> np.ndarray:
+    """(3, 256) float32: what becomes of each byte. In this order of float64 and float32, which transformers uses: the
+    result is equal, not only close."""
+    table = np.repeat((np.arange(256, dtype=np.float64) * factor).astype(np.float32)[None], 3, axis=0)
+    return (table - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None] if normalised else table
+
+
+def _yes(config: dict, key: str, usual: bool, path: str) -> bool:
+    """Whether a step is taken; null is what transformers writes for a class's own choice."""
+    found = usual if config.get(key) is None else config[key]
+    if not isinstance(found, bool):
+        raise UserError(f'{path}: "{key}" is {shown(found)}, wanted true or false')
+    return found
 
 
 def _number(config: dict, key: str, usual: float, path: str) -> float:

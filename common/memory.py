@@ -6,6 +6,7 @@ many weights ViT and Q-Former have, the latter in fp32.
 """
 
 import os
+import re
 import resource
 from collections.abc import Callable, Sequence
 
@@ -135,14 +136,31 @@ def peak(device: torch.device) -> float:
 
 
 def advise(main, advice: str, planned: bool = True):
-    """main, but where a GPU's memory runs out its one line says what helps; planned: the stage has --plan."""
+    """main, but where memory runs out, a GPU's or the machine's, its one line says what helps.
+
+    planned: the stage has --plan."""
 
     def run() -> None:
         try:
             main()
-        except torch.OutOfMemoryError as fault:
-            found = str(fault).splitlines()[0]
+        except (RuntimeError, MemoryError) as fault:
+            found = _shortage(fault)
+            if not found:
+                raise
             plan = "; --plan says what needs how much" if planned else ""
             raise UserError(f"{found} Try {advice}{plan}") from fault
 
     return run
+
+
+def _shortage(fault: RuntimeError | MemoryError) -> str:
+    """The sentence that says so where memory ran out, else "": of the CPU's torch makes a plain RuntimeError."""
+    first = (str(fault).splitlines() or [""])[0]
+    if isinstance(fault, torch.OutOfMemoryError):
+        return first
+    wanted = re.search(r"allocate memory: you tried to allocate (\d+) bytes", first)
+    if wanted:
+        return f"This machine's memory has no room for {int(wanted[1]) / 2**30:,.1f} GiB more."
+    if "Storage size calculation overflowed" in first:  # past what 64 bits count
+        return f"No memory has room for that ({first})."
+    return f"This machine's memory is full ({first or 'Python'})." if isinstance(fault, MemoryError) else ""

@@ -47,8 +47,7 @@ def init_world(device: str = "auto") -> World:
     if next(importlib.metadata.distributions(name="kernels"), None) is not None:
         # it would be imported in place of our kernels/, and transformers runs code from the hub where it is installed
         raise UserError("the PyPI package `kernels` is installed and collides with our kernels/; pip uninstall kernels")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size, local_rank = _announced(dist.is_initialized())
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device is {device!r}, wanted auto, cpu or cuda")
@@ -72,6 +71,23 @@ def init_world(device: str = "auto") -> World:
         )
     rank, size = rank_size()
     return World(rank, size, local_rank, here)
+
+
+def _announced(met: bool) -> tuple[int, int]:
+    """Ranks of the run, and the number of this one on its machine; UserError where half of it was left in a shell.
+
+    met: whether they have found each other already."""
+    if "WORLD_SIZE" not in os.environ:
+        return 1, 0
+    said = {name: os.environ.get(name, "0") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    numbers = [int(value) if value.isdecimal() else -1 for value in said.values()]
+    met |= numbers[0] == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not (met and 0 <= numbers[1] < numbers[0] and 0 <= numbers[2] < numbers[0]):
+        found = " ".join(f"{name}={value}" for name, value in said.items())
+        address = "" if met else ", but no MASTER_ADDR and MASTER_PORT"
+        remedy = "start ranks with torchrun, or, for a run alone, unset WORLD_SIZE RANK LOCAL_RANK"
+        raise UserError(f"the environment says {found}{address}: that is no run of torchrun; {remedy}")
+    return numbers[0], numbers[2]
 
 
 # ---- collectives: every rank must call them ----

@@ -4,6 +4,7 @@ import ipaddress
 import json
 import re
 import secrets
+import socket
 
 from common.console import UserError
 from common.images import shown
@@ -100,3 +101,11 @@ def number_of(table, name: str, default: int | None, least: int, most: int) -> i
     if type(value) is not int or not least <= value <= most:
         raise UserError(f"{name} is {shown(value)}, wanted a whole number from {least} to {most}")
     return value
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound and listens. UserError where the address is not this machine's, or the port is in use."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; take another --port, or 0") from None

@@ -299,6 +299,21 @@ def test_preprocess_of_the_zoo(zoo):
         assert torch.equal(ours(image), theirs(image, return_tensors="pt")["pixel_values"][0])
 
 
+def test_what_describes_pixels_differs_where_they_do():
+    """The same picture gives the same pixels if and only if the descriptions agree; the usual one is that of repr()."""
+    changes = [{}, {"do_normalize": None}, {"do_rescale": True}, {"rescale_factor": 0.00392156862745098}]
+    changes += [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.004}, {"resample": 2}]
+    changes += [{"image_mean": [0.5, 0.5, 0.5]}, {"image_std": [0.5, 0.5, 0.5]}, {"do_normalize": False} | IMAGENET]
+    made = [Preprocess.from_config(CONFIGS[1] | change) for change in changes]
+    pixels = [one(noise(90, 61)) for one in made]
+    for i, one in enumerate(made):
+        for j, other in enumerate(made):
+            alike = torch.equal(pixels[i], pixels[j])
+            assert alike or one.described() != other.described(), (changes[i], changes[j])
+    assert {one.described() for one in made[:4]} == {repr(made[0])} and len({one.described() for one in made}) == 8
+    assert made[4].with_pad(1.25).described() not in (made[4].described(), made[0].with_pad(1.25).described())
+
+
 def test_preprocess_from_a_processor_config(tmp_path):
     put(tmp_path / "processor_config.json", {"image_processor": CONFIGS[4], "processor_class": "InstructBlipProcessor"})
     assert Preprocess.from_folder(tmp_path).size == 33
@@ -334,6 +349,7 @@ def test_preprocess_not_there_or_not_usable_is_one_line(tmp_path):
         ("image_std", [True, [0.5, 0.5, 0], [0.5] * 4, [None] * 3]),
         ("rescale_factor", ["1/255", [1], None, 0, -1, 1e30, True]),
         ("resample", ["bicubic", 3.5, None, 6, -1, True, [3]]),
+        *((key, [[], 0, 1, "false", {}]) for key in ("do_normalize", "do_rescale", "do_resize", "do_center_crop")),
     ],
 )
 def test_preprocess_that_no_picture_survives_is_one_line(zoo, tmp_path, key, values):

@@ -156,6 +156,7 @@ def test_a_rank_speaks_for_itself_only_where_the_first_is_silent(tmp_path, monke
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(own))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
     def said() -> str:
         with pytest.raises(SystemExit, match="1"):
@@ -510,3 +511,40 @@ def test_the_result_of_another_stage_is_not_overwritten(tmp_path):
     files._locks.pop((tmp_path / "out").resolve()).close()
     lock_folder(tmp_path / "new", "tune")
     files._locks.pop((tmp_path / "new").resolve()).close()
+
+
+SPEAKS = """
+import sys, time
+from common import console
+def main():
+    for i in console.progress(range(4), "steps") if "bar" in sys.argv else range(4):
+        console.say("line", i, "x" * 9000)
+        time.sleep(0.05)
+    console.warn("nearly done")
+    open(sys.argv[1], "w").write("whole")
+    if "wrong" in sys.argv:
+        raise console.UserError("no such thing")
+console.QUIET = 0
+console.run(main)
+"""
+
+
+@pytest.mark.parametrize("where", [">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full", "| true", "2>&1 | true"])
+@pytest.mark.parametrize("more", ["", "bar", "wrong"])
+def test_a_run_goes_on_where_nobody_reads(tmp_path, where, more):
+    """Output closed, on a full disk, or into a pipe whose reader left: days of work do not hang on a line of text."""
+    command = f'set -o pipefail; "{sys.executable}" -c "$PROGRAM" {tmp_path / "done"} {more} {where}'
+    environment = os.environ | {"PROGRAM": SPEAKS, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "done").read_text() == "whole"
+    assert done.returncode == (1 if more == "wrong" else 0) and "Traceback" not in done.stdout + done.stderr
+    if where in (">/dev/full", "| true"):
+        assert "WARNING: standard output takes no more (" in done.stderr and done.stderr.count("takes no more") == 1
+    if where == ">&-":
+        assert "WARNING: nearly done" in done.stderr and ("error: no such thing" in done.stderr) == (more == "wrong")
+
+
+def test_help_may_be_read_in_part(tmp_path):
+    command = f'set -o pipefail; "{sys.executable}" {ROOT / "eval_cir.py"} --help | head -1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)

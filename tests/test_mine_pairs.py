@@ -396,8 +396,11 @@ def test_other_mistakes(zoo, gallery, tmp_path, capsys):
     assert "bad.png: is empty" in (tmp_path / "out" / "unreadable.txt").read_text()
     counts = read_json(tmp_path / "out" / "stats.json")["counts"]
     assert (counts["images"], counts["unreadable"], counts["anchors"]) == (73, 1, 72)
-    with pytest.raises(UserError, match="is in --images"):
+    with pytest.raises(UserError, match="--out .* is in --images .* read next time; move --out"):
         mine(zoo, copy, copy / "out")
+    for flag in ("workers", "max_shared"):
+        with pytest.raises(UserError, match=f"--{flag} -1: wanted 0 or more"):
+            mine(zoo, gallery, tmp_path / "out", **{flag: -1})
     with pytest.raises(UserError, match="group of 3 or more"):
         mine(zoo, gallery, tmp_path / "out", top_k=4)
 

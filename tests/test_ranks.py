@@ -103,8 +103,8 @@ def test_world_of_one(monkeypatch):
 
 def test_a_rank_on_a_gpu_names_it_and_waits_for_hours(monkeypatch):
     asked, cudnn = {}, torch.backends.cuda.cudnn_sdp_enabled()
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 3, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: asked.update(set=name))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: asked.update(how, backend=backend))
@@ -118,6 +118,23 @@ def test_a_rank_on_a_gpu_names_it_and_waits_for_hours(monkeypatch):
     inspect.signature(init_process_group).bind("nccl", timeout=asked["timeout"], device_id=asked["device_id"])
     init_world("cpu")
     assert asked["backend"] == "gloo" and asked["device_id"] is None
+
+
+def test_a_rank_left_in_the_environment_is_no_run_of_torchrun(monkeypatch):
+    """Of a shell in which ranks were started by hand, or a scheduler: a traceback of torch, or a wait for nobody."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")  # without a size it says nothing
+    assert rank_size() == (0, 1) and init_world("cpu").rank == 0
+    for size, rank, local in (("2", "0", "0"), ("2", "5", "0"), ("1", "1", "0"), ("x", "0", "0"), ("0", "0", "0")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(UserError, match=f"WORLD_SIZE={size} RANK={rank} .*unset WORLD_SIZE RANK LOCAL_RANK"):
+            init_world("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun of one
+    monkeypatch.setenv("RANK", "0")
+    assert init_world("cpu").size == 1
 
 
 def test_no_rank_leaves_before_the_last_is_done():

@@ -11,6 +11,8 @@ from ranks import run_ranks
 from test_real_pictures import run_stage
 from test_vdg_align import chat
 
+import gen_deltas
+import search
 import train_cir
 import vdg_align
 import vdg_tune
@@ -76,9 +78,7 @@ def tuned(zoo, tmp_path) -> dict[str, dict]:
     chat(tmp_path, 4)
     shutil.copytree(zoo / "llama", tmp_path / "llama")
     pictures = writer.draw(tmp_path / "images", 6, seed=1)
-    lines = [
-        {"reference": a, "target": b, "delta": "make it red"} for a, b in zip(pictures, pictures[1:], strict=False)
-    ]
+    lines = [{"id": i, "reference": pictures[i], "target": pictures[i + 1], "delta": "make it red"} for i in range(5)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     how = {"images": tmp_path / "images", "device": "cpu", "workers": 0, "batch": 4}
     own = how | {"dataset": "jsonl", "root": tmp_path / "own.jsonl"}
@@ -121,3 +121,42 @@ def test_a_tokenizer_swapped_between_two_runs_is_refused(tuned, tmp_path):
     (tmp_path / "llama/tokenizer.json").write_text(text)
     for stage, name in ((vdg_align, "align"), (vdg_tune, "tune")):
         run_stage(stage, **tuned[name])
+
+
+@pytest.mark.parametrize("change", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.004}])
+def test_pictures_prepared_otherwise_are_refused(zoo, tuned, tmp_path, change, capsys):
+    """None of these shows in a model's weights or in repr(): each stage that stands on the model stops, what is kept
+    of its features is made anew."""
+    for name in ("instructblip", "clip"):
+        shutil.copytree(zoo / name, tmp_path / name)
+    tuned["align"]["vision"], tuned["train"]["backbone"] = tmp_path / "instructblip", tmp_path / "clip"
+    tuned["search"] = {"gallery": tmp_path / "images", "backbone": tmp_path / "clip", "queries": tmp_path / "own.jsonl"}
+    tuned["search"] |= {"device": "cpu", "index": tmp_path / "index", "out": tmp_path / "results.jsonl"}
+    deltas = {"vdg": tmp_path / "vdg", "pairs": tmp_path / "own.jsonl", "images": tmp_path / "images"}
+    tuned["deltas"] = deltas | {"max_new": 2, "device": "cpu", "workers": 0, "out": tmp_path / "pseudo"}
+    stages = {"align": vdg_align, "tune": vdg_tune, "deltas": gen_deltas, "train": train_cir, "search": search}
+    for name, stage in stages.items():
+        run_stage(stage, **tuned[name])
+
+    for name in ("instructblip", "clip"):
+        path = tmp_path / name / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    otherwise = "was trained on pictures prepared otherwise than preprocessor_config.json of --vision says now"
+    faults = {"align": "other constants .pixels: ", "tune": otherwise, "deltas": otherwise, "train": "FROZEN_SHA256"}
+    tuned["tune"]["out"] = tmp_path / "another vdg"
+    shutil.rmtree(tmp_path / "pseudo/parts")
+    for name, words in faults.items():
+        with pytest.raises(UserError, match=words):
+            run_stage(stages[name], **tuned[name])
+    run_stage(search, **tuned["search"])
+    assert len(list((tmp_path / "index").glob("index-*"))) == 2
+
+    # a VDG from before this was kept goes on, and takes no query that was made of other pixels
+    config = json.loads((tmp_path / "vdg/config.json").read_text())
+    assert config.pop("pixels")
+    (tmp_path / "vdg/config.json").write_text(json.dumps(config))
+    (tmp_path / "vdg/manifest.json").unlink()
+    run_stage(gen_deltas, **tuned["deltas"])
+    assert (
+        len(list((tmp_path / "pseudo/queries").glob("*.npy"))) == 1 and "encoded again" not in capsys.readouterr().err
+    )

@@ -22,6 +22,7 @@ pytest.importorskip("starlette", reason="the page needs requirements-search.txt"
 pytest.importorskip("uvicorn", reason="the page needs requirements-search.txt")
 
 from search_server import index, serving, site_of
+from test_real_pictures import run_stage
 
 import search
 from common.annotations import read_triplets, training_triplets
@@ -101,6 +102,21 @@ def test_only_what_is_new_is_encoded_and_ids_stay(plain, folder, tmp_path, monke
     names = list(second.names.values())
     assert names == sorted(names) and "copy.png" not in names and len(names) == 12
     assert torch.allclose(second.features[second.live], one_by_one(plain, folder, names), atol=1e-5)
+
+
+@pytest.mark.parametrize("own", ["", "out/search/pictures"])
+def test_what_the_page_writes_is_not_searched(zoo, folder, monkeypatch, own):
+    """Of --gallery . the usual --out lies in the gallery: its thumbnails were pictures of the next start."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(search, "listen", None)  # it comes next: a page that is served after all would wait for ever
+    given = {"gallery": ".", "backbone": zoo / "clip", "device": "cpu", "port": 0, "out": own}
+    with pytest.raises(UserError, match="--out out/search/pictures is in --gallery .: .* move --out"):
+        run_stage(search, **given)
+    (folder / "queries.jsonl").write_text('{"delta": "red"}')
+    with pytest.raises(UserError, match="--index .*/index is in --gallery .: .* move --index"):
+        run_stage(search, **given | {"queries": "queries.jsonl", "index": folder / "index", "out": "results.jsonl"})
+    assert not (folder / "out").exists() and not (folder / "index").exists()
+    run_stage(search, **given | {"queries": "queries.jsonl", "index": "../index", "out": "results.jsonl"})
 
 
 def test_a_file_of_known_size_and_time_is_not_read_again(plain, folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -596,6 +597,21 @@ def test_running_out_of_memory_is_one_line_with_advice():
         memory.advise(main, "--batch 4")()
     with pytest.raises(UserError, match=r"Tried to allocate 2 GiB\. Try --batch 4$"):
         memory.advise(main, "--batch 4", planned=False)()
+
+
+def test_running_out_of_the_machines_memory_is_one_line_too():
+    """What torch and numpy really raise for more than there is; any other RuntimeError stays what it is."""
+    large = {
+        "no room for 1,048,576.0 GiB more": lambda: torch.empty(2**50, dtype=torch.uint8),
+        "No memory has room for that": lambda: torch.empty(2**62, 64),
+        "memory is full .Unable to allocate 1.00 PiB": lambda: np.ones(2**50, np.uint8),
+        "memory is full .Python": lambda: bytearray(2**50),
+    }
+    for words, ask in large.items():
+        with pytest.raises(UserError, match=f"{words}.*\\. Try a smaller --batch$"):
+            memory.advise(ask, "a smaller --batch", planned=False)()
+    with pytest.raises(RuntimeError, match="shape"):
+        memory.advise(lambda: torch.ones(2).view(3), "a smaller --batch")()
 
 
 def test_say_names_the_first_option_that_fits(capsys):

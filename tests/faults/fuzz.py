@@ -1,6 +1,7 @@
 """Mutates files that users bring, real ones where they lie beside the repository, and calls what reads them.
 
-    python tests/faults/fuzz.py --count 2000                     # so many of each kind
+    python tests/faults/fuzz.py --seed 3                         # the mutations of COUNTS
+    python tests/faults/fuzz.py --count 400                      # so many of each kind
     python tests/faults/fuzz.py --kind checkpoint --seed 3 --only 117       # one of them again, with its traceback
 
 A mutation is a function of (seed, kind, number). A reader may refuse with one line (UserError) or an error of the
@@ -49,6 +50,7 @@ from common.llama import load_tokenizer
 from common.tokenizer import tokenizer_sha256
 from common.triplets import read_triplets
 
+COUNTS = {"annotations": 10_000, "pairs": 10_000, "model": 2_000, "checkpoint": 800, "picture": 800}
 HANG = 10  # seconds that a reader may take
 MEMORY = 12 << 30  # bytes of address space of the worker
 SHARED = ROOT.parent / "shared" / "data"
@@ -422,14 +424,14 @@ def fuzz(kind: str, seed: int, numbers: range) -> tuple[Counter, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", default="", help=f"{', '.join(KINDS)}; empty: all")
-    parser.add_argument("--count", type=int, default=400, help="mutations of each kind")
+    parser.add_argument("--count", type=int, default=0, help="mutations of each kind; 0: those of COUNTS")
     parser.add_argument("--seed", type=int, default=0, help="fixes the mutations")
     parser.add_argument("--only", type=int, help="only the mutation of this number")
     given = parser.parse_args()
     total = Counter()
     print(f"{'kind':12}{'tried':>7}{'refused':>9}{'accepted':>10}{'changed':>9}{'traceback':>11}{'hang':>6}")
     for kind in [given.kind] if given.kind else KINDS:
-        numbers = range(given.count) if given.only is None else range(given.only, given.only + 1)
+        numbers = range(given.count or COUNTS[kind]) if given.only is None else range(given.only, given.only + 1)
         counts, faults = fuzz(kind, given.seed, numbers)
         row = [counts[outcome] for outcome in ("refused", "accepted", "changed", "traceback", "hang")]
         print(f"{kind:12}{sum(row):7}{row[0]:9}{row[1]:10}{row[2]:9}{row[3]:11}{row[4]:6}", flush=True)

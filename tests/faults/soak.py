@@ -1,14 +1,15 @@
 """Kills runs of every stage at random moments, starts each again, and compares the last bytes with an undisturbed run.
 
-    python tests/faults/soak.py --kills 20 --ranks 1,2,3        # so many kills of each kind on each number of ranks
+    python tests/faults/soak.py                                 # the kills of KILLS, dealt to 1, 2 and 3 ranks
+    python tests/faults/soak.py --kills 20 --ranks 1,2          # so many of each kind on each number of ranks
     python tests/faults/soak.py --kinds generation --seed 7
 
 Each round is a new output folder: the stage is started on its ranks, and after a random part of the time that an
 undisturbed run takes all of them (or, of several, now and then one alone) get SIGKILL, up to four times; then the same
 command ends. Training goes on with the same ranks; generation and mining with other ranks each time, generation with
-other batches too. Prints a table; exit status 1 if a pair was lost or written twice, a byte differs, or a saved
-checkpoint does not verify. Models and data are tiny and drawn here; the processes are forks of this one, so that a
-start costs no import.
+other batches too; an index of search.py has one process. Prints a table; exit status 1 if a pair was lost or written
+twice, a byte differs, or a saved checkpoint does not verify. Models and data are tiny and drawn here; the processes
+are forks of this one, so that a start costs no import.
 """
 
 import argparse
@@ -35,6 +36,7 @@ for folder in (ROOT, ROOT / "tests"):
 
 import gen_deltas  # noqa: I001  (sets MKL's summation order before torch computes)
 import mine_pairs
+import search
 import torch
 import torch.distributed as dist
 import train_cir
@@ -44,10 +46,11 @@ import zoo
 from common import console, files
 from common.flags import constants_of, override
 
-STAGES = {module.__name__: module for module in (vdg_align, vdg_tune, mine_pairs, gen_deltas, train_cir)}
+STAGES = {module.__name__: module for module in (vdg_align, vdg_tune, mine_pairs, gen_deltas, train_cir, search)}
 DEFAULTS = {name: constants_of(vars(module)) for name, module in STAGES.items()}
 PATIENCE = 60  # seconds that the other ranks have to end after one was killed
 AT_ONCE = 4  # kills of one round at most
+KILLS = {"align": 21, "tune": 21, "combiner": 21, "blip_tdm": 21, "generation": 102, "mining": 30, "search": 24}
 
 
 class Kind(NamedTuple):
@@ -55,9 +58,10 @@ class Kind(NamedTuple):
 
     stage: str
     flags: dict
-    results: tuple[str, ...]  # files whose bytes are compared
+    results: tuple[str, ...]  # files whose bytes are compared; a * stands for what the run names by itself
     moves: bool = False  # whether a restart may take other ranks
-    records: str = ""  # the jsonl whose ids are counted, and the inputs' beside it
+    records: str = ""  # the jsonl whose ids are counted, and those of the parts it was made of
+    most: int = 3  # ranks that it can have
 
 
 class Found(NamedTuple):
@@ -111,6 +115,11 @@ def build(root: Path) -> dict[str, Kind]:
     deltas |= {"temperature": 1.0, "max_new": 10, "batch": 2, "encode_batch": 4}
     mining = {"images": root / "images", "encoder": models / "resnet", "batch": 2, "show": 2}
     mining |= {"max_score": 0.9999, "min_gap": 0.0001, "group": 4}
+    zoo.draw(root / "pictures", 60, seed=2)
+    queries = [{"reference": f"2-{i:03d}.png", "delta": "make it red"} for i in range(0, 60, 7)]
+    (root / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    looking = {"gallery": root / "pictures", "backbone": models / "clip", "queries": root / "queries.jsonl"}
+    indexed = ("index-*/features.npy", "index-*/index.jsonl", "results.jsonl")
     mined = ("embeddings.npy", "names.json", "subgroups.jsonl", "pairs.jsonl", "stats.json")
     return {
         "align": align,
@@ -119,11 +128,13 @@ def build(root: Path) -> dict[str, Kind]:
         "blip_tdm": Kind("train_cir", train | own | cir | blip, ("model.safetensors",)),
         "generation": Kind("gen_deltas", here | deltas, ("pseudo.jsonl",), True, "pseudo.jsonl"),
         "mining": Kind("mine_pairs", here | mining, mined, True),
+        "search": Kind("search", here | looking | {"batch": 3}, indexed, records="index-*/index.jsonl", most=1),
     }
 
 
 def words_of(kind: Kind, out: Path, more: dict) -> list[str]:
-    return [word for name, value in (kind.flags | {"out": out} | more).items() for word in (f"--{name}", str(value))]
+    places = {"index": out, "out": out / "results.jsonl"} if kind.stage == "search" else {"out": out}
+    return [word for name, value in (kind.flags | places | more).items() for word in (f"--{name}", str(value))]
 
 
 # ---- a run on its ranks ----
@@ -212,8 +223,18 @@ def bad_checkpoints(out: Path) -> tuple[int, int]:
     return len(states), bad
 
 
+def file_of(out: Path, name: str) -> Path:
+    (path,) = out.glob(name)
+    return path
+
+
 def ids_of(path: Path) -> list:
-    return [record["id"] for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())]
+    """Of pairs the ids; of an index the content of every picture and the name of every file."""
+    ids = []
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        names = [name for name, *_ in record.get("files", ())]
+        ids += [record["id"]] if "id" in record else record["pictures"] + names
+    return ids
 
 
 def soak(kind: Kind, root: Path, kills: int, size: int, draw: random.Random) -> Found:
@@ -227,29 +248,29 @@ def soak(kind: Kind, root: Path, kills: int, size: int, draw: random.Random) -> 
         for _ in range(min(AT_ONCE, kills - done)):
             killed = kill(kind, out, ranks, draw.uniform(0.02, seconds), size > 1 and draw.random() < 0.2, **more)
             done += killed
-            found = bad_checkpoints(out)
-            checkpoints, bad = checkpoints + found[0], bad + found[1]
+            states, harmed = bad_checkpoints(out)
+            checkpoints, bad = checkpoints + states, bad + harmed
             if kind.moves:
                 ranks = draw.choice((1, 2, 3))
-                more = {"batch": draw.choice((1, 2, 3, 7))} if kind.records else {}
+                more = {"batch": draw.choice((1, 2, 3, 7))} if kind.stage == "gen_deltas" else {}
             if not killed:
                 break
         run(kind, out, ranks, **more)
-        different += sum((out / name).read_bytes() != (truth / name).read_bytes() for name in kind.results)
+        different += sum(file_of(out, n).read_bytes() != file_of(truth, n).read_bytes() for n in kind.results)
         if kind.records:
-            wanted = ids_of(truth / kind.records)
+            wanted, found = (ids_of(file_of(folder, kind.records)) for folder in (truth, out))
             parts = [id for path in (out / "parts").glob("*.jsonl") for id in ids_of(path)]
-            lost += len(set(wanted) - set(ids_of(out / kind.records)))
-            doubled += len(parts) - len(set(parts)) + len(ids_of(out / kind.records)) - len(wanted)
+            lost += len(set(wanted) - set(found))
+            doubled += len(parts) - len(set(parts)) + len(found) - len(set(found))
         shutil.rmtree(out)
     return Found(done, lost, doubled, different, checkpoints, bad)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="kills of each kind on each number of ranks")
+    parser.add_argument("--kills", type=int, default=0, help="of each kind on each number of ranks; 0: those of KILLS")
     parser.add_argument("--ranks", default="1,2,3", help="numbers of ranks")
-    parser.add_argument("--kinds", default="", help="align,tune,combiner,blip_tdm,generation,mining; empty: all")
+    parser.add_argument("--kinds", default="", help=f"{','.join(KILLS)}; empty: all")
     parser.add_argument("--seed", type=int, default=0, help="fixes when the kills come")
     given = parser.parse_args()
     failed = 0
@@ -257,9 +278,11 @@ def main() -> int:
         kinds = build(Path(folder) / "data")
         print(f"{'run':12}{'ranks':>6}{'kills':>7}{'lost':>6}{'twice':>7}{'different':>11}{'checkpoints verified':>22}")
         for name in given.kinds.split(",") if given.kinds else kinds:
-            for size in map(int, given.ranks.split(",")):
+            sizes = [size for size in map(int, given.ranks.split(",")) if size <= kinds[name].most]
+            for size in sizes:
                 draw = random.Random(f"{given.seed} {name} {size}")
-                found = soak(kinds[name], Path(folder) / f"{name}-{size}", given.kills, size, draw)
+                kills = given.kills or -(-KILLS[name] // len(sizes))
+                found = soak(kinds[name], Path(folder) / f"{name}-{size}", kills, size, draw)
                 counts = f"{found.kills:7}{found.lost:6}{found.doubled:7}{found.different:11}"
                 verified = f"{found.checkpoints - found.bad} of {found.checkpoints}" if found.checkpoints else ""
                 print(f"{name:12}{size:6}{counts}{verified:>22}", flush=True)
