@@ -4,7 +4,7 @@
 #   ./demo.sh --world photos --data FOLDER --llm smollm2  another place than out/smollm2
 #   ./demo.sh --world photos --data FOLDER --seed 1       -> out/demo-photos-seed-1: other photographs, triplets, weights
 # FOLDER holds "Fashion Product Images (Small)" (demo/products.py); bench/real_llm.py makes the language model's folder.
-# About two hours on 2 cores (an estimate). Stopped or killed, the same command goes on: what a part has written, it does not do again.
+# An hour and a half on one core beside other work (docs/photos.md). Stopped or killed, the same command goes on: what a part has written, it does not do again.
 # Every line below is a stage with its public flags; the sizes in capitals may be set in the environment (CHAT=200 ...).
 set -euo pipefail
 SEED=0 DATA="" LLM=""
@@ -40,7 +40,7 @@ OUT=out/demo-photos
 M=${MODELS:-demo/models_photos} W=$OUT/world
 START=$SECONDS
 
-# ---- sizes: two hours on 2 cores, an estimate ----
+# ---- sizes ----
 CHAT=${CHAT:-6000}               # captioned photographs to align with, ...
 ENTRIES=${ENTRIES:-0.5}          # ... share of their captions that are the catalogue's entry, not the shop's title, ...
 ALIGN_EPOCHS=${ALIGN_EPOCHS:-3}  # ... and passes over them

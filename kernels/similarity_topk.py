@@ -36,7 +36,7 @@ from kernels import interpreter
 TILE = {"cpu": 2048, "cuda": 8192}  # rows and columns of a tile of fp32 scores (16 MiB; 256 MiB)
 TILE_WIDTH = 1024  # from this D on, a GPU that compares a gallery with itself computes half the tiles and writes them
 EXACT_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # float64 products held at a time (2 MiB: stays in cache; 512 MiB)
-RESCAN = {"cpu": 1 << 22, "cuda": 1 << 28}  # scores of uncertified rows held at a time
+RESCAN = {"cpu": 1 << 20, "cuda": 1 << 28}  # scores of uncertified rows held at a time
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take the Triton path
 if INTERPRET:
     interpreter.mend()
