@@ -328,10 +328,10 @@ def choose(scores: np.ndarray, max_score: float, min_gap: float, count: int) -> 
 
 def lot_of(count: int, width: int, device: torch.device) -> int:
     """How many pictures are searched for, and among, at a time: AT_ONCE, or what half of the memory has room for."""
-    of_one = 48 * 64 + (
-        6 * width if device.type == "cuda" else 0
-    )  # what it proposes; embedding, and its half precision
-    room = memory.has(device) * 2**30 / 2
+    held = 6 * width if device.type == "cuda" else 0  # its embedding, and that in half precision
+    of_one = 48 * 64 + held  # what it proposes
+    sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that have one memory
+    room = memory.has(device) * 2**30 / 2 / sharing
     fitting = count if count * of_one <= room else max(1, int(room / 3 / of_one))  # a lot, a block, the next block
     return min(count, AT_ONCE or fitting)
 
@@ -470,7 +470,7 @@ def say_plan(count: int, width: int = 2048) -> None:
     for gpus in (1, 8, 64):
         once = gpus == 1 and whole <= 70  # a gallery against itself scores a pair once; against a part of it twice
         seconds = (1 if once else 2) * count**2 * width / rate / gpus
-        say(f"{seconds / 3600:12,.3f} h    search on {gpus} GPU{'s' * (gpus > 1)}")
+        say(f"{seconds / 3600:12,.3f} h    search on {gpus} GPU{'s' * (gpus > 1)}, at an H200's rate")
 
 
 # ---- the run ----

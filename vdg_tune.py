@@ -104,7 +104,7 @@ CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 # may change at a resume: a step stays as it is
-_FREE = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW", "LLM", "VISION"}
+_FREE = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT", "SHOW", "MAX_NEW", "LLM", "VISION", "MERGE", "FORMAT"}
 
 
 # ---- LoRA ----
@@ -253,8 +253,8 @@ def merge_blip2(folder: str, config: dict, aside: str, dtype: torch.dtype) -> No
     """The LLM passes through one tensor at a time."""
     tokenizer = load_tokenizer(config["llm"])
     require_same(tokenizer, config, folder)
-    (shapes, of_llm), (checked, _) = (empty_llm(config["llm"], dtype) for _ in "ab")
-    load_adapter(checked, folder, config["lora"])  # its names and shapes
+    shapes, of_llm = empty_llm(config["llm"], dtype)
+    load_adapter(empty_llm(config["llm"], dtype)[0], folder, config["lora"])  # checks names and shapes
     lora = files.load_tensors(folder, "adapter_model.safetensors")
     scale = config["lora"]["alpha"] / config["lora"]["rank"]
 

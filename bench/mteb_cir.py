@@ -105,7 +105,10 @@ def scores_of(tasks: list, encoder: CirEncoder) -> dict[str, float]:
     import mteb
 
     found = mteb.evaluate(encoder, tasks, encode_kwargs=dict(ENCODING), cache=None, co2_tracker=False)
-    return {result.task_name: result.scores["test"][0]["ndcg_at_10"] for result in found.task_results}
+    results = {result.task_name: result.scores["test"] for result in found.task_results}
+    if several := [name for name, scores in results.items() if len(scores) != 1]:
+        raise UserError(f"{', '.join(several)}: several subsets, and one number is wanted; name a task of one")
+    return {name: scores[0]["ndcg_at_10"] for name, scores in results.items()}
 
 
 def read_task(dataset: str, root: str, images: str, split: str, category: str):

@@ -57,7 +57,7 @@ def read_icir(root: str, images: str | None = None, official: bool = True) -> li
     for i, row in enumerate(queries):
         gallery = galleries.get(row.instance, {})
         truths = tuple(image for image, texts in gallery.items() if row.text in texts)
-        if not truths:
+        if not row.text or not truths:
             text = f"{shown(row.text)} of {shown(row.instance)}"
             raise UserError(f"{folder}/query_files.csv, line {i + 1}: the database has no image of {text}")
         query = Triplet(row.image, truths[0], row.text, f"{row.instance}-{i}", extra={"truths": truths})
@@ -66,14 +66,18 @@ def read_icir(root: str, images: str | None = None, official: bool = True) -> li
 
 
 def read_rows(path: str) -> Iterator[Row]:
-    """Lines of three fields; a text that holds a comma stands in quotes."""
+    """Lines of three fields; a text that holds a comma or a quote stands in quotes."""
     if not os.path.isfile(path):
         raise UserError(f"{path} not found; i-CIR has query_files.csv and database_files.csv")
+    wanted, number = "wanted image,text,instance", 0
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, fields in enumerate(csv.reader(file), 1):
-            if len(fields) != 3 or not fields[0] or not fields[2]:
-                raise UserError(f"{path}, line {number}: found {shown(fields)}, wanted image,text,instance")
-            yield Row(safe_name(fields[0], f"{path}, line {number}"), fields[1].strip(), fields[2].strip())
+        try:
+            for number, fields in enumerate(csv.reader(file, strict=True), 1):
+                if len(fields) != 3 or not fields[0] or not fields[2]:  # an image that nobody asks for has no text
+                    raise UserError(f"{path}, line {number}: found {shown(fields)}, {wanted}")
+                yield Row(safe_name(fields[0], f"{path}, line {number}"), fields[1].strip(), fields[2].strip())
+        except (UnicodeDecodeError, csv.Error) as fault:
+            raise UserError(f"{path}, after line {number}: {fault}; {wanted} in UTF-8") from None
 
 
 def named(rows: list[Row], store: ImageStore) -> list[Row]:

@@ -1,11 +1,11 @@
-"""What a vision side lets a language model say: the deltas of a rule that reads its image tokens.
+"""A yardstick for deltas: how right a rule is that reads the same image tokens with the catalogue's own labels.
 
     python demo/ceiling.py --world out/demo-photos/world --vision demo/models_photos/instructblip
 
 A linear probe for each attribute is trained on the Q-Former's outputs of the captioned photographs, with the entries of
 the catalogue as labels. Of a held-out pair the rule names the attributes that the probes see change, the surest first,
 at most MOST of them; it is judged as a delta is. A model that learns from captions and 300 deltas sees the same tokens
-and is told less, so it can hardly be right more often at as many claims a pair.
+and is told less. (A linear probe is one reader of them, not the best that there can be.)
 """
 
 import os
@@ -98,6 +98,7 @@ def main() -> None:
     x, seen = (x - mean) / deviation, {}
     y = (tokens_of(vision, benchmark.images, list(benchmark.gallery)) - mean) / deviation
     for key, values in VALUES.items():
+        # learnt where the catalogue knows the attribute, asked of every picture of val
         rows = [i for i, name in enumerate(shown) if known[name].get(key) in values]
         seen[key] = probe(x[rows], [values.index(known[shown[i]][key]) for i in rows], len(values))(y).softmax(1)
         told = [(i, known[name][key]) for i, name in enumerate(benchmark.gallery) if key in known[name]]
@@ -109,6 +110,7 @@ def main() -> None:
     say("claims at most | as sure as | a pair | precision | recall")
     for most in MOST:
         for sure in SURE:
+            # what the rule says of each pair, and how right that is
             verdicts = []
             for query in queries:
                 claims = named_by_rule(seen, place[query.reference], place[query.target], most, sure)

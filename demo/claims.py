@@ -33,14 +33,17 @@ from common.files import file_sha256, read_json, read_jsonl, write_json, write_t
 from common.flags import at_least, override, read_flags
 
 WORLD = "drawn"  # "drawn" (demo.sh) or "photos" (demo/photos.sh, which wants DATA and LLM)
-SEEDS = 5  # seeds 0, 1, ...: each another world, other triplets, other weights
+SEEDS = 5  # seeds 0, 1, ...: each another world, other triplets, other weights; 10 at most
 ONLY = ()  # names of claims; empty: all
 DEMOS = "out"  # folder of the demos
 OUT = "out/claims"  # folder of the parts, claims.json, claims.md and claims.png
-PAGE = "docs/claims.md"  # page whose table of this world is written anew; empty: none
+PAGE = "docs/claims.md"  # page whose table of this world is written anew at the end of a whole run; empty: none
 JOBS = 2  # parts made at a time, one thread each
 DATA = ""  # photos: folder of the catalogue (demo/products.py)
 LLM = ""  # photos: folder of the language model
+
+
+_MODELS, _ROWS = ("combiner", "blip_tdm"), ("supervised", "same", "auxiliary", "only")  # of a demo
 
 
 # ---- parts: one command line each ----
@@ -53,9 +56,10 @@ class Part(NamedTuple):
 
 
 _TUNE = "--aligned {demo}/align --dataset cirr --root {world}/cirr --split train --held_out 0 --views 2 "
+_TUNE += "--dtype {dtype} "
 _LONG = _TUNE + "--warmup 20 --epochs {tune_epochs} --decay_at 0.7 --batch {tune_batch} --lr {tune_lr} "
 _LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-_SAY = "--max_new {max_new} "
+_SAY = "--max_new {max_new} --dtype {dtype} "
 _HELD = "--triplets cirr/val --root {world}/cirr --max_pairs 500 "
 _AUX = "--images {world}/aux --subgroups {subgroups} "
 _BOTH = "--pseudo_images {world}/aux" + os.pathsep + "{world}/cirr/img_raw"
@@ -65,7 +69,7 @@ PARTS = {
     # pseudo triplets of another kind
     "mined-random": Part(
         "mine_pairs.py",
-        "--images {world}/aux --encoder {models}/resnet --exclude {world}/cirr/img_raw --grouping false",
+        "--images {world}/aux --encoder {models}/resnet --exclude {world}/cirr/img_raw --max_shared 3 --grouping false",
     ),
     "pseudo-random": Part("gen_deltas.py", "--vdg {demo}/vdg --pairs {mined-random}/pairs.jsonl " + _AUX + _SAY),
     "pseudo-eighth": Part("demo/part_of.py", "--of {demo}/pseudo --share 0.125"),
@@ -213,17 +217,19 @@ class Bench(dict):
         settings = _WORLDS[world]
         demo = f"{DEMOS}/{settings['demo']}" + f"-seed-{seed}" * bool(seed)
         if not os.path.exists(os.path.join(ROOT, demo, "metrics.json")):
-            words = settings["make"].format(seed=seed, data=DATA, llm=LLM).split()
+            words = [word.format(seed=seed, data=DATA, llm=LLM) for word in settings["make"].split()]
             command(words, f"{OUT}/logs/{os.path.basename(demo)}.log", threads=2)
-        super().__init__(settings | {"demo": demo, "world": f"{demo}/world", "seed": seed})
+        super().__init__(settings | {"demo": demo, "world": f"{demo}/world", "seed": seed, "dtype": dtype_of(world)})
         self.attributes, self.judge = read_json(f"{demo}/world/attributes.json"), settings["judge"]
         self.folder = f"{OUT}/{os.path.basename(demo)}-{self.stands_on()}"
         self.locks: dict[str, Lock] = defaultdict(Lock)
 
     def stands_on(self) -> str:
-        """Hash of what the demo's rows follow from: world, VDG, backbones."""
+        """Hash of what parts take from the demo: its world, VDG, deltas and rows, and the backbones."""
         models = (f"{self['models']}/{name}/model.safetensors" for name in ("clip", "blip", "resnet", "instructblip"))
         files = [f"{self['world']}/attributes.json", f"{self['demo']}/vdg/manifest.json", *models]
+        files += [f"{self['demo']}/{name}/pseudo.jsonl" for name in ("pseudo", "heldout")]
+        files += [f"{self['demo']}/cir/{model}-{row}/manifest.json" for model in _MODELS for row in _ROWS]
         return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:8]
 
     def __missing__(self, name: str) -> str:
@@ -268,6 +274,13 @@ class Bench(dict):
         return sum(metrics[f"R@{k}"] for k in (1, 5, 10)) / 3 if arm.metric == "mean" else metrics[arm.metric]
 
 
+def dtype_of(world: str) -> str:
+    """What the language model of a demo computes in: as demo/photos.sh chooses, or by itself."""
+    with open("/proc/cpuinfo") as file:
+        fast = any(name in file.read() for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if world == "photos" and fast else "auto"
+
+
 def command(words: list[str], log: str, threads: int = 1) -> None:
     """One command line; its output goes to a file, whose end is shown if it fails."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
@@ -286,7 +299,7 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
     mean, count = statistics.mean(differences), len(differences)
     if count < 2:
         return mean, float("-inf"), float("inf")
-    half = _T.get(count - 1, 1.96) * statistics.stdev(differences) / count**0.5
+    half = _T[count - 1] * statistics.stdev(differences) / count**0.5
     return mean, mean - half, mean + half
 
 
@@ -334,28 +347,36 @@ def draw(found: dict[str, list[tuple[float, float]]], file: str) -> None:
     pyplot.close(figure)
 
 
+def parts_of_page() -> tuple[str, str]:
+    """PAGE up to this world's table, and what comes behind it."""
+    begin, end = f"<!-- {WORLD} -->\n", f"<!-- end of {WORLD} -->"
+    with open(PAGE, encoding="utf-8") as file:
+        before, _, rest = file.read().partition(begin)
+    if end not in rest:
+        raise UserError(f"--page {PAGE}: wanted the marks {begin.strip()} and {end} around the table")
+    return before + begin, end + rest.partition(end)[2]
+
+
 def write_results(found: dict[str, list[tuple[float, float]]]) -> None:
-    """claims.json, claims.md, claims.png under OUT, and the table between this world's marks on PAGE."""
+    """claims.json, claims.md, claims.png under OUT."""
     lines = table(found)
     write_json(f"{OUT}/claims.json", {"world": WORLD, "less and more of each seed": found}, indent=1)
     write_text(f"{OUT}/claims.md", "\n".join(lines) + "\n")
     draw(found, f"{OUT}/claims.png")
-    begin, end = f"<!-- {WORLD} -->\n", f"<!-- end of {WORLD} -->"
-    if PAGE:
-        with open(PAGE, encoding="utf-8") as file:
-            before, _, rest = file.read().partition(begin)
-        if end not in rest:
-            raise UserError(f"--page {PAGE}: wanted the marks {begin.strip()} and {end} around the table")
-        write_text(PAGE, before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
+    os.chdir(ROOT)  # where the commands run
     at_least(globals(), SEEDS=1, JOBS=1)
+    if SEEDS > 10:
+        raise UserError(f"--seeds {SEEDS}: the table of Student's t ends with 10; take fewer")
     if WORLD not in _WORLDS:
         raise UserError(f"--world {WORLD}: wanted one of {', '.join(_WORLDS)}")
     if unknown := set(ONLY) - CLAIMS.keys():
         raise UserError(f"--only {', '.join(unknown)}: no such claim; there are {', '.join(CLAIMS)}")
-    names = [name for name in CLAIMS if not ONLY or name in ONLY]
+    names, whole = [name for name in CLAIMS if not ONLY or name in ONLY], bool(PAGE) and not ONLY
+    if whole:
+        parts_of_page()  # a page without marks shows before hours of work
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in range(SEEDS):
         bench = Bench(WORLD, seed)
@@ -366,7 +387,11 @@ def main() -> None:
             found[name].append((values[CLAIMS[name].less], values[CLAIMS[name].more]))
         write_results(found)
         say(f"seed {seed}: done, {OUT}/claims.md")
-    say("\n".join(table(found)))
+    lines = "\n".join(table(found))
+    if whole:
+        before, behind = parts_of_page()
+        write_text(PAGE, f"{before}{lines}\n{behind}")
+    say(lines)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def lab(tmp_path, monkeypatch):
         write_json(demo / "world" / "attributes.json", {"a": picture, "b": picture})
         for name in ("metrics.json", "vdg/manifest.json"):
             write_json(demo / name, {"of": folder})
-        write_jsonl(demo / "heldout" / "pseudo.jsonl", [])
+        for name in ("heldout", "pseudo"):
+            write_jsonl(demo / name / "pseudo.jsonl", [])
         for row in ROWS:
             constants = {
                 "MODEL": row.split("-")[0],
@@ -41,6 +42,7 @@ def lab(tmp_path, monkeypatch):
                 "RANKS": 1,
             }
             write_json(demo / "cir" / row / "config.json", {"constants": constants})
+            write_json(demo / "cir" / row / "manifest.json", {"of": folder})
 
     def command(words: list[str], log: str, threads: int = 1) -> None:
         flags = parse_flags(read_flags(ROOT / words[1]), words[2:])  # raises for a flag that is none
@@ -81,6 +83,7 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     assert len(rows) == 2 + len(claims.CLAIMS) and (tmp_path / "out" / "claims.png").stat().st_size > 10_000
     page = (tmp_path / "page.md").read_text()
     assert page == PAGE.replace("old\n", "\n".join(rows) + "\n")
+    assert {flags.get("DTYPE", "auto") for _, flags in lab} == {"auto"}
 
     # nothing is made again, and a claim alone says the same
     first = len(lab)
@@ -88,9 +91,10 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     claims.main()
     assert len(lab) == first
     assert (tmp_path / "out" / "claims.md").read_text().splitlines()[2] in rows
+    assert (tmp_path / "page.md").read_text() == page  # one claim does not take the others from the page
 
-    # another VDG: all that stands on this demo is made anew
-    write_json(tmp_path / "demos" / "demo" / "vdg" / "manifest.json", {"of": "another"})
+    # other deltas: all that stands on this demo is made anew
+    write_jsonl(tmp_path / "demos" / "demo" / "pseudo" / "pseudo.jsonl", [{"of": "another"}])
     claims.main()
     assert {script for script, _ in lab[first:]} == {"train_cir.py", "eval_cir.py"}
     assert {flags["SEED"] for _, flags in lab[first:]} == {0}
@@ -100,7 +104,11 @@ def test_mistakes_are_one_line(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "ONLY", ("concat", "no such"))
     with pytest.raises(UserError, match="--only no such: no such claim; there are same, "):
         claims.main()
-    monkeypatch.setattr(claims, "ONLY", ("concat",))
+    monkeypatch.setattr(claims, "ONLY", ())
+    monkeypatch.setattr(claims, "SEEDS", 11)
+    with pytest.raises(UserError, match="--seeds 11: the table of Student's t ends with 10"):
+        claims.main()
+    monkeypatch.setattr(claims, "SEEDS", 1)
     write_text(tmp_path / "page.md", "no marks")
     with pytest.raises(UserError, match="wanted the marks <!-- drawn -->"):
         claims.main()
@@ -110,7 +118,7 @@ def test_intervals_are_students():
     """The ends by numpy's own quantiles of Student's t, drawn: a mean of n normal numbers lies within in 95 of 100."""
     assert claims.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
     rng = np.random.default_rng(0)
-    for count in (2, 3, 5, 8):
+    for count in (2, 3, 5, 8, 10):
         within = [low <= 1 <= high for _, low, high in map(claims.interval, rng.normal(1, 3, (4000, count)).tolist())]
         assert sum(within) / 4000 == pytest.approx(0.95, abs=0.012)
     assert [claims.verdict(*ends) for ends in ((0.1, 2), (-2, -0.1), (-1, 1))] == ["holds", "the contrary", "undecided"]

@@ -124,6 +124,9 @@ def test_an_image_that_stands_twice_is_searched_once(tmp_path, capsys):
         ("query", "icir/query/temple-0.png,at night,cat", "no image of 'at night' of 'cat'"),
         ("database", "../../etc/passwd,at night,temple", "database_files.csv, line 49: "),
         ("database", "icir/a.png,in snow, from afar,temple", "line 49: found"),
+        ("query", "icir/query/temple-0.png, ,temple", "line 13: .* no image of '' of 'temple'"),
+        ("database", 'icir/a.png,"red" car,temple', "after line 48: .* wanted image,text,instance in UTF-8"),
+        ("query", f"icir/a.png,{'long ' * 30_000},temple", "after line 12: field larger than field limit"),
     ],
 )
 def test_a_wrong_line_stops(file, line, words, tmp_path):
@@ -131,6 +134,14 @@ def test_a_wrong_line_stops(file, line, words, tmp_path):
     path = tmp_path / f"icir/{file}_files.csv"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=words):
+        read_icir(str(tmp_path / "icir"), official=False)
+
+
+def test_another_encoding_is_named(tmp_path):
+    drawn_icir(tmp_path)
+    path = tmp_path / "icir/query_files.csv"
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(UserError, match="query_files.csv, after line 0: .* in UTF-8"):
         read_icir(str(tmp_path / "icir"), official=False)
 
 

@@ -11,6 +11,7 @@ same bytes. Models and data are tiny and drawn (soak.py); making namespaces need
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from soak import ROOT, Kind, build, file_of, words_of
 KINDS = ("align", "tune", "combiner", "blip_tdm", "generation", "mining")
 KILLED = ("blip_tdm", "align")  # kinds of which a node dies
 PORT, PATIENCE = 29511, 300  # of torchrun's meeting; seconds until a run must have ended
+STARTED: list[subprocess.Popen] = []  # every torchrun, so that none outlives this
 NODES = {"vdg-a": "10.77.0.1", "vdg-b": "10.77.0.2"}  # namespace -> address
 
 
@@ -69,14 +71,19 @@ def started(kind: Kind, out: Path, node: int | None) -> subprocess.Popen:
         environment |= {"GLOO_SOCKET_IFNAME": "vdg0"}
     log = open(f"{out}-{'here' if node is None else node}.log", "a")
     words += [str(ROOT / f"{kind.stage}.py"), *words_of(kind, out, {})]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    STARTED.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True))
+    return STARTED[-1]
 
 
 def finished(runs: list[subprocess.Popen], out: Path) -> None:
     for run in runs:
-        if run.wait(PATIENCE):
+        try:
+            code = run.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            code = f"none within {PATIENCE} s"
+        if code:
             logs = "".join(path.read_text(errors="replace")[-1500:] for path in out.parent.glob(f"{out.name}-*.log"))
-            sys.exit(f"{out.name}: exit status {run.returncode}\n{logs}")
+            sys.exit(f"{out.name}: exit status {code}\n{logs}")
 
 
 def killed(kind: Kind, out: Path) -> float:
@@ -101,6 +108,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)} (default all)")
     chosen, different = parser.parse_args().kinds.split(","), 0
+    if unknown := set(chosen) - set(KINDS):
+        parser.error(f"--kinds {', '.join(unknown)}: of {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory(prefix="vdg-nodes-") as folder:
         root = Path(folder)
         kinds = build(root)
@@ -122,6 +131,9 @@ def main() -> int:
                 after = f"{seconds:.1f} s, {results[again]}" if seconds is not None else ""
                 print(f"{name:12} {results[two]:14} {after}", flush=True)
         finally:
+            for run in STARTED:
+                if run.poll() is None:
+                    os.killpg(run.pid, signal.SIGKILL)
             drop_nodes()
     return bool(different)
 
