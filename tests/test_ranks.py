@@ -78,7 +78,7 @@ def test_gather_with_grad_equals_one_process(sizes):
     loss.backward()
     results = run_ranks(2, gather_rank, x, weights, sizes)
     rows = torch.cat([found["mine"] for found in results])
-    torch.testing.assert_close(rows, features.detach(), rtol=1e-13, atol=1e-13)  # a product of fewer rows may round anew
+    torch.testing.assert_close(rows, features.detach(), rtol=1e-13, atol=1e-13)  # fewer rows: rounded anew
     for rank, found in enumerate(results):
         assert torch.equal(found["gathered"], rows)
         torch.testing.assert_close(found["grad"], alone.grad, rtol=1e-13, atol=1e-13)
