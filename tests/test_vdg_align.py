@@ -366,6 +366,16 @@ def test_resume_is_step_exact(whole, flags, tmp_path, monkeypatch, capsys):
         stage("vdg_align", *argv, "--lr", "0.5")
 
 
+def same_run(found, wanted) -> None:
+    """Weights of the same steps in fp32 sums of another order.
+
+    Adam divides by the gradient's own size: an entry of 1e-7 moves its weight as far as any (lr 1e-3), by rounding. So
+    all together are equal to 2e-4, and a single one to 5 % of a step."""
+    for name in wanted:
+        difference = found[name] - wanted[name]
+        assert difference.norm() < 2e-4 * wanted[name].norm() and difference.abs().max() < 5e-5
+
+
 def test_images_encoded_once_give_the_same_run(whole, flags, tmp_path, monkeypatch, capsys):
     module = fresh("vdg_align", *flags, "--batch", "4", "--keep", "true", "--out", str(tmp_path / "kept"))
     shown, queries = [], module.VisionProjector.queries
@@ -375,9 +385,7 @@ def test_images_encoded_once_give_the_same_run(whole, flags, tmp_path, monkeypat
     module.main()
     assert sum(shown) == 10  # 20 without: two epochs of ten images
     assert "GiB  Q-Former outputs of 10 images, in host memory" in capsys.readouterr().out
-    a, b = (load_file(folder / "projection.safetensors") for folder in (whole, tmp_path / "kept"))
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=0, atol=5e-6)
+    same_run(*(load_file(folder / "projection.safetensors") for folder in (tmp_path / "kept", whole)))
 
 
 def test_two_ranks_and_accumulation_equal_one_rank(whole, flags, tmp_path):
@@ -385,10 +393,7 @@ def test_two_ranks_and_accumulation_equal_one_rank(whole, flags, tmp_path):
     stage("vdg_align", *flags, "--batch", "1", "--accumulate", "4", "--out", str(tmp_path / "parts"))
     one = load_file(whole / "projection.safetensors")
     for folder in (tmp_path / "ranks", tmp_path / "parts"):
-        other = load_file(folder / "projection.safetensors")
-        for name in one:
-            # Adam divides by the gradient's own size: one of 1e-7 moves a weight as far as any (lr 1e-3)
-            torch.testing.assert_close(other[name], one[name], rtol=0, atol=5e-6)
+        same_run(load_file(folder / "projection.safetensors"), one)
         for a, b in zip(records(whole), records(folder), strict=True):
             assert abs(a["loss"] - b["loss"]) < 1e-5
 
