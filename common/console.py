@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 QUIET = 30  # seconds between two lines of a bar that is written to a file or a pipe
-PATIENCE = 2  # seconds that a rank with an error waits for the first rank of its machine to say the same
+PATIENCE = 10  # seconds that a rank with an error waits for the first rank of its machine to say the same
 
 
 class UserError(ValueError):
