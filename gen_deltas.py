@@ -537,7 +537,7 @@ def main() -> None:
     check_images(names, data.images)
 
     # a killed run goes on: what it said is in the parts
-    lock_folder(OUT)
+    lock_folder(OUT, "deltas")
     part, done = open_parts(dtype, world)
     todo = [pair for pair in pairs if identity(pair) not in done]
     todo.sort(key=lambda pair: (pair["reference"], pair["target"], json.dumps(pair["id"])))  # a reference's together

@@ -503,7 +503,7 @@ def main() -> None:
     if CHECK:
         return check_pictures(names, images)
     keep_apart(OUT, IMAGES, "--out --images")  # it holds a contact sheet
-    lock_folder(OUT)
+    lock_folder(OUT, "mine")
     log = Log(OUT)
 
     # S3.2: the gallery G', and S4.1: without the pictures of the benchmarks

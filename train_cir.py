@@ -491,7 +491,7 @@ def main() -> None:
     validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT, JOIN)
     if CHECK:
         return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
-    lock_folder(OUT)
+    lock_folder(OUT, "cir")
     sources, validation = complete_data(sources, validation, world.size, compute.workers)
     epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
     steps = STEPS or epochs * batches.steps_an_epoch(sources, BATCH, world.size)

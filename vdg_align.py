@@ -393,7 +393,7 @@ def main() -> None:
     total = EPOCHS * math.ceil(len(captions) / per_step)  # steps
 
     # the folder is this run's alone; the same command goes on where it stopped
-    files.lock_folder(OUT)
+    files.lock_folder(OUT, "align")
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
     constants["tokenizer"] = tokenizer_sha256(load_tokenizer(LLM))
     constants["pixels"] = Preprocess.from_folder(VISION, "instructblip").described()

@@ -513,7 +513,7 @@ def main() -> None:
     per_epoch, total = steps_of(len(triplets), per_step)
 
     # the folder is this run's alone; the same command goes on where it stopped
-    files.lock_folder(OUT)
+    files.lock_folder(OUT, "tune")
     constants, start, state = earlier_state(aligned, per_step, [*triplets, *held], images)
     if files.is_finished(OUT, "projection.safetensors", start, total):
         return

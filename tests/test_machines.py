@@ -1,5 +1,6 @@
 """Real machines: full disks, disks without locks or fsync, links and pipes in the way, other CPUs, ranks, logs."""
 
+import ast
 import contextlib
 import errno
 import fcntl
@@ -499,6 +500,23 @@ def test_a_resume_elsewhere_is_said(tmp_path, monkeypatch, capsys):
     save_state(tmp_path, 6, {"w": torch.ones(2)}, {})
     monkeypatch.setattr(files, "_machine", machine)
     assert load_state(tmp_path, {})[0] == 6 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "file, stage",
+    [
+        ("vdg_align", "align"),
+        ("vdg_tune", "tune"),
+        ("mine_pairs", "mine"),
+        ("gen_deltas", "deltas"),
+        ("train_cir", "cir"),
+    ],
+)
+def test_every_stage_says_which_it_is_before_it_writes(file, stage):
+    """The one call that makes OUT names the stage, so that the check below is made."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())) if isinstance(node, ast.Call)]
+    locks = [call for call in calls if "lock_folder" in ast.unparse(call.func)]
+    assert [ast.unparse(call.args[1]) for call in locks if len(call.args) > 1] == [repr(stage)] and len(locks) == 1
 
 
 def test_the_result_of_another_stage_is_not_overwritten(tmp_path):

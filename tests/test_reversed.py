@@ -185,7 +185,11 @@ def test_half_precision_products_stay_near():
         out, gate_out = ((w[n][0].bfloat16(), w[n][1]) for n in "ow")
         gate_out = gate_out[0][0], gate_out[1][0]
         found = ours.reversed_combiner(*leaves[:3], hidden, gate, out, gate_out, positive, 0.2)
+        plain = ours.reversed_reference(combiner(w), *leaves[:3], positive, 0.2)  # what bf16 loses, on this machine
     assert hidden[0].dtype == torch.bfloat16 and found.dtype == torch.float32
     assert found.item() == pytest.approx(exact.item(), rel=0.01)
-    for a, b in zip(*(torch.autograd.grad(loss, [leaves[1], w["u"][0]]) for loss in (found, exact)), strict=True):
-        assert (a - b).norm() < 0.05 * b.norm()
+    inputs = [leaves[1], w["u"][0]]
+    grads = [torch.autograd.grad(loss, inputs) for loss in (found, exact, plain)]
+    for a, b, c in zip(*grads, strict=True):
+        lost = float((c - b).norm() / b.norm())
+        assert lost < 0.1 and (a - b).norm() < (0.03 + lost) * b.norm()
