@@ -330,6 +330,13 @@ VARIANTS = (
         (f"{MINE}::test_end_to_end",),
     ),
     Variant(
+        "a stage that does not say which it is",
+        "train_cir.py",
+        'lock_folder(OUT, "cir")',
+        "lock_folder(OUT)",
+        ("test_machines.py::test_every_stage_says_which_it_is_before_it_writes",),
+    ),
+    Variant(
         "a pair's own block",
         "kernels/topk_blocks.py",
         "itself = torch.where((itself >= 0) & (itself < len(block)), itself, -1)",
