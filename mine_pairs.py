@@ -326,10 +326,14 @@ def choose(scores: np.ndarray, max_score: float, min_gap: float, count: int) -> 
     return chosen
 
 
+def held_by_one(width: int) -> int:
+    """Bytes of a picture in the search: what it proposes, and its embedding on a device, in 32 bits and in 16."""
+    return 48 * 64 + 6 * width
+
+
 def lot_of(count: int, width: int, device: torch.device) -> int:
     """How many pictures are searched for, and among, at a time: AT_ONCE, or what half of the memory has room for."""
-    held = 6 * width if device.type == "cuda" else 0  # its embedding, and that in half precision
-    of_one = 48 * 64 + held  # what it proposes
+    of_one = held_by_one(width if device.type == "cuda" else 0)
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that have one memory
     room = memory.has(device) * 2**30 / 2 / sharing
     fitting = count if count * of_one <= room else max(1, int(room / 3 / of_one))  # a lot, a block, the next block
@@ -463,7 +467,7 @@ def draw(subgroups: list[dict], counts: dict[str, int], images: ImageStore) -> N
 def say_plan(count: int, width: int = 2048) -> None:
     """What `count` pictures would take, by arithmetic; width: of ResNet-152's embeddings. The search goes at the rate
     of the one that was measured (an H200, 102,436 pictures in 94 ms: docs/measured.md); in lots as fast [a guess]."""
-    rate, whole = 102_436**2 * 2048 / 0.094, count * (48 * 64 + 6 * width) / 2**30
+    rate, whole = 102_436**2 * 2048 / 0.094, count * held_by_one(width) / 2**30
     say(f"{4 * count * width / 2**30:12,.1f} GiB  embeddings on disk; embedding the pictures was not measured on a GPU")
     say(f"{count * 1024 / 2**30:12,.1f} GiB  names, hashes and subgroups in host memory, about 1 KB a picture")
     say(f"{whole:12,.1f} GiB  on each GPU for the search in one piece; with less than twice that, it goes in lots")

@@ -24,6 +24,7 @@ from common.files import read_json
 from common.flags import at_least, override
 from common.images import ImageStore, load_pixels
 from demo.products import VALUES, changed
+from demo.wordings import Claim, verdict
 from vdg_align import VisionProjector
 
 WORLD = "out/demo-photos/world"  # folder of demo/catalogue.py
@@ -76,13 +77,8 @@ def named_by_rule(seen: dict[str, Tensor], a: int, b: int, most: int, sure: floa
 
 def judged(claims: list[tuple[str, str]], a: dict, b: dict) -> Judged:
     """As a text that says this is judged: what the catalogue does not know counts neither way."""
-    right = wrong = 0
-    for key, value in claims:
-        if key in b and (value != b[key] or value == a.get(key)):
-            wrong += 1
-        elif key in a and key in b:
-            right += 1
-    return Judged(right, wrong, right, len(changed(a, b)))
+    verdicts = [verdict(Claim(key, value), a, b) for key, value in claims]
+    return Judged(verdicts.count(True), verdicts.count(False), verdicts.count(True), len(changed(a, b)))
 
 
 def main() -> None:

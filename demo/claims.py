@@ -14,9 +14,11 @@ and models: what is there is not made again, and a stopped run goes on. Retrieva
 is chosen on dev. No flag was chosen by a result below.
 """
 
+import glob
 import hashlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ sys.path.insert(0, ROOT)
 from common.console import UserError, run, say
 from common.files import file_sha256, read_json, read_jsonl, write_json, write_text
 from common.flags import at_least, override, read_flags
+from demo import report
 
 WORLD = "drawn"  # "drawn" (demo.sh) or "photos" (demo/photos.sh, which wants DATA and LLM)
 SEEDS = 5  # seeds 0, 1, ...: each another world, other triplets, other weights; 10 at most
@@ -41,9 +44,6 @@ PAGE = "docs/claims.md"  # page whose table of this world is written anew at the
 JOBS = 2  # parts made at a time, one thread each
 DATA = ""  # photos: folder of the catalogue (demo/products.py)
 LLM = ""  # photos: folder of the language model
-
-
-_MODELS, _ROWS = ("combiner", "blip_tdm"), ("supervised", "same", "auxiliary", "only")  # of a demo
 
 
 # ---- parts: one command line each ----
@@ -196,12 +196,12 @@ CLAIMS = {
 # ---- the two worlds: what their demos say of themselves besides ----
 _WORLDS = {
     "drawn": {
-        "demo": "demo", "make": "./demo.sh --seed {seed}", "models": "demo/models", "judge": "world", "max_new": 32,
+        "demo": "demo", "make": "./demo.sh --seed {seed}", "models": "demo/models", "max_new": 32,
         "tune_epochs": 12, "tune_batch": 16, "tune_lr": "3e-3", "subgroups": 350,
     },
     "photos": {
         "demo": "demo-photos", "make": "demo/photos.sh --seed {seed} --data {data} --llm {llm}",
-        "models": "demo/models_photos", "judge": "wordings", "max_new": 20, "tune_epochs": 8, "tune_batch": 8,
+        "models": "demo/models_photos", "max_new": 20, "tune_epochs": 8, "tune_batch": 8,
         "tune_lr": "1e-3", "subgroups": 300,
     },
 }  # fmt: skip
@@ -220,7 +220,7 @@ class Bench(dict):
             words = [word.format(seed=seed, data=DATA, llm=LLM) for word in settings["make"].split()]
             command(words, f"{OUT}/logs/{os.path.basename(demo)}.log", threads=2)
         super().__init__(settings | {"demo": demo, "world": f"{demo}/world", "seed": seed, "dtype": dtype_of(world)})
-        self.attributes, self.judge = read_json(f"{demo}/world/attributes.json"), settings["judge"]
+        self.attributes, self.kind = read_json(f"{demo}/world/attributes.json"), world
         self.folder = f"{OUT}/{os.path.basename(demo)}-{self.stands_on()}"
         self.locks: dict[str, Lock] = defaultdict(Lock)
 
@@ -229,7 +229,7 @@ class Bench(dict):
         models = (f"{self['models']}/{name}/model.safetensors" for name in ("clip", "blip", "resnet", "instructblip"))
         files = [f"{self['world']}/attributes.json", f"{self['demo']}/vdg/manifest.json", *models]
         files += [f"{self['demo']}/{name}/pseudo.jsonl" for name in ("pseudo", "heldout")]
-        files += [f"{self['demo']}/cir/{model}-{row}/manifest.json" for model in _MODELS for row in _ROWS]
+        files += sorted(glob.glob(f"{self['demo']}/cir/*/manifest.json"))
         return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:8]
 
     def __missing__(self, name: str) -> str:
@@ -263,10 +263,8 @@ class Bench(dict):
     def value(self, arm: Arm) -> float:
         """What an arm scores, in percent."""
         if arm.metric in ("precision", "recall"):
-            from demo import report, wordings, world
-
-            by = {"world": world, "wordings": wordings}[self.judge]
-            return report.judge(read_jsonl(f"{self[arm.of]}/pseudo.jsonl"), self.attributes, by)[arm.metric]
+            deltas = read_jsonl(f"{self[arm.of]}/pseudo.jsonl")
+            return report.judge(deltas, self.attributes, report.JUDGES[self.kind])[arm.metric]
         checkpoint = ["--checkpoint", self[arm.of]] if arm.of else []
         asked = [*checkpoint, *arm.ask.format_map(self).split()]
         words = f"eval_cir.py --dataset cirr --root {self['world']}/cirr --split val --official false --show 0".split()
@@ -277,7 +275,7 @@ class Bench(dict):
 def dtype_of(world: str) -> str:
     """What the language model of a demo computes in: as demo/photos.sh chooses, or by itself."""
     with open("/proc/cpuinfo") as file:
-        fast = any(name in file.read() for name in ("avx512_bf16", "amx_bf16"))
+        fast = re.search("avx512_bf16|amx_bf16", file.read())
     return "bf16" if world == "photos" and fast else "auto"
 
 
@@ -331,7 +329,7 @@ def draw(found: dict[str, list[tuple[float, float]]], file: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 0.27 * len(found) + 1))
     colours = {"holds": "#1a7f37", "the contrary": "#b3261e", "undecided": "#777777"}
-    for place, (_, values) in enumerate(found.items()):
+    for place, values in enumerate(found.values()):
         mean, low, high = interval([b - a for a, b in values])
         colour = colours[verdict(low, high)]
         if len(values) > 1:

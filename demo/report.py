@@ -32,7 +32,7 @@ ROWS = {
     "auxiliary": "supervised + VDG deltas + auxiliary",
     "only": "auxiliary only",
 }
-_JUDGES = {"drawn": world, "photos": wordings}  # both have VALUES, changed and judged
+JUDGES = {"drawn": world, "photos": wordings}  # both have VALUES, changed and judged
 _TITLES = {"drawn": "VDG on the embedded world", "photos": "VDG on product photographs"}
 _INTRO = (
     "A language model looked at pairs of pictures and wrote what turns one into the other; retrieval models were then "
@@ -209,7 +209,7 @@ def write_picture(auxiliary: list[dict], gallery: ImageStore) -> None:
 
 
 def main() -> None:
-    if KIND not in _JUDGES:
+    if KIND not in JUDGES:
         raise UserError(f"--kind {KIND}: wanted drawn or photos")
     attributes = read_json(f"{WORLD}/attributes.json")
     val, gallery = read_cirr(f"{WORLD}/cirr", "val"), ImageStore(f"{WORLD}/aux")
@@ -228,7 +228,7 @@ def main() -> None:
         "VDG, the human train pairs": same,
         "human-like, held-out pairs": human,
     }
-    deltas = {name: judge(records, attributes, _JUDGES[KIND]) for name, records in judged.items()}
+    deltas = {name: judge(records, attributes, JUDGES[KIND]) for name, records in judged.items()}
     write_json(f"{OUT}/metrics.json", {"rows": rows, "deltas": deltas}, indent=1)
     print_tables(rows, deltas)
 

@@ -27,7 +27,6 @@ def topk_in_blocks(
     `rows` anchors at a time, on device; itself left out, sorted as exact_topk does.
 
     columns: rows of the gallery that are on the device at a time. progress: wraps the list of (anchor, column)."""
-    best = None
     for anchor, column in progress([(i, j) for i in anchors[::rows] for j in range(0, len(gallery), columns)]):
         some = range(anchor, min(anchor + rows, anchors.stop))
         if column == 0:
