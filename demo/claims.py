@@ -42,13 +42,14 @@ DEMOS = "out"  # folder of the demos
 OUT = "out/claims"  # folder of the parts, claims.json, claims.md and claims.png
 PAGE = "docs/claims.md"  # page whose table of this world is written anew at the end of a whole run; empty: none
 JOBS = 2  # parts made at a time, one thread each
-DATA = ""  # photos: folder of the catalogue (demo/products.py)
+DATA = ""  # folder of the catalogue (demo/products.py); the drawn world wants it for the claim in-domain alone
 LLM = ""  # photos: folder of the language model
 
 
 # ---- parts: one command line each ----
 class Part(NamedTuple):
-    """{name} in flags stands for the folder of a part; {demo}, {world}, {models}, {seed} for the demo's."""
+    """{name} in flags stands for the folder of a part; {demo}, {world}, {models}, {seed} for the demo's, {elsewhere}
+    for a world of the other kind."""
 
     stage: str  # the program, with OUT and SEED added
     flags: str
@@ -62,7 +63,10 @@ _LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 _SAY = "--max_new {max_new} --dtype {dtype} "
 _HELD = "--triplets cirr/val --root {world}/cirr --max_pairs 500 "
 _AUX = "--images {world}/aux --subgroups {subgroups} "
+_TWICE = "--images {world}/aux --subgroups {twice} "
+_FAR = "--images {elsewhere}/aux --subgroups {subgroups} "
 _BOTH = "--pseudo_images {world}/aux" + os.pathsep + "{world}/cirr/img_raw"
+_FAR_IMAGES = "--pseudo_images {elsewhere}/aux"
 _STAGE2 = "--model combiner --train_text false --start "  # the Combiner behind stage I's text encoder, as in [Bi]
 _VDG_BACK = "--bidirectional 0.5 --reversed_text delta --same_deltas false --same_pairs {back-train}/pseudo.jsonl"
 PARTS = {
@@ -74,12 +78,20 @@ PARTS = {
     "pseudo-random": Part("gen_deltas.py", "--vdg {demo}/vdg --pairs {mined-random}/pairs.jsonl " + _AUX + _SAY),
     "pseudo-eighth": Part("demo/part_of.py", "--of {demo}/pseudo --share 0.125"),
     "pseudo-half": Part("demo/part_of.py", "--of {demo}/pseudo --share 0.5"),
+    "pseudo-double": Part("gen_deltas.py", "--vdg {demo}/vdg --pairs {demo}/mined/pairs.jsonl " + _TWICE + _SAY),
+    "pseudo-fifth-shuffled": Part("demo/part_of.py", "--of {demo}/pseudo --shuffled 0.2"),
     "pseudo-shuffled": Part("demo/part_of.py", "--of {demo}/pseudo --shuffled 0.5"),
+    "pseudo-most-shuffled": Part("demo/part_of.py", "--of {demo}/pseudo --shuffled 0.8"),
     "pseudo-once": Part("demo/part_of.py", "--of {demo}/pseudo --also {world}/cirr"),
     "pseudo-kept": Part(
         "eval_cir.py",
         "--checkpoint {demo}/cir/combiner-same --filter {demo}/pseudo --filter_top 2 --images {world}/aux",
     ),
+    # a gallery of another kind: photographs for drawings, drawings for photographs
+    "photographs": Part("demo/catalogue.py", "--data {data} --chat 1 --train 1 --dev_groups 1 --val_groups 1"),
+    "drawings": Part("demo/world.py", "--chat 1 --train 1 --dev_groups 1 --val_groups 1"),
+    "mined-elsewhere": Part("mine_pairs.py", "--images {elsewhere}/aux --encoder {models}/resnet --max_shared 3"),
+    "pseudo-elsewhere": Part("gen_deltas.py", "--vdg {demo}/vdg --pairs {mined-elsewhere}/pairs.jsonl " + _FAR + _SAY),
     # other VDGs
     "vdg-untuned": Part("vdg_tune.py", _TUNE + "--epochs 1 --lr 1e-12"),  # LoRA starts at 0 and stays there
     "vdg-rank2": Part("vdg_tune.py", _LONG + "--lora_rank 2 --lora_targets " + _LINEARS),
@@ -97,7 +109,11 @@ PARTS = {
     "no-concat": Part("train_cir.py", "--concat false", "combiner-auxiliary"),
     "eighth": Part("train_cir.py", "--pseudo {pseudo-eighth}/pseudo.jsonl", "combiner-auxiliary"),
     "half": Part("train_cir.py", "--pseudo {pseudo-half}/pseudo.jsonl", "combiner-auxiliary"),
+    "double": Part("train_cir.py", "--pseudo {pseudo-double}/pseudo.jsonl", "combiner-auxiliary"),
+    "fifth-shuffled": Part("train_cir.py", "--pseudo {pseudo-fifth-shuffled}/pseudo.jsonl", "combiner-auxiliary"),
     "shuffled": Part("train_cir.py", "--pseudo {pseudo-shuffled}/pseudo.jsonl", "combiner-auxiliary"),
+    "most-shuffled": Part("train_cir.py", "--pseudo {pseudo-most-shuffled}/pseudo.jsonl", "combiner-auxiliary"),
+    "far": Part("train_cir.py", "--pseudo {pseudo-elsewhere}/pseudo.jsonl " + _FAR_IMAGES, "combiner-auxiliary"),
     "filtered": Part("train_cir.py", "--pseudo {pseudo-kept}/pseudo.jsonl", "combiner-auxiliary"),
     "no-augment": Part("train_cir.py", "--augment false", "combiner-auxiliary"),
     "frozen-text": Part("train_cir.py", "--train_text false", "combiner-auxiliary"),
@@ -106,11 +122,14 @@ PARTS = {
     # BLIP with target-delta matching
     "no-tdm": Part("train_cir.py", "--tdm false", "blip_tdm-auxiliary"),
     "plain-nce": Part("train_cir.py", "--beta 0", "blip_tdm-auxiliary"),
+    "published-nce": Part("demo/as_released.py hn-nce", "", "blip_tdm-auxiliary"),
+    "mild-negatives": Part("demo/as_released.py negatives", "", "blip_tdm-auxiliary"),
     "cls": Part("train_cir.py", "--first_token cls", "blip_tdm-auxiliary"),
     "once": Part("train_cir.py", "--pseudo {pseudo-once}/pseudo.jsonl " + _BOTH, "blip_tdm-only"),
     # bi-directional training, on the human triplets alone: stage I, and the Combiner behind it
     "sum": Part("train_cir.py", "--model sum", "combiner-supervised"),
     "sum-token": Part("train_cir.py", "--model sum --bidirectional 0.5", "combiner-supervised"),
+    "sum-normalised": Part("demo/as_released.py normalised", "--model sum --bidirectional 0.5", "combiner-supervised"),
     "sum-heavy": Part("train_cir.py", "--model sum --bidirectional 2", "combiner-supervised"),
     "sum-vdg": Part("train_cir.py", "--model sum " + _VDG_BACK, "combiner-supervised"),
     "stage2": Part("train_cir.py", _STAGE2 + "{sum}", "combiner-supervised"),
@@ -164,6 +183,9 @@ CLAIMS = {
     "tdm": Claim("BLIP_tdm: target-delta matching helps", "Table 4", Arm("no-tdm"), Arm(_ALL_B)),
     "eighth-half": Claim("More auxiliary triplets: half beats an eighth", "Table 5", Arm("eighth"), Arm("half")),
     "half-all": Claim("... and all beat half", "Table 5", Arm("half"), Arm(_ALL_C)),
+    "double": Claim("... and as many again beat all", "Table 8", Arm(_ALL_C), Arm("double")),
+    "in-domain": Claim("Auxiliary pictures of the same kind beat foreign ones (photographs, drawings)", "Table 3",
+                       Arm("far"), Arm(_ALL_C)),
     "tuning": Claim("Tuning on human triplets makes deltas more right (precision)", "S3.1",
                     Arm("held-untuned", metric="precision"), Arm("heldout", metric="precision")),
     "rank": Claim("LoRA of rank 16 beats rank 2 (precision)", "Table 7",
@@ -177,11 +199,17 @@ CLAIMS = {
     "forward": Claim("... and forward ones better", "[Bi] Table 1", Arm("sum"), Arm("sum-token")),
     "stage2": Claim("... behind the Combiner as well", "[Bi] Table 1", Arm("stage2"), Arm("stage2-token")),
     "alpha": Claim("A reversed loss of weight 0.5 beats one of 2", "[Bi] S1", Arm("sum-heavy"), Arm("sum-token")),
+    "raw-target": Claim("Stage I composes the raw target, as [Bi] prints, not the normalised one of its release",
+                        "[ours]", Arm("sum-normalised"), Arm("sum-token")),
     "combiner": Claim("The Combiner beats the sum it starts from", "[Bi] Table 1", Arm("sum"), Arm("stage2")),
     "reversed-text": Claim("VDG's text for the way back finds more than [BACKWARD] and the human text", "[ours]",
                            Arm("sum-token", _BACK), Arm("sum-vdg", _BY_VDG)),
     "hn-nce": Claim("BLIP_tdm: weighing hard negatives more (HN-NCE, beta 0.5) helps", "S6.1",
                     Arm("plain-nce"), Arm(_ALL_B)),
+    "hn-nce-right": Claim("BLIP_tdm: HN-NCE as it is defined beats the published code's (beta 0.5)", "[ours]",
+                          Arm("published-nce"), Arm(_ALL_B)),
+    "negatives": Claim("BLIP_tdm: tdm negatives drawn by similarity / tau beat those by similarity", "[ours]",
+                       Arm("mild-negatives"), Arm(_ALL_B)),
     "hn-nce-clip": Claim("Combiner: beta 0 beats 0.5", "S6.1", Arm("beta"), Arm(_ALL_C)),
     "enc": Claim("BLIP_tdm: [ENC] first, as BLIP was trained, beats [CLS]", "[ours]", Arm("cls"), Arm(_ALL_B)),
     "text": Claim("Training the text encoder helps", "S3.3", Arm("frozen-text"), Arm(_ALL_C)),
@@ -190,7 +218,10 @@ CLAIMS = {
     "rerank": Claim("BLIP_tdm: re-ranking the first 50 by the tdm head helps", "[ours]",
                     Arm(_ALL_B), Arm(_ALL_B, "--rerank 50")),
     "filter": Claim("Keeping deltas by which a model finds their target helps", "[ours]", Arm(_ALL_C), Arm("filtered")),
+    "noise-fifth": Claim("A fifth of the auxiliary deltas shuffled costs recall", "[ours]",
+                         Arm("fifth-shuffled"), Arm(_ALL_C)),
     "noise": Claim("Half of the auxiliary deltas shuffled cost recall", "[ours]", Arm("shuffled"), Arm(_ALL_C)),
+    "noise-most": Claim("Four fifths of them shuffled cost recall", "[ours]", Arm("most-shuffled"), Arm(_ALL_C)),
 }  # fmt: skip
 
 # ---- the two worlds: what their demos say of themselves besides ----
@@ -198,11 +229,12 @@ _WORLDS = {
     "drawn": {
         "demo": "demo", "make": "./demo.sh --seed {seed}", "models": "demo/models", "max_new": 32,
         "tune_epochs": 12, "tune_batch": 16, "tune_lr": "3e-3", "subgroups": 350,
+        "twice": 700, "foreign": "photographs",
     },
     "photos": {
         "demo": "demo-photos", "make": "demo/photos.sh --seed {seed} --data {data} --llm {llm}",
         "models": "demo/models_photos", "max_new": 20, "tune_epochs": 8, "tune_batch": 8,
-        "tune_lr": "1e-3", "subgroups": 300,
+        "tune_lr": "1e-3", "subgroups": 300, "twice": 600, "foreign": "drawings",
     },
 }  # fmt: skip
 # Student's t, 97.5 %, by degrees of freedom
@@ -219,7 +251,8 @@ class Bench(dict):
         if not os.path.exists(os.path.join(ROOT, demo, "metrics.json")):
             words = [word.format(seed=seed, data=DATA, llm=LLM) for word in settings["make"].split()]
             command(words, f"{OUT}/logs/{os.path.basename(demo)}.log", threads=2)
-        super().__init__(settings | {"demo": demo, "world": f"{demo}/world", "seed": seed, "dtype": dtype_of(world)})
+        super().__init__(settings | {"demo": demo, "world": f"{demo}/world", "seed": seed})
+        self |= {"data": DATA, "dtype": dtype_of(world)}
         self.attributes, self.kind = read_json(f"{demo}/world/attributes.json"), world
         self.folder = f"{OUT}/{os.path.basename(demo)}-{self.stands_on()}"
         self.locks: dict[str, Lock] = defaultdict(Lock)
@@ -233,11 +266,13 @@ class Bench(dict):
         return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:8]
 
     def __missing__(self, name: str) -> str:
+        if name == "elsewhere":
+            return self[self["foreign"]]
         if name not in PARTS:
             return f"{self['demo']}/" + ("cir/" if "-" in name else "") + name
         part = PARTS[name]
-        words = [part.stage, *self.constants(part.like), *part.flags.format_map(self).split()]
-        return self.made(name, words)
+        flags = [word.format_map(self) for word in part.flags.split()]
+        return self.made(name, [*part.stage.split(), *self.constants(part.like), *flags])
 
     def constants(self, row: str) -> list[str]:
         """The flags that a row of the demo was trained with, but for OUT and SEED."""
@@ -373,6 +408,9 @@ def main() -> None:
     if unknown := set(ONLY) - CLAIMS.keys():
         raise UserError(f"--only {', '.join(unknown)}: no such claim; there are {', '.join(CLAIMS)}")
     names, whole = [name for name in CLAIMS if not ONLY or name in ONLY], bool(PAGE) and not ONLY
+    if "in-domain" in names and not DATA:
+        names.remove("in-domain")
+        say("in-domain is left out: --data names no photographs")
     if whole:
         parts_of_page()  # a page without marks shows before hours of work
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)

@@ -1,17 +1,24 @@
 """demo/claims.py without training: its commands are ones the stages take, its intervals are Student's."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 import zoo as writer
 
 from common.console import UserError
 from common.exports import write_cirr_captions
 from common.files import read_jsonl, write_json, write_jsonl, write_text
 from common.flags import parse_flags, read_flags
-from demo import claims, part_of
+from demo import as_released, claims, part_of
+from kernels.contrastive import l_tcc
+from kernels.negatives import draw_negatives
+from kernels.reversed import reversed_sum
 
 ROOT = Path(__file__).parent.parent
 ROWS = [f"{model}-{row}" for model in ("combiner", "blip_tdm") for row in ("supervised", "same", "auxiliary", "only")]
@@ -45,7 +52,11 @@ def lab(tmp_path, monkeypatch):
             write_json(demo / "cir" / row / "manifest.json", {"of": folder})
 
     def command(words: list[str], log: str, threads: int = 1) -> None:
-        flags = parse_flags(read_flags(ROOT / words[1]), words[2:])  # raises for a flag that is none
+        script, given = words[1], words[2:]
+        if script == "demo/as_released.py":
+            assert given.pop(0) in as_released.WAYS
+            script = "train_cir.py"
+        flags = parse_flags(read_flags(ROOT / script), given)  # raises for a flag that is none
         asked.append((words[1], flags))
         out = Path(flags["OUT"])
         if words[1] == "eval_cir.py":
@@ -62,6 +73,7 @@ def lab(tmp_path, monkeypatch):
         "DEMOS": tmp_path / "demos",
         "OUT": tmp_path / "out",
         "PAGE": tmp_path / "page.md",
+        "DATA": tmp_path / "shop photographs",
     }.items():
         monkeypatch.setattr(claims, name, str(value) if name != "SEEDS" else value)
     return asked
@@ -75,6 +87,10 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     for flags in trained:  # VDG's text leads back, the human's leads forth
         if flags.get("REVERSED_TEXT") == "delta":
             assert Path(flags["SAME_PAIRS"]).exists() and flags["SAME_DELTAS"] is False
+    ways = [script for script, _ in lab if script == "demo/as_released.py"]
+    assert len(ways) == 2 * len(as_released.WAYS)
+    far = [flags for script, flags in lab if script == "demo/catalogue.py"]
+    assert [flags["DATA"] for flags in far] == [str(tmp_path / "shop photographs")] * 2
     outs = [flags["OUT"] for _, flags in lab]
     assert len(outs) == len(set(outs))  # nothing twice
     found = json.loads((tmp_path / "out" / "claims.json").read_text())["less and more of each seed"]
@@ -92,6 +108,13 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     assert len(lab) == first
     assert (tmp_path / "out" / "claims.md").read_text().splitlines()[2] in rows
     assert (tmp_path / "page.md").read_text() == page  # one claim does not take the others from the page
+
+    # without photographs the claim about them is left out
+    monkeypatch.setattr(claims, "ONLY", ("concat", "in-domain"))
+    monkeypatch.setattr(claims, "DATA", "")
+    claims.main()
+    assert len((tmp_path / "out" / "claims.md").read_text().splitlines()) == 3
+    monkeypatch.setattr(claims, "ONLY", ("concat",))
 
     # other deltas: all that stands on this demo is made anew
     write_jsonl(tmp_path / "demos" / "demo" / "pseudo" / "pseudo.jsonl", [{"of": "another"}])
@@ -152,3 +175,30 @@ def test_a_part_of_the_deltas(tmp_path, monkeypatch):
     both = part(SHARE=1.0, SHUFFLED=0.0, ALSO=str(cirr))
     assert both[:-1] == records
     assert both[-1] == {"reference": f"train/{names[0]}", "target": f"train/{names[1]}", "delta": "in red"}
+
+
+def test_what_the_releases_compute():
+    """The published HN-NCE gives the number that the public code gave on these inputs; without hardness it is ours."""
+    c = F.normalize(torch.arange(1, 13).reshape(4, 3).double() % 5 - 2, dim=1)
+    x = F.normalize((torch.arange(12).reshape(4, 3) * 3 % 7 - 3).double(), dim=1)
+    assert as_released.l_tcc(x, c, 0, 0.07, 1.0, 0.5).item() == pytest.approx(27.271047, abs=2e-5)
+    assert l_tcc(x, c, 0, 0.07, 1.0, 0.5).item() == pytest.approx(24.382970, abs=1e-6)
+    for human in (0, 2, 4):
+        ours = l_tcc(x, c, human, 0.07, 0.5, 0.0)
+        assert as_released.l_tcc(x, c, human, 0.07, 0.5, 0.0).item() == pytest.approx(ours.item())
+
+    # their negatives are ours at temperature 1, whatever the temperature
+    images, draws = list("abcd"), [torch.Generator().manual_seed(0) for _ in range(2)]
+    theirs = as_released.negatives_without_tau(x, c, images, 0.01, draws[0])
+    assert all(torch.equal(a, b) for a, b in zip(theirs, draw_negatives(x, c, images, 1.0, draws[1]), strict=True))
+
+    # a target of any length is as good to them
+    text, positive = c * 3, torch.arange(4)
+    theirs = as_released.reversed_normalised(c, text, 7 * x, positive, 0.07)
+    torch.testing.assert_close(theirs, reversed_sum(c, text, x, positive, 0.07).to(theirs.dtype))
+
+
+@pytest.mark.parametrize("way", [[], ["hn_nce"], ["--model", "sum"]])
+def test_a_way_must_be_named(way):
+    done = subprocess.run([sys.executable, "demo/as_released.py", *way], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: wanted demo/as_released.py WAY, one of hn-nce, ")
