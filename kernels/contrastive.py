@@ -75,22 +75,38 @@ def hn_nce_of_scores(s, positive, alpha=1.0, beta=0.0, detach_weights=False):
 # ---- ranks ----
 
 
-class _Places(NamedTuple):
+class Places(NamedTuple):
     """Where the columns of all ranks, first the human ones, lie in their padded parts: column j in place order[j]."""
 
     order: Tensor  # (M,), rank * longest + row
     longest: int  # rows of the largest part
+    own: Tensor  # this rank's columns, in the order of its rows
+    human: int  # of all ranks
 
 
-def _all_gather(c: Tensor, places: _Places) -> Tensor:
-    padded = c.new_zeros(places.longest, c.size(1))
-    padded[: len(c)] = c
+def places_of_ranks(n_human: int, rows: int, device: torch.device) -> Places:
+    """Every rank says how many rows it has, the first n_human of them human."""
+    parts = [torch.empty(2, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, torch.tensor([n_human, rows - n_human], device=device))
+    human, pseudo = torch.stack(parts).T.tolist()
+    rank, longest = dist.get_rank(), max(map(sum, zip(human, pseudo, strict=True)))
+    order = [torch.arange(n, device=device) + r * longest for r, n in enumerate(human)]
+    order += [torch.arange(n, device=device) + r * longest + human[r] for r, n in enumerate(pseudo)]
+    starts = sum(human[:rank]), sum(human) + sum(pseudo[:rank])
+    own = [torch.arange(n, device=device) + start for start, n in zip(starts, (human[rank], pseudo[rank]), strict=True)]
+    return Places(torch.cat(order), longest, torch.cat(own), sum(human))
+
+
+def all_gather(rows: Tensor, places: Places) -> Tensor:
+    """(N, ...) of each rank -> (M, ...), without gradients."""
+    padded = rows.new_zeros(places.longest, *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, padded)
     return torch.cat(parts)[places.order]
 
 
-def _reduce_scatter(dc: Tensor, places: _Places) -> Tensor:
+def _reduce_scatter(dc: Tensor, places: Places) -> Tensor:
     spread = dc.new_zeros(places.longest * dist.get_world_size(), dc.size(1))
     spread[places.order] = dc
     mine = dc.new_empty(places.longest, dc.size(1))
@@ -183,7 +199,7 @@ class _Contrast(torch.autograd.Function):
         work = _work(x, c)
         k = len(bank)
         rows = torch.cat([bank.to(x.dtype), x]) if k else x
-        columns = c if places is None else _all_gather(c, places)
+        columns = c if places is None else all_gather(c, places)
         scale = tau.to(x.device, work).reciprocal()
         shape = torch.cat([label.new_full((k,), -1), label]), k, k + first[0], first[1], scale, beta
         with full_precision(x.device):
@@ -322,19 +338,9 @@ def l_tcc_ranks(
     if size == 1:
         return l_tcc(x, c, n_human, tau, alpha, beta, detach_weights, bank)
     _check_batch(x, c, n_human, bank)
-    parts = [torch.empty(2, dtype=torch.int64, device=x.device) for _ in range(size)]
-    dist.all_gather(parts, torch.tensor([n_human, len(x) - n_human], device=x.device))
-    human, pseudo = torch.stack(parts).T.tolist()
-    rank, longest = dist.get_rank(), max(map(sum, zip(human, pseudo, strict=True)))
-    order = [torch.arange(human[r], device=x.device) + r * longest for r in range(size)]
-    order += [torch.arange(pseudo[r], device=x.device) + (r * longest + human[r]) for r in range(size)]
-    starts = sum(human[:rank]), sum(human) + sum(pseudo[:rank])
-    spans = zip(starts, (human[rank], pseudo[rank]), strict=True)
-    label = torch.cat([torch.arange(start, start + n, device=x.device) for start, n in spans])
-    sizes = sum(human), sum(human) + sum(pseudo), 0 if bank is None else len(bank)
-    bank = None if bank is None else bank[rank::size]
-    places = _Places(torch.cat(order), longest)
-    return _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, label, sizes, places)
+    places, k = places_of_ranks(n_human, len(x), x.device), 0 if bank is None else len(bank)
+    sizes, bank = (places.human, len(places.order), k), None if bank is None else bank[dist.get_rank() :: size]
+    return _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, places.own, sizes, places)
 
 
 def _check_batch(x: Tensor, c: Tensor, n_human: int, bank: Tensor | None) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.contrastive import hn_nce_of_scores
+from kernels.contrastive import all_gather, hn_nce_of_scores, places_of_ranks
 
 
 def max_scores(images: Tensor, queries: Tensor) -> Tensor:
@@ -35,35 +35,15 @@ def l_tcc_max_ranks(
     if isinstance(tau, Tensor):  # every rank computes the whole loss: a share of tau's gradient each
         tau = tau.detach() + (tau - tau.detach()) / size
     with torch.autocast(c.device.type, enabled=False):
-        targets, queries, human = _everyone(x.float(), c.float(), n_human, size)
+        targets, queries, human = x.float(), c.float(), n_human
+        if size > 1:
+            places = places_of_ranks(n_human, len(x), x.device)
+            targets, human = all_gather(targets, places), places.human
+            # of the queries of all ranks this rank's have a gradient
+            queries = all_gather(queries, places).index_copy(0, places.own, queries)
         scores = max_scores(targets, queries).T / tau  # (N, M): rows are targets, as in Eq. 2
         loss = scores.new_zeros(())
         for n in sorted({human, len(scores)} - {0}):
             own = torch.arange(n, device=c.device)
             loss = loss + sum(part.mean() for part in hn_nce_of_scores(scores[:n, :n], own, alpha, beta))
     return loss.detach() / size + (loss - loss.detach())
-
-
-def _everyone(x: Tensor, c: Tensor, n_human: int, size: int) -> tuple[Tensor, Tensor, int]:
-    """Targets and queries of all ranks, human ones first, and how many those are; one's own c alone has a gradient."""
-    if size == 1:
-        return x, c, n_human
-    counts = [torch.empty(2, dtype=torch.int64, device=c.device) for _ in range(size)]
-    dist.all_gather(counts, torch.tensor([n_human, len(x)], device=c.device))
-    counts, rank = torch.stack(counts).tolist(), dist.get_rank()
-    longest = max(total for _, total in counts)
-
-    def gathered(rows: Tensor) -> list[Tensor]:
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows.detach()
-        parts = [torch.empty_like(padded) for _ in range(size)]
-        dist.all_gather(parts, padded)
-        parts[rank] = rows
-        return parts
-
-    found = []
-    for parts in (gathered(x), gathered(c)):
-        first = [part[:human] for part, (human, _) in zip(parts, counts, strict=True)]
-        rest = [part[human:total] for part, (human, total) in zip(parts, counts, strict=True)]
-        found.append(torch.cat(first + rest))
-    return *found, sum(human for human, _ in counts)
