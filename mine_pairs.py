@@ -553,4 +553,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     override(globals())
-    run(advise(main, "a smaller --batch or --block", planned=False))
+    run(advise(main, "a smaller --batch, --block or --at_once"))
