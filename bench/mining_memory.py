@@ -14,6 +14,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import measure
@@ -51,6 +52,7 @@ def main() -> None:
     from kernels.topk_blocks import topk_in_blocks
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
     cpu, sha = torch.device("cpu"), hashlib.sha256
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "gallery.npy")
