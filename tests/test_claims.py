@@ -74,6 +74,7 @@ def lab(tmp_path, monkeypatch):
         "OUT": tmp_path / "out",
         "PAGE": tmp_path / "page.md",
         "DATA": tmp_path / "shop photographs",
+        "LLM": tmp_path / "smollm2",
     }.items():
         monkeypatch.setattr(claims, name, str(value) if name != "SEEDS" else value)
     return asked
@@ -99,7 +100,8 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     assert len(rows) == 2 + len(claims.CLAIMS) and (tmp_path / "out" / "claims.png").stat().st_size > 10_000
     page = (tmp_path / "page.md").read_text()
     assert page == PAGE.replace("old\n", "\n".join(rows) + "\n")
-    assert {flags.get("DTYPE", "auto") for _, flags in lab} == {"auto"}
+    assert {flags.get("DTYPE", "auto") for flags in trained} == {"auto"}
+    assert [flags["LLM"] for script, flags in lab if script == "vdg_align.py"] == [str(tmp_path / "smollm2")] * 2
 
     # nothing is made again, and a claim alone says the same
     first = len(lab)
@@ -109,9 +111,10 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     assert (tmp_path / "out" / "claims.md").read_text().splitlines()[2] in rows
     assert (tmp_path / "page.md").read_text() == page  # one claim does not take the others from the page
 
-    # without photographs the claim about them is left out
-    monkeypatch.setattr(claims, "ONLY", ("concat", "in-domain"))
+    # without photographs and a language model the claims about them are left out
+    monkeypatch.setattr(claims, "ONLY", ("concat", "in-domain", "llm", "llm-recall"))
     monkeypatch.setattr(claims, "DATA", "")
+    monkeypatch.setattr(claims, "LLM", "")
     claims.main()
     assert len((tmp_path / "out" / "claims.md").read_text().splitlines()) == 3
     monkeypatch.setattr(claims, "ONLY", ("concat",))

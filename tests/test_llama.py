@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -51,3 +52,28 @@ def test_layers_equal_those_of_transformers(dtype):
     error, reference = ((y - truth).norm().item() for y in (ours, theirs))
     assert error < 1.3 * reference + 1e-6 * truth.norm().item()
     assert reference < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype] * truth.norm().item()
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_attention_and_its_gradient_are_as_near_to_float64_as_pytorch_is(dtype):
+    """On a CPU 16 bits learn through fp32, which is no worse and many times faster in the backward pass."""
+    make = torch.Generator().manual_seed(0)
+    shapes = ((3, 17, 6, 16), (3, 17, 2, 16), (3, 17, 2, 16))
+    given = [torch.randn(*shape, generator=make).to(dtype) for shape in shapes]
+    weights = torch.randn(3, 17, 6, 16, generator=make).to(dtype)
+
+    def passed(function, dtype) -> list[torch.Tensor]:
+        q, k, v = (x.to(dtype).requires_grad_() for x in given)
+        out = function(q, k, v)
+        assert out.dtype == dtype
+        return [out, *torch.autograd.grad((out * weights.to(dtype)).sum(), (q, k, v))]
+
+    def plain(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    truth = passed(plain, torch.float64)
+    ours, theirs = (passed(function, dtype) for function in (lambda *qkv: attention(*qkv, causal=True), plain))
+    for mine, other, exact in zip(ours, theirs, truth, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - exact).norm() <= 1.01 * (other - exact).norm() + 1e-7
