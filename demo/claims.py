@@ -39,7 +39,7 @@ WORLD = "drawn"  # "drawn" (demo.sh) or "photos" (demo/photos.sh, which wants DA
 SEEDS = 5  # seeds 0, 1, ...: each another world, other triplets, other weights; 10 at most
 ONLY = ()  # names of claims; empty: all
 DEMOS = "out"  # folder of the demos
-OUT = "out/claims"  # folder of the parts, claims.json, claims.md and claims.png
+OUT = "out/claims"  # folder of the parts, claims.json, claims.md, claims.png, and demos.md: the demos' tables as one
 PAGE = "docs/claims.md"  # page whose table of this world is written anew at the end of a whole run; empty: none
 JOBS = 2  # parts made at a time, one thread each
 DATA = ""  # folder of the catalogue (demo/products.py); the drawn world wants it for the claim in-domain alone
@@ -369,6 +369,25 @@ def table(found: dict[str, list[tuple[float, float]]]) -> list[str]:
     return lines
 
 
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def tables_of_demos(demos: list[str]) -> list[str]:
+    """The demos' own tables as means over the seeds, with the range of what is judged by."""
+    told = [read_json(f"{demo}/metrics.json") for demo in demos]
+    lines = ["| model | trained on | R@1 | R@5 | R@10 | R@50 | Rs@1 | mean of R@1, 5, 10 (range) |", "|---" * 8 + "|"]
+    for of_seeds in zip(*(demo["rows"] for demo in told), strict=True):
+        cells = (f"{statistics.mean(row[name] for row in of_seeds):.1f}" for name in report.RECALLS)
+        means = spread([row["mean"] for row in of_seeds])
+        lines.append(f"| {of_seeds[0]['model']} | {of_seeds[0]['name']} | {' | '.join(cells)} | {means} |")
+    lines += ["", "| deltas for | precision (range) | recall (range) |", "|---|---|---|"]
+    for name in told[0]["deltas"]:
+        scores = (spread([demo["deltas"][name][what] for demo in told]) for what in ("precision", "recall"))
+        lines.append(f"| {name} | {' | '.join(scores)} |")
+    return lines
+
+
 def draw(found: dict[str, list[tuple[float, float]]], file: str) -> None:
     """The differences with their intervals, one line a claim."""
     import matplotlib
@@ -404,9 +423,10 @@ def parts_of_page() -> tuple[str, str]:
     return before + begin, end + rest.partition(end)[2]
 
 
-def write_results(found: dict[str, list[tuple[float, float]]]) -> None:
-    """claims.json, claims.md, claims.png under OUT."""
+def write_results(found: dict[str, list[tuple[float, float]]], demos: list[str]) -> None:
+    """claims.json, claims.md, claims.png, demos.md under OUT."""
     lines = table(found)
+    write_text(f"{OUT}/demos.md", "\n".join(tables_of_demos(demos)) + "\n")
     write_json(f"{OUT}/claims.json", {"world": WORLD, "less and more of each seed": found}, indent=1)
     write_text(f"{OUT}/claims.md", "\n".join(lines) + "\n")
     draw(found, f"{OUT}/claims.png")
@@ -429,14 +449,16 @@ def main() -> None:
     if whole:
         parts_of_page()  # a page without marks shows before hours of work
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    demos = []
     for seed in range(SEEDS):
         bench = Bench(WORLD, seed)
+        demos.append(bench["demo"])
         arms = list(dict.fromkeys(arm for name in names for arm in (CLAIMS[name].less, CLAIMS[name].more)))
         with ThreadPoolExecutor(JOBS) as pool:
             values = dict(zip(arms, pool.map(bench.value, arms), strict=True))
         for name in names:
             found[name].append((values[CLAIMS[name].less], values[CLAIMS[name].more]))
-        write_results(found)
+        write_results(found, demos)
         say(f"seed {seed}: done, {OUT}/claims.md")
     lines = "\n".join(table(found))
     if whole:

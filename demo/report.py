@@ -39,7 +39,7 @@ _INTRO = (
     "trained with and without these texts. Below are the tables, then texts between their two pictures, then what the "
     "models found: all taken evenly, nobody picked."
 )
-_RECALLS = ("R@1", "R@5", "R@10", "R@50", "Rs@1")
+RECALLS = (*(f"R@{k}" for k in (1, 5, 10, 50)), "Rs@1")
 _SHOWN = 8  # deltas, and queries of each model, on the page
 
 
@@ -97,12 +97,12 @@ def row_of(model: str, key: str) -> dict:
     """A row of the table: one model on one training set."""
     metrics = read_json(f"{OUT}/eval/{model}-{key}/metrics.json")["metrics"]
     config = read_json(f"{OUT}/cir/{model}-{key}/config.json")
-    row = {"model": model, "key": key, "name": ROWS[key]} | {name: metrics[name] for name in _RECALLS}
-    return row | {"mean": sum(metrics[name] for name in _RECALLS[:3]) / 3, "step": config.get("step")}
+    row = {"model": model, "key": key, "name": ROWS[key]} | {name: metrics[name] for name in RECALLS}
+    return row | {"mean": sum(metrics[name] for name in RECALLS[:3]) / 3, "step": config.get("step")}
 
 
 def print_tables(rows: list[dict], deltas: dict[str, dict]) -> None:
-    names = [name for name in (*_RECALLS, "mAP@10") if name in rows[0]]
+    names = [name for name in (*RECALLS, "mAP@10") if name in rows[0]]
     print(f"{'model':10s}{'trained on':38s}" + "".join(f"{k:>8s}" for k in names) + "    mean of R@1, 5, 10")
     for row in rows:
         recalls = "".join(f"{row[name]:8.1f}" for name in names)
@@ -120,7 +120,7 @@ def evenly(records: list[dict]) -> list[dict]:
 
 
 def number_sections(rows: list[dict], deltas: dict[str, dict]) -> Iterator[tuple]:
-    names = [name for name in (*_RECALLS, "mAP@10") if name in rows[0]]
+    names = [name for name in (*RECALLS, "mAP@10") if name in rows[0]]
     numbers = [[row["model"], row["name"], *(float(row[k]) for k in names), float(row["mean"])] for row in rows]
     told = "One backbone, four training sets. Recall in percent on val; the step was chosen on dev."
     if "mAP@10" in names:

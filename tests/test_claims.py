@@ -15,7 +15,7 @@ from common.console import UserError
 from common.exports import write_cirr_captions
 from common.files import read_jsonl, write_json, write_jsonl, write_text
 from common.flags import parse_flags, read_flags
-from demo import as_released, claims, part_of
+from demo import as_released, claims, part_of, report
 from kernels.contrastive import l_tcc
 from kernels.negatives import draw_negatives
 from kernels.reversed import reversed_sum
@@ -30,13 +30,16 @@ PAGE = (
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     """Two finished demos, whose rows have constants; commands are parsed and noted, and leave what is read of them."""
-    asked = []
+    asked, demos = [], []
     picture = {"category": "dress", "colour": "red"}
     for folder in ("demo", "demo-seed-1"):
         demo = tmp_path / "demos" / folder
         write_json(demo / "world" / "attributes.json", {"a": picture, "b": picture})
-        for name in ("metrics.json", "vdg/manifest.json"):
-            write_json(demo / name, {"of": folder})
+        write_json(demo / "vdg" / "manifest.json", {"of": folder})
+        row = {"model": "combiner", "name": "supervised"} | dict.fromkeys(report.RECALLS, 20.0 + 10 * len(demos))
+        deltas = {"VDG, held-out pairs": {"precision": 80.0 - 5 * len(demos), "recall": 50.0}}
+        write_json(demo / "metrics.json", {"rows": [row | {"mean": row["R@1"]}], "deltas": deltas})
+        demos.append(folder)
         for name in ("heldout", "pseudo"):
             write_jsonl(demo / name / "pseudo.jsonl", [])
         for row in ROWS:
@@ -98,6 +101,9 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     assert list(found) == list(claims.CLAIMS) and all(len(values) == 2 for values in found.values())
     rows = (tmp_path / "out" / "claims.md").read_text().splitlines()
     assert len(rows) == 2 + len(claims.CLAIMS) and (tmp_path / "out" / "claims.png").stat().st_size > 10_000
+    demos = (tmp_path / "out" / "demos.md").read_text()
+    assert "| combiner | supervised | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 (20.0 to 30.0) |\n" in demos
+    assert "| VDG, held-out pairs | 77.5 (75.0 to 80.0) | 50.0 (50.0 to 50.0) |\n" in demos
     page = (tmp_path / "page.md").read_text()
     assert page == PAGE.replace("old\n", "\n".join(rows) + "\n")
     assert {flags.get("DTYPE", "auto") for flags in trained} == {"auto"}
