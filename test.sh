@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them (CPU only, no network beyond pip). Arguments go to pytest
-# (-n 0: one test at a time).
+# Installs what the tests need and runs them (CPU only, no network beyond pip). Arguments go to pytest.
 # REQUIREMENTS=requirements-older.txt takes older versions of torch, triton and transformers, best in a venv of its own.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -10,4 +9,4 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 python -m pip install --quiet --disable-pip-version-check -r "${REQUIREMENTS:-requirements-dev.txt}"
 python -m ruff check .
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest "$@"

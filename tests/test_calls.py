@@ -15,6 +15,7 @@ RUNS = {"eval", "exec", "os.system", "os.popen", "marshal.load", "marshal.loads"
 UNPICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib"}
 # a stage that the test wrote itself; lines of our own docs
 MAY = {("tests/test_flags.py", "exec"), ("tests/test_features_elsewhere.py", "exec")}
+MAY |= {("demo/as_released.py", "runpy.run_path")}  # a file of this repository, and no other
 FALSE = {"trust_remote_code", "allow_pickle", "shell"}  # arguments that may have no other value
 
 
