@@ -376,7 +376,8 @@ def spread(values: list[float]) -> str:
 def tables_of_demos(demos: list[str]) -> list[str]:
     """The demos' own tables as means over the seeds, with the range of what is judged by."""
     told = [read_json(f"{demo}/metrics.json") for demo in demos]
-    lines = ["| model | trained on | R@1 | R@5 | R@10 | R@50 | Rs@1 | mean of R@1, 5, 10 (range) |", "|---" * 8 + "|"]
+    names = " | ".join(report.RECALLS)
+    lines = [f"| model | trained on | {names} | mean of R@1, 5, 10 (range) |", "|---" * (3 + len(report.RECALLS)) + "|"]
     for of_seeds in zip(*(demo["rows"] for demo in told), strict=True):
         cells = (f"{statistics.mean(row[name] for row in of_seeds):.1f}" for name in report.RECALLS)
         means = spread([row["mean"] for row in of_seeds])
