@@ -7,6 +7,7 @@ fp32 on both, the same seed, no dropout, no augmentation. What may differ is rou
 themselves, one pair or text in fifty. The rows in bf16 are for the eye: they differ by more.
 """
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -47,6 +48,8 @@ def commands(device: str, out: Path) -> list[dict[str, str]]:
         },
         {"texts": f"{vdg} --dtype fp32", "texts-sampled": f"{vdg.replace('--temperature 0', '')} --dtype fp32"},
     ]
+    if importlib.util.find_spec("bitsandbytes"):
+        rounds[1] |= {f"tune-{kind}": f"{rounds[1]['tune']} --quantize {kind}" for kind in ("nf4", "int8")}
     if device == "cuda":
         rounds[0]["combiner-bf16"] = rounds[0]["combiner"].replace("fp32", "bf16")
         rounds[0]["blip_tdm-bf16"] = rounds[0]["blip_tdm"].replace("fp32", "bf16")

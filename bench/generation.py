@@ -151,6 +151,8 @@ def main() -> None:
     first = {n: sum(a[0] == b[0] for a, b in zip(said[n], reference, strict=False)) / len(said[n]) for n in same}
     print("  of their first tokens", {name: f"{share:.1%}" for name, share in first.items()}, flush=True)
     seconds = measure.interleave(contestants, found.rounds)
+    if device == "cuda":
+        measure.profile(f"{chosen[0]}, {found.pairs} pairs", contestants[chosen[0]])
     if device == "cpu":
         for process in contestants.values():
             process.close()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
-# bare image, in eight minutes at most: that is what the time limits below add up to.
+# bare image, in nine minutes at most: that is what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and demo, 330 s more
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
@@ -14,7 +14,7 @@ OUT=$(realpath -m "${1:-out/gpu}")
 PARTS=${PARTS:-kernels stages figures tiles}
 mkdir -p "$OUT"
 rm -f "$OUT/failed" "$OUT"/*.log
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD HF_HUB_OFFLINE=1
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -f .venv/bin/activate ] || source .venv/bin/activate
 if [ "$REHEARSE" ]; then
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' BENCH_RESULTS=$OUT/results.csv
@@ -59,12 +59,12 @@ wants kernels && step mining-check 35 python bench/mining.py --device cuda --che
 wants tiles && step whole-mining 30 python $SWEEP mining --out "$OUT/whole-mining.csv" \
   -- $INTERPRET $SWEEP mining $SMALL --out "$OUT/whole-mining.csv"
 if wants figures; then
-  step mining 25 python bench/mining.py --device cuda -- $INTERPRET bench/mining.py --rehearse 1 --n 150 --d 64 --repeats 1
-  step loss 20 python bench/loss.py --device cuda -- python bench/loss.py --rehearse 1 --b 600 --d 300 --repeats 1
+  step mining 40 python bench/mining.py --device cuda -- $INTERPRET bench/mining.py --rehearse 1 --n 150 --d 64 --repeats 1
+  step loss 45 python bench/loss.py --device cuda -- python bench/loss.py --rehearse 1 --b 600 --d 300 --repeats 1
   step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
-  step generation 55 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
+  step generation 60 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
-  step tuning 60 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step tuning 50 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
   step real-step 45 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3

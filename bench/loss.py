@@ -8,6 +8,7 @@ The floor is 8 B^2 D floating-point operations, four products of (B, D) and (B, 
 run. Memory is what a step takes above the embeddings. ClipLoss is less work: no hard-negative weights.
 """
 
+import importlib.util
 import sys
 
 import measure
@@ -56,6 +57,13 @@ def clip_loss(x, c):
     return cross_entropy((x / TAU) @ c.T, label) + cross_entropy((c / TAU) @ x.T, label)
 
 
+def inf_cl(x, c):
+    """Inf-CL's memory-saving CLIP loss in Triton, fp32 whatever the inputs (less work: no hard-negative weights)."""
+    from inf_cl import cal_inf_loss
+
+    return cal_inf_loss(x, c, scale=1 / TAU) + cal_inf_loss(c, x, scale=1 / TAU)
+
+
 def products(x, c):
     """The floor: the four products and nothing else, a block of rows at a time."""
     import torch
@@ -71,7 +79,7 @@ def products(x, c):
             dc.addmm_(s.T, part)
 
 
-CONTESTANTS = {f.__name__: f for f in (ours, eager, clip_loss, products)}
+CONTESTANTS = {f.__name__: f for f in (ours, eager, clip_loss, inf_cl, products)}
 
 
 def step(name: str, x, c):
@@ -137,10 +145,27 @@ def ours_alone(b: int, d: int, repeats: int, device: str) -> list[dict]:
     }
     memory = measure.peak_bytes(step("ours", x, c), device) / 2**20
     seconds = measure.interleave(runs, repeats)
+    if device == "cuda" and importlib.util.find_spec("inf_cl"):
+        try:
+            step("inf_cl", *batch(256, d, device))()  # compiles
+            theirs = measure.clock(step("inf_cl", x, c), device)  # seconds: once will do
+            ours = sorted(seconds["ours"])[repeats // 2]
+            rows.append(measure.row("loss: inf-cl 1.2.1", sizes, device, theirs, "s", note="CLIP loss, fp32"))
+            rows.append(measure.row("loss: inf-cl / ours", sizes, device, theirs / ours, "x", note="1 round"))
+        except Exception as error:  # noqa: BLE001  a peer that does not run here costs ours nothing
+            print(f"inf-cl: {type(error).__name__}: {str(error)[:200]}")
     took, speed = sorted(seconds["ours"])[repeats // 2], 2 * n**3 / sorted(seconds["mm"])[repeats // 2]
     rows.append(measure.row("loss: ours", sizes, device, took, "s", 8 * b * b * d / speed))
     rows.append(measure.row("loss: ours", sizes, device, 8e-12 * b * b * d / took, "TFLOP/s", speed * 1e-12))
     rows.append(measure.row("loss: ours, memory", sizes, device, memory, "MiB"))
+    if device == "cuda":
+        measure.profile(f"ours, {sizes}", step("ours", x, c))
+        x, c = (t.detach().bfloat16().requires_grad_() for t in batch(2 * b, d, device))
+        memory = measure.peak_bytes(step("ours", x, c), device) / 2**20
+        took = min(measure.clock(step("ours", x, c), device) for _ in range(2))
+        sizes = f"B={2 * b} D={d} beta={BETA} bf16"
+        rows.append(measure.row("loss: ours", sizes, device, took, "s", 32 * b * b * d / speed))
+        rows.append(measure.row("loss: ours, memory", sizes, device, memory, "MiB"))
 
     x, c = batch(1024, 256, device)
     tau = torch.tensor(TAU, device=device, requires_grad=True)
@@ -161,6 +186,7 @@ def ours_alone(b: int, d: int, repeats: int, device: str) -> list[dict]:
     graph.replay()
     for got, want in zip(captured, both(), strict=True):
         torch.testing.assert_close(got, want)
+    measure.profile("512 + 512", graph.replay)
     took = sorted(measure.clock(graph.replay, device, calls=100) for _ in range(repeats))[repeats // 2]
     sizes = f"B=512+512 D=256 beta={BETA} fp32, CUDA graph"
     return [*rows, measure.row("loss: ours", sizes, device, took * 1e6, "us")]

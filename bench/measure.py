@@ -80,6 +80,27 @@ def ratio(of: list[float], to: list[float]) -> tuple[float, str]:
     ), f"{min(ratios):.2f}-{max(ratios):.2f} in {len(ratios)} rounds" + ", CPU seconds" * CPU_SECONDS
 
 
+def profile(title: str, fn, most: int = 14) -> None:
+    """Prints where one call of fn spends the GPU's time: kernels by their total milliseconds, and how many ran."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    fn()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        fn()
+        torch.cuda.synchronize()
+    wall = (time.perf_counter() - began) * 1e3
+    kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in kernels) / 1e3
+    count = sum(event.count for event in kernels if event.self_device_time_total)
+    print(f"{title}: {busy:.2f} ms of the GPU in {count} kernels and copies ({wall:.1f} ms with the profiler)")
+    for event in kernels[:most]:
+        print(f"  {event.self_device_time_total / 1e3:9.3f} ms  {event.count:6} x  {event.key[:110]}")
+    sys.stdout.flush()
+
+
 def peak_bytes(fn, device: str = "cpu") -> int:
     """Most memory in use while fn runs, above what was in use before (resident memory of this process on CPU).
 

@@ -1,7 +1,7 @@
 """Exact similarity + top-k of a gallery against itself, beside its product alone and beside other libraries.
 
     python bench/mining.py                  # CPU; installs faiss-cpu, scikit-learn and usearch into out/venv-mining
-    python bench/mining.py --device cuda    # GPU; torch alone
+    python bench/mining.py --device cuda    # GPU; torch, and flashlib where it is installed
     python bench/mining.py --check 1        # no times: indices against the float64 reference, N = 1 to 20,000
     python bench/mining.py --rehearse 1 --n 300 --d 64      # what --device cuda measures, on a CPU: does it run?
 
@@ -10,6 +10,7 @@ Peers answer the first `slice` queries only, torch.mm four times as many; their 
 linear in the queries).
 """
 
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -103,7 +104,13 @@ def usearch(x, rows):
     return lambda: search(x, x[:rows], K + 1, MetricKind.IP, exact=True).keys
 
 
-CONTESTANTS = {f.__name__: f for f in (ours, torch_mm, torch_topk, faiss, sklearn, usearch)}
+def flashlib(x, rows):
+    from flashlib import flash_knn
+
+    return lambda: flash_knn(x[:rows], x, K + 1, return_distances=False)  # by distance: unit rows, same order
+
+
+CONTESTANTS = {f.__name__: f for f in (ours, torch_mm, torch_topk, faiss, sklearn, usearch, flashlib)}
 
 
 def serve(name: str, path: str, rows: int) -> None:
@@ -178,7 +185,7 @@ def on_cpu(n: int, d: int, rows: int, repeats: int) -> list[dict]:
     return table(seconds, notes, n, d, "cpu", floor=sorted(seconds["torch.mm"])[repeats // 2] / 2)
 
 
-def torch_alone(n: int, d: int, repeats: int, device: str) -> list[dict]:
+def on_gpu(n: int, d: int, repeats: int, device: str) -> list[dict]:
     import torch
 
     x = gallery(n, d).to(device)
@@ -191,10 +198,24 @@ def torch_alone(n: int, d: int, repeats: int, device: str) -> list[dict]:
     }
     mine, theirs = (runs[name]()[:1000].sort(1).values for name in ("ours", "torch mm + topk"))
     share = float((mine == theirs).all(1).float().mean())
+    notes = {"torch.mm": "fp16", "torch mm + topk": f"fp16, {share:.2%} of rows have our neighbours"}
+    if importlib.util.find_spec("flashlib"):
+        try:
+            runs["flashlib"] = flashlib(half, n)
+            found = runs["flashlib"]()[:1000].tolist()
+            same = [
+                set(a) == set([j for j in b if j != i][:K])
+                for i, (a, b) in enumerate(zip(mine.tolist(), found, strict=True))
+            ]
+            notes["flashlib"] = f"0.4.0, fp16, {sum(same) / len(same):.2%} of rows have our neighbours"
+        except Exception as error:  # noqa: BLE001  a peer that does not run here costs ours nothing
+            print(f"flashlib: {type(error).__name__}: {str(error)[:200]}")
+            del runs["flashlib"]
     seconds = measure.interleave(
         {name: lambda run=run: measure.clock(run, device) for name, run in runs.items()}, repeats
     )
-    notes = {"torch.mm": "fp16", "torch mm + topk": f"fp16, {share:.2%} of rows have our neighbours"}
+    if device == "cuda":
+        measure.profile("ours", runs["ours"])
     return table(seconds, notes, n, d, device, floor=sorted(seconds["torch.mm"])[repeats // 2] / 2)
 
 
@@ -245,6 +266,6 @@ if __name__ == "__main__":
             for width in sorted({min(found.d, width) for width in widths}):
                 check(found.device, width, found.n or 20_000)
         elif found.device == "cuda" or found.rehearse:
-            measure.publish(torch_alone(found.n or 102_436, found.d, found.repeats, found.device))
+            measure.publish(on_gpu(found.n or 102_436, found.d, found.repeats, found.device))
         else:
             measure.publish(on_cpu(found.n or 20_000, found.d, found.slice, found.repeats))

@@ -8,10 +8,9 @@
 A case is a public step of the kernels at a size that users have. A candidate that this GPU cannot hold says so. Prints
 a table and writes it to --out, a csv.
 
-`mining` times mining as a whole under tiles of the absorbing kernel, since the two `absorb` cases mislead: they offer
-scores to lists that hold better ones, as most tiles do, and there large tiles win. But while the lists fill, a row
-takes one score a round, and each round looks at the whole tile again. On an H200 (2, 1024, 4) and (32, 256, 8) were 1.1
-and 1.8 times faster in those cases, and mining took 130 ms with them instead of 94.
+`mining` times mining as a whole under tiles of the kernel that reads a tile of scores along its rows, and of the one
+that merges what it offers to columns: the two `absorb` cases offer scores to lists that hold better ones, as most tiles
+do, but while lists fill, a row takes one score a round, and each round looks at all that a program holds.
 """
 
 import csv
@@ -24,14 +23,14 @@ import measure  # first: it puts the repository on the path
 import mining
 import torch
 
-from kernels import contrastive_triton
+from kernels import best_lists, contrastive_triton
 from kernels import similarity_topk as topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
-MINING = [(topk.ABSORB_TILES[False], topk.ABSORB_TILES[True])]  # tiles along rows, and down columns
-MINING += [(a, d) for d in ((16, 256, 4), (8, 128, 2), (16, 128, 2)) for a in ((1, 512, 1), (1, 256, 1), (2, 256, 1))]
-MINING = list(dict.fromkeys(MINING))
+MINING = [(best_lists.TILES["along"], best_lists.TILES["merge"])]
+MINING += [((1, n, w), (4, 0, 4)) for n, w in ((128, 1), (512, 1), (512, 2), (1024, 4))] + [((2, 256, 2), (4, 0, 4))]
+MINING += [((1, 256, 1), merge) for merge in ((1, 0, 1), (2, 0, 1), (8, 0, 4))]
 PROPOSE = [
     (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3), (64, 256, 64, 8, 4),
     (64, 256, 64, 4, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 128, 4, 3),
@@ -51,10 +50,8 @@ FLASH = [
 ]  # fmt: skip
 STRIP = [(16, 128, 4, 1), (1, 1024, 4, 1), (2, 512, 4, 1), (4, 256, 4, 1), (8, 128, 4, 1), (4, 512, 4, 1)]
 STRIP += [(2, 1024, 8, 1), (8, 256, 4, 1), (32, 128, 4, 1), (32, 64, 4, 1), (16, 128, 8, 1), (16, 256, 8, 1)]
-ALONG = [(1, 512, 1), (2, 256, 1), (1, 256, 1), (1, 1024, 2), (2, 512, 2), (1, 1024, 4), (2, 1024, 4), (4, 512, 4)]
-ALONG += [(16, 256, 8), (4, 1024, 8), (1, 2048, 4), (4, 256, 2), (8, 128, 2)]
-DOWN = [(16, 256, 4), (8, 256, 4), (32, 128, 8), (8, 128, 2), (64, 128, 8), (16, 128, 4), (8, 512, 4), (16, 512, 8)]
-DOWN += [(16, 256, 8), (32, 256, 8), (8, 512, 8), (16, 64, 1), (16, 128, 2)]
+ALONG = [best_lists.TILES["along"], (1, 128, 1), (1, 512, 1), (1, 512, 2), (2, 256, 1), (2, 256, 2), (2, 128, 1)]
+ALONG += [(1, 1024, 2), (1, 1024, 4), (4, 256, 4), (4, 128, 2)]
 
 
 def put_tile(kernel: str, candidate: tuple) -> None:
@@ -80,23 +77,24 @@ def whole(n: int, d: int):
     x, itself = mining.gallery(n, d).to(DEVICE), torch.arange(n, device=DEVICE)
 
     def run(candidate):
-        topk.ABSORB_TILES[False], topk.ABSORB_TILES[True] = candidate
+        best_lists.TILES["along"], best_lists.TILES["merge"] = candidate
         topk.similarity_topk(x, x, mining.K, itself)
 
     return run, n * n * d
 
 
-def absorb(down: bool, n: int, d: int):
-    """A tile of scores into lists that hold better ones; work in bytes."""
+def absorb(both: bool, n: int, d: int):
+    """A tile of scores into lists, of rows or of rows and columns, that hold better ones; work in bytes."""
     q = half(2 * n, d)
     scores = q[:n].float() @ q[n:].float().T
-    values = torch.full((n, 32), -torch.inf, device=DEVICE)
-    columns = torch.full((n, 32), -1, dtype=torch.int32, device=DEVICE)
-    topk._absorb_triton(values, columns, scores * 1.02, 0, down, None)  # better ones than the tile's
+    values = torch.full((n, 48), -torch.inf, device=DEVICE)
+    lists = values, torch.full((n, 48), -1, dtype=torch.int32, device=DEVICE)
+    best_lists.absorb(lists, None, scores * 1.02, (0, 0))  # better ones than the tile's
+    of_columns = tuple(x.clone() for x in lists) if both else None
 
     def run(candidate):
-        topk.ABSORB_TILES[down] = candidate
-        topk._absorb_triton(values, columns, scores, n, down, None)
+        best_lists.TILES["along"] = candidate
+        best_lists.absorb(lists, of_columns, scores, (n, 0))
 
     return run, 4 * n * n
 
@@ -128,8 +126,8 @@ def cases(small: int) -> dict:
         "mining as a whole D=2048, N=102,436": (lambda: whole(size(102_436), 2048), MINING),
         "propose D=2048, 16,384 x 102,400": (lambda: propose(size(16_384), size(102_400), 2048), PROPOSE),
         "propose D=256, 16,384 x 409,600": (lambda: propose(size(16_384), size(409_600), 256), PROPOSE),
-        "absorb along rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),
-        "absorb down columns, 8,192 x 8,192": (lambda: absorb(True, size(8192), 2048), DOWN),
+        "absorb for rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),
+        "absorb for rows and columns, 8,192 x 8,192": (lambda: absorb(True, size(8192), 2048), ALONG),
         "sums bf16 D=256, B=32,768": (lambda: loss("sums", size(32_768), 256, bf16), SUMS),
         "sums along bf16 D=768, B=32,768": (lambda: loss("sums along", size(32_768), 768, bf16), SUMS_ALONG),
         "sums down bf16 D=768, B=32,768": (lambda: loss("sums down", size(32_768), 768, bf16), SUMS_DOWN),

@@ -31,7 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import interpreter
+from kernels import best_lists, interpreter
+from kernels.best_lists import keep_best
 
 TILE = {"cpu": 2048, "cuda": 8192}  # rows and columns of a tile of fp32 scores (16 MiB; 256 MiB)
 TILE_WIDTH = 1024  # from this D on, a GPU that compares a gallery with itself computes half the tiles and writes them
@@ -46,10 +47,6 @@ if INTERPRET:
 # slower than (64, 128, 64, 4, 3)); 8.0 not measured: what fits its registers.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
-# Of the kernel that reads a written tile: rows of lists, scores of each, warps; along its rows, or down its columns.
-# Larger ones read lists that are full faster, but mining as a whole took 130 ms with (2, 1024, 4) and (32, 256, 8), and
-# 94 with these (H200, N = 102,436, D = 2048): while lists fill, each round looks at a whole tile.
-ABSORB_TILES = {False: (1, 512, 1), True: (16, 256, 4)}
 
 
 @contextmanager
@@ -105,23 +102,6 @@ def similarity_topk_reference(queries: Tensor, gallery: Tensor, k: int, exclude:
 
 
 @triton.jit
-def _keep_best(s, column, best, where, kth, lane):
-    """Puts the scores s (ROWS, COLUMNS) of these columns into the lists (ROWS, LANES), one of each row a round."""
-    top = tl.max(s, 1)
-    while tl.max((top > kth).to(tl.int32), 0) > 0:  # as many rounds as the busiest row needs
-        j = tl.argmax(s, 1)
-        worst = tl.argmin(best, 1)
-        hit = (lane[None, :] == worst[:, None]) & (top > kth)[:, None]
-        best = tl.where(hit, top[:, None], best)
-        at = tl.arange(0, s.shape[1])[None, :] == j[:, None]
-        where = tl.where(hit, tl.max(tl.where(at, column[None, :], -1), 1)[:, None], where)
-        kth = tl.min(best, 1)
-        s = tl.where(at, float("-inf"), s)
-        top = tl.max(s, 1)
-    return best, where, kth
-
-
-@triton.jit
 def _propose_kernel(
     queries, gallery, exclude, values, columns, n, m, d, per_split, splits,
     WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -155,51 +135,11 @@ def _propose_kernel(
 
         # its best go into the lists
         s = tl.where(in_columns[None, :] & (column[None, :] != own[:, None]), s, float("-inf"))
-        best, where, kth = _keep_best(s, column, best, where, kth, lane)
+        best, where, kth = keep_best(s, column[None, :], best, where, kth, lane)
     at = (split * n + row).to(tl.int64) * WIDTH
     out = in_rows[:, None] & (lane[None, :] < WIDTH)
     tl.store(values + at[:, None] + lane[None, :], best, mask=out)
     tl.store(columns + at[:, None] + lane[None, :], where, mask=out)
-
-
-@triton.jit
-def _absorb_kernel(
-    scores, exclude, values, columns, n, m, row_step, column_step, start, EXCLUDE: tl.constexpr,
-    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Puts a written tile of scores, (n, m) by its two steps, into the lists (n, WIDTH) of its rows, in place. The
-    tile's first column is column `start` of the gallery."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < n
-    lane = tl.arange(0, LANES)
-    at = row.to(tl.int64)[:, None] * WIDTH + lane[None, :]
-    held = in_rows[:, None] & (lane[None, :] < WIDTH)
-    best = tl.load(values + at, mask=held, other=float("inf"))
-    where = tl.load(columns + at, mask=held, other=-1)
-    kth = tl.min(best, 1)
-    own = row * 0 - 1
-    if EXCLUDE:
-        own = tl.load(exclude + row, mask=in_rows, other=-1).to(tl.int32) - start
-    for begin in range(0, m, COLUMNS):
-        column = begin + tl.arange(0, COLUMNS)
-        keep = in_rows[:, None] & (column < m)[None, :] & (column[None, :] != own[:, None])
-        from_ = scores + row.to(tl.int64)[:, None] * row_step + column[None, :] * column_step
-        s = tl.load(from_, mask=keep, other=float("-inf"))
-        best, where, kth = _keep_best(s, column + start, best, where, kth, lane)
-    tl.store(values + at, best, mask=held)
-    tl.store(columns + at, where, mask=held)
-
-
-def _absorb_triton(values: Tensor, columns: Tensor, s: Tensor, start: int, transposed: bool, own: Tensor | None):
-    """_absorb on a GPU; columns are int32. own: the gallery column each row leaves out."""
-    rows, scores, warps = ABSORB_TILES[transposed] if s.is_cuda else (32, 64, 4)  # the interpreter counts programs
-    s = s.T if transposed else s
-    (n, m), width = s.shape, values.size(1)
-    constants = own is not None, width, triton.next_power_of_2(width), rows, scores
-    with torch.cuda.device_of(s):
-        _absorb_kernel[(triton.cdiv(n, rows),)](
-            s, s if own is None else own, values, columns, n, m, *s.stride(), start, *constants, num_warps=warps
-        )
 
 
 @triton.jit
@@ -382,7 +322,6 @@ def _propose(
     queries is gallery, and a row excludes itself or nothing."""
     (n, m), device = counts, queries.device
     on_gpu = queries.dtype == torch.float16
-    absorb = _absorb_triton if on_gpu else _absorb
     values = torch.full((n, width), -torch.inf, device=device)
     columns = torch.full((n, width), -1, dtype=torch.int32 if on_gpu else torch.int64, device=device)
     order = [(i, j) for i in range(0, n, tile) for j in range(0, m, tile)]
@@ -399,10 +338,21 @@ def _propose(
         s = s[: rows.stop - i, : others.stop - j]
 
         # each serves its rows and, where queries and gallery are one, its columns
+        both = symmetric and i < j
+        if on_gpu:
+            if i == j:
+                if exclude is not None:
+                    s.diagonal().fill_(-torch.inf)
+                values[rows] = best_lists.floor(s, width)[
+                    :, None
+                ]  # an empty list would take one score of hundreds after another
+            lists = [(values[at], columns[at]) for at in (rows, others)]
+            best_lists.absorb(lists[0], lists[1] if both else None, s, (j, i))
+            continue
         own = exclude[rows] if exclude is not None and (not symmetric or i == j) else None
-        absorb(values[rows], columns[rows], s, j, False, own)
-        if symmetric and i < j:
-            absorb(values[others], columns[others], s, i, True, None)
+        _absorb(values[rows], columns[rows], s, j, False, own)
+        if both:
+            _absorb(values[others], columns[others], s, i, True, None)
     return values, columns.long()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_contrastive import errors, two_terms
 
-from kernels import contrastive_triton
+from kernels import best_lists, contrastive_triton
 from kernels import similarity_topk as topk
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
 from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk_reference
@@ -65,12 +65,15 @@ def test_topk_of_duplicates_ties_and_any_scale(scale):
     assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
 
 
+@pytest.mark.parametrize("room", [2, 128])
 @pytest.mark.parametrize("n, d, k, tile", [(150, 33, 5, 64), (130, 48, 20, 32), (70, 16, 40, 4096), (3, 7, 2, 64)])
-def test_topk_of_a_gallery_by_the_upper_triangle_of_its_tiles(n, d, k, tile, monkeypatch):
-    """Tiles written and absorbed along their rows and down their columns, as from D = TILE_WIDTH on."""
+def test_topk_of_a_gallery_by_the_upper_triangle_of_its_tiles(n, d, k, tile, room, monkeypatch):
+    """Tiles written and absorbed along their rows and down their columns, as from D = TILE_WIDTH on. With room for two
+    offers to a list, most tiles are read again."""
     monkeypatch.setattr(topk, "TILE_WIDTH", 1)
+    monkeypatch.setattr(best_lists, "OFFERS", room)
     tiles = []
-    monkeypatch.setattr(topk, "_absorb_triton", lambda *a, real=topk._absorb_triton: tiles.append(a[4]) or real(*a))
+    monkeypatch.setattr(best_lists, "absorb", lambda *a, real=best_lists.absorb: tiles.append(a[1]) or real(*a))
     gallery = unit(n, d, 5).float()
     gallery[n // 2 : n // 2 + 9] = gallery[0]
     gallery = gallery.to(DEVICE)
@@ -78,7 +81,28 @@ def test_topk_of_a_gallery_by_the_upper_triangle_of_its_tiles(n, d, k, tile, mon
         scores, indices = exact_topk(gallery, gallery, k, own, tile)
         wanted = similarity_topk_reference(gallery, gallery, k, own)
         assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
-    assert True in tiles or n <= 128, "no tile served its columns"
+    assert any(tiles) or n <= 128, "no tile served its columns"
+
+
+@pytest.mark.parametrize("kind", ["no order", "rising", "one value"])
+def test_lists_begin_below_their_best_scores(kind):
+    """floor() is below the `width` best scores of a row and above most others; then absorb() finds just those."""
+    n, m, width = 3, 1000, 20
+    s = torch.randn(n, m, generator=torch.Generator().manual_seed(1))
+    s = {"no order": s, "rising": s.sort(1).values, "one value": s * 0 + 0.5}[kind]
+    s[0, ::2] = -torch.inf
+    s[1, 5] = 0.5  # two equal scores
+    best = s.topk(width, dim=1).values
+    floor = best_lists.floor(s.to(DEVICE), width)
+    assert (floor.cpu() < best[:, -1]).all()
+    if kind == "no order":
+        assert ((s > floor.cpu()[:, None]).sum(1) < 2 * width).all()
+    lists = floor[:, None].repeat(1, width), torch.full((n, width), -1, dtype=torch.int32, device=DEVICE)
+    best_lists.absorb(lists, None, s.to(DEVICE), (7, 0))
+    values, names = (x.cpu() for x in lists)
+    assert torch.equal(values.sort(dim=1, descending=True).values, best)
+    assert torch.equal(s.gather(1, names.long() - 7), values)  # and each has its own name
+    assert all(len(set(row)) == width for row in names.tolist())
 
 
 @pytest.mark.parametrize("rows, columns", [(64, 50), (200, 7)])
