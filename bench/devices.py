@@ -2,6 +2,8 @@
 
     python bench/devices.py                  # writes below out/devices; prints a table; status 1 if anything differs
     python bench/devices.py --second cpu --divide 5     # the CPU against itself, a fifth of the world: does it run?
+    python bench/devices.py --part cpu       # the CPU's alone; then, where a GPU's minutes are few, with out/devices
+    python bench/devices.py --part second --rounds 23       # carried there, the GPU's alone, of some rounds
 
 fp32 on both, the same seed, no dropout, no augmentation. What may differ is rounding: losses by --tolerance of
 themselves, one pair or text in fifty. The rows in bf16 are for the eye: they differ by more.
@@ -92,15 +94,20 @@ def compare(name: str, wanted, found, tolerance: float) -> tuple[bool, str]:
 
 
 def main() -> None:
-    flags = measure.arguments(__doc__, second="cuda", tolerance=2e-3, divide=1)
-    shutil.rmtree(ROOT, ignore_errors=True)
-    sizes = {name: max(size // flags.divide, min(size, 24)) for name, size in SIZES.items()}
-    world.write_world(str(ROOT / "world"), 0, **sizes)
+    flags = measure.arguments(__doc__, second="cuda", tolerance=2e-3, divide=1, part="both", rounds="123")
+    if flags.part != "second":
+        shutil.rmtree(ROOT, ignore_errors=True)
+        sizes = {name: max(size // flags.divide, min(size, 24)) for name, size in SIZES.items()}
+        world.write_world(str(ROOT / "world"), 0, **sizes)
     plans = {"cpu": commands("cpu", ROOT / "cpu"), "second": commands(flags.second, ROOT / "second")}
     bad = []
-    for here, there in zip(plans["cpu"], plans["second"], strict=True):
+    for number, (here, there) in enumerate(zip(plans["cpu"], plans["second"], strict=True), 1):
+        if str(number) not in flags.rounds:
+            continue
         began, running = time.time(), {}
         for folder, some in (("cpu", here), ("second", there)):
+            if flags.part not in ("both", folder):
+                continue
             (ROOT / folder).mkdir(exist_ok=True)
             for name, words in some.items():
                 log = open(ROOT / folder / f"{name}.log", "w")  # noqa: SIM115
@@ -111,7 +118,7 @@ def main() -> None:
                 last = (ROOT / folder / f"{name}.log").read_text().strip().splitlines()[-3:]
                 print(f"{folder} {name}: status {process.returncode}: {' | '.join(last)[:300]}", flush=True)
                 bad.append(name)
-        for name in there:
+        for name in there if flags.part != "cpu" else ():
             truth = name.split("-bf16")[0].replace("-no-graph", "")
             truth = "eval-blip_tdm" if name == "eval-bf16" else truth
             try:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
-# bare image, in nine minutes at most: that is what the time limits below add up to.
+# bare image, in eleven minutes at most: that is what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and demo, 330 s more
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
@@ -48,7 +48,7 @@ TESTS="-m pytest -q -p no:cacheprovider tests/triton_kernels.py"
 
 # What is right, and what compiles: many processors and little of the GPU, side by side.
 wants kernels && { step kernels 120 python $TESTS -n 6 -- $INTERPRET $TESTS -k "$FEW" & }
-wants stages && { step devices 125 python bench/devices.py -- python bench/devices.py --second cpu --divide 5 & }
+wants stages && { step devices 160 python bench/devices.py -- python bench/devices.py --second cpu --divide 5 & }
 wants tiles && { step compile 120 python bench/sweep.py --workers 8 --small 64 --repeats 1 \
   -- $INTERPRET bench/sweep.py --workers 2 --only flash $SMALL & }
 wait
@@ -64,12 +64,12 @@ if wants figures; then
   step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
   step generation 60 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
-  step tuning 50 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step tuning 75 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
-  step real-step 45 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
+  step real-step 80 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
 fi
-wants tiles && step tiles 25 python $SWEEP propose,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
+wants tiles && step tiles 30 python $SWEEP propose,rotate,one,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
   -- $INTERPRET $SWEEP propose,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
 if wants demo; then
   JOBS=8 step demo 330 bash demo.sh -- bash -c "echo 'demo.sh runs on a CPU as it is: not rehearsed'"

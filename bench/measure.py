@@ -179,7 +179,7 @@ def device_name(device: str) -> str:
     import torch
 
     if device == "cuda":
-        return torch.cuda.getdevice_name()
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{model}, {torch.get_num_threads()} threads"

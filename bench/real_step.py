@@ -24,8 +24,9 @@ from demo import world
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def write_blip(folder: Path, small: int) -> int:
-    """The configuration of Salesforce/blip-itm-large-coco with random weights -> number of parameters."""
+def write_blip(folder: Path, small: int, device: str = "cpu") -> int:
+    """The configuration of Salesforce/blip-itm-large-coco with random weights, drawn on the device -> number of
+    parameters."""
     import torch
     from transformers import BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig
 
@@ -40,7 +41,8 @@ def write_blip(folder: Path, small: int) -> int:
         image_size=384 // small, patch_size=16,
     )  # fmt: skip
     config = BlipConfig(image_text_hidden_size=256, text_config=text.to_dict(), vision_config=vision.to_dict())
-    model = BlipForImageTextRetrieval(config)
+    with torch.device(device):
+        model = BlipForImageTextRetrieval(config)
     model.save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *".,!?'-"]
     words += [f"[unused{i}]" for i in range(30522 - len(words))]
@@ -66,7 +68,7 @@ def main() -> None:
         aux = sorted(path.name for path in (here / "world" / "aux").iterdir())
         pairs = [{"reference": a, "target": b, "delta": "is red"} for a, b in zip(aux, aux[1:], strict=False)]
         write_jsonl(here / "pseudo.jsonl", pairs)
-        parameters = write_blip(here / "blip", found.small)
+        parameters = write_blip(here / "blip", found.small, found.device)
         began = time.time()
         words = f"train_cir.py --model blip_tdm --backbone {here}/blip --root {here}/world/cirr --out {here}/run"
         words += f" --pseudo {here}/pseudo.jsonl --pseudo_images {here}/world/aux"

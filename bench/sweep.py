@@ -23,14 +23,13 @@ import measure  # first: it puts the repository on the path
 import mining
 import torch
 
-from kernels import best_lists, contrastive_triton
+from kernels import best_lists, contrastive_triton, decoding
 from kernels import similarity_topk as topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
 MINING = [(best_lists.TILES["along"], best_lists.TILES["merge"])]
-MINING += [((1, n, w), (4, 0, 4)) for n, w in ((128, 1), (512, 1), (512, 2), (1024, 4))] + [((2, 256, 2), (4, 0, 4))]
-MINING += [((1, 256, 1), merge) for merge in ((1, 0, 1), (2, 0, 1), (8, 0, 4))]
+MINING += [(along, (4, 0, 4)) for along in ((1, 128, 1), (1, 512, 1), (2, 256, 2))] + [((1, 256, 1), (1, 0, 1))]
 PROPOSE = [
     (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3), (64, 256, 64, 8, 4),
     (64, 256, 64, 4, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 128, 4, 3),
@@ -52,6 +51,8 @@ STRIP = [(16, 128, 4, 1), (1, 1024, 4, 1), (2, 512, 4, 1), (4, 256, 4, 1), (8, 1
 STRIP += [(2, 1024, 8, 1), (8, 256, 4, 1), (32, 128, 4, 1), (32, 64, 4, 1), (16, 128, 8, 1), (16, 256, 8, 1)]
 ALONG = [best_lists.TILES["along"], (1, 128, 1), (1, 512, 1), (1, 512, 2), (2, 256, 1), (2, 256, 2), (2, 128, 1)]
 ALONG += [(1, 1024, 2), (1, 1024, 4), (4, 256, 4), (4, 128, 2)]
+ROTATE = [decoding.TILES["rotate"], (8, 4), (32, 4), (8, 2), (4, 1), (8, 1), (32, 8)]
+ONE_TOKEN = [decoding.TILES["one token"], (16, 2), (32, 2), (64, 8), (64, 4), (16, 4), (16, 1), (8, 1)]
 
 
 def put_tile(kernel: str, candidate: tuple) -> None:
@@ -118,12 +119,39 @@ def loss(kernel: str, n: int, d: int, dtype):
     return (sums, 2 * n * n * d) if "sums" in kernel else (gradient, 6 * n * n * d)
 
 
+def rotate(n: int, tokens: int, heads: int):
+    """Keys or queries of new tokens of Llama-2-13B; work in bytes."""
+    x = half(n * tokens * heads, 128, torch.bfloat16).view(n, tokens, heads, 128)
+    cos, sin = (half(tokens, 128, torch.bfloat16)[:, None] for _ in "cs")
+
+    def run(candidate):
+        decoding.TILES["rotate"] = candidate
+        decoding.rotate(x, cos, sin)
+
+    return run, 4 * x.numel()
+
+
+def one_token(n: int, places: int, heads: int):
+    """Attention of a decoding step of Llama-2-13B, one layer; work in bytes of keys and values."""
+    q = half(n * heads, 128, torch.bfloat16).view(n, 1, heads, 128)
+    keys, values = (half(n * places * heads, 128, torch.bfloat16).view(n, places, heads, 128) for _ in "kv")
+    last = torch.tensor([places - 1], device=DEVICE)
+
+    def run(candidate):
+        decoding.TILES["one token"] = candidate
+        decoding.one_token_attention(q, keys, values, last)
+
+    return run, 4 * keys.numel()
+
+
 def cases(small: int) -> dict:
     """name -> (what prepares it, its candidates)."""
     size = lambda n: max(16, n // small)  # noqa: E731
     bf16 = torch.bfloat16
     return {
         "mining as a whole D=2048, N=102,436": (lambda: whole(size(102_436), 2048), MINING),
+        "rotate, 512 x 41 tokens": (lambda: rotate(size(512), size(41), size(40)), ROTATE),
+        "one token, 512 rows, 122 places": (lambda: one_token(size(512), size(122), size(40)), ONE_TOKEN),
         "propose D=2048, 16,384 x 102,400": (lambda: propose(size(16_384), size(102_400), 2048), PROPOSE),
         "propose D=256, 16,384 x 409,600": (lambda: propose(size(16_384), size(409_600), 256), PROPOSE),
         "absorb for rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),

@@ -14,6 +14,8 @@ from torch import nn
 from common.console import UserError
 from common.llama import attention, run_layers, tokenize
 from common.pages import clean
+from kernels.decoding import one_token_attention
+from kernels.similarity_topk import INTERPRET
 
 FEWEST = 8  # rows decoded together: MKL's products of fewer than four add up in another order on AMD
 REPEATED = re.compile(r"(?:^|\s)(\S+(?:\s\S+){0,7})(?:\s\1){2,}(?=\s|$)")  # up to eight words, three times in a row
@@ -109,6 +111,8 @@ def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch
         keys, values = cache.keys[layer, :n], cache.values[layer, :n]
         keys.index_copy_(1, places, k)
         values.index_copy_(1, places, v)
+        if t == 1 and (q.is_cuda or INTERPRET):
+            return one_token_attention(q, keys, values, places)
         return attention(q, keys[:, :stop], values[:, :stop], mask)
 
     return llm.lm_head(run_layers(llm, x, places, attend, (slice(None), -1)))

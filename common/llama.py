@@ -16,6 +16,7 @@ from common.disk import warn_once
 from common.hub import has_file, shown
 from common.pretrained import build_empty, read_config, read_exactly
 from common.tokenizer import read_tokenizer
+from kernels.decoding import rotate
 
 LLAMA2 = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "70b": (8192, 28672, 80, 8)}
 
@@ -151,12 +152,6 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, caus
     grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **grouped).transpose(1, 2)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: x (..., T, H, d), cos and sin (T, 1, d)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 def normalise(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -62,11 +62,14 @@ def _absorb_kernel(
         wanted = tl.load(counts + row, mask=wanted, other=0) > OFFERS
     if tl.max(wanted.to(tl.int32), 0) > 0:
         best, where, kth, lane, at, held = _lists(values, columns, row, n, WIDTH, LANES)
+        offset, from_ = tl.arange(0, COLUMNS), scores + row.to(tl.int64)[:, None] * row_step
+        keep = wanted[:, None] & (offset < m)[None, :]
+        following = tl.load(from_ + offset[None, :] * column_step, mask=keep, other=float("-inf"))
         for begin in range(0, m, COLUMNS):
-            column = begin + tl.arange(0, COLUMNS)
-            keep = wanted[:, None] & (column < m)[None, :]
-            from_ = scores + row.to(tl.int64)[:, None] * row_step + column[None, :] * column_step
-            s = tl.load(from_, mask=keep, other=float("-inf"))
+            column, s = begin + offset, following
+            after = column + COLUMNS  # on their way while these are looked at
+            keep = wanted[:, None] & (after < m)[None, :]
+            following = tl.load(from_ + after[None, :] * column_step, mask=keep, other=float("-inf"))
             if OFFER:
                 offered = s > tl.load(kth_of_columns + column, mask=column < m, other=float("inf"))[None, :]
                 if tl.max(tl.max(offered.to(tl.int32), 1), 0) > 0:
@@ -132,10 +135,10 @@ def absorb(rows: tuple, columns: tuple | None, s: Tensor, starts: tuple[int, int
 
 
 def floor(s: Tensor, width: int) -> Tensor:
-    """For each row of s a number that its `width` largest scores are above, and most others are not: the row in parts,
-    the largest of each, and of these the one in place `width`."""
+    """For each row of s a number that its `width` largest scores are above, and most others are not: the row in parts
+    (every 128th score), the largest of each, and of these the one in place `width`."""
     size = s.size(1) // FLOOR_PARTS
     if size < 2 or width > FLOOR_PARTS:
         return s.new_full((len(s),), -torch.inf)
-    largest = s[:, : FLOOR_PARTS * size].unflatten(1, (FLOOR_PARTS, size)).amax(2)
+    largest = s[:, : FLOOR_PARTS * size].unflatten(1, (size, FLOOR_PARTS)).amax(1)
     return torch.nextafter(largest.topk(width, dim=1).values[:, -1], s.new_tensor(-torch.inf))

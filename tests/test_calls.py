@@ -4,6 +4,9 @@ The check reads the syntax and not the text: a bug in a string of tests/mutation
 call. It is tried on made-up lines with each fault put in, then asked of every file."""
 
 import ast
+import functools
+import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +137,67 @@ def test_this_repository_has_none():
     ]
     assert not found
     assert len(programs(ROOT)) > 100 and ROOT / "vdg_align.py" in programs(ROOT)
+
+
+# ---- names of libraries ----
+
+LIBRARIES = ("torch", "triton", "numpy", "transformers")
+
+
+def missing(text: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of what a program takes from one of LIBRARIES and is not there: no test on a CPU runs torch.cuda."""
+    tree = ast.parse(text)
+    whole = {alias.name: alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = imported(tree) | {name.split(".")[0]: name.split(".")[0] for name in whole}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and name_of(node):
+            first, _, rest = name_of(node).partition(".")
+            parts = f"{names.get(first, '')}.{rest}".split(".")
+            if parts[0] in LIBRARIES and not exists(parts):
+                yield node.lineno, ".".join(parts)
+
+
+@functools.cache
+def _module(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def exists(parts: list[str]) -> bool:
+    """Whether ["torch", "cuda", "Stream"] is there. What a class or an object holds is not looked at."""
+    found = _module(parts[0])
+    for i, part in enumerate(parts[1:], 1):
+        if not inspect.ismodule(found):
+            return True
+        found = getattr(found, part, None) or _module(".".join(parts[: i + 1])) or getattr(found, part, exists)
+        if found is exists:
+            return False
+    return True
+
+
+def test_a_name_that_is_not_there_is_seen():
+    lines = "import torch\nimport torch.nn.functional as F\nimport triton.language as tl\nfrom torch import nn\n"
+    lines += (
+        "torch.cuda.get_device_name()\nF.relu\ntl.where\nnn.Linear.no_such\ntorch.nn.utils.clip_grad_norm_\nx.y.z\n"
+    )
+    assert not list(missing(lines))
+    wrong = lines + "torch.cuda.getdevice_name()\nF.reluu\ntl.wheer\nnn.Linaer(3)\n"
+    found = {name for _, name in missing(wrong)}
+    assert found == {
+        "torch.cuda.getdevice_name",
+        "torch.nn.functional.reluu",
+        "triton.language.wheer",
+        "torch.nn.Linaer",
+    }
+
+
+def test_names_of_libraries_are_there():
+    """But for a name that a program itself asks for with hasattr, or that another version has."""
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for file in programs(ROOT)
+        for line, name in missing(file.read_text(encoding="utf-8"))
+    ]
+    assert not found

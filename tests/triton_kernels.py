@@ -7,8 +7,9 @@ VDG_TEST_GPU=1 python -m pytest tests/triton_kernels.py         # on a GPU; benc
 import pytest
 import torch
 from test_contrastive import errors, two_terms
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kernels import best_lists, contrastive_triton
+from kernels import best_lists, contrastive_triton, decoding
 from kernels import similarity_topk as topk
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
 from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk_reference
@@ -232,3 +233,48 @@ def test_offsets_past_two_to_the_31():
     queries = x[-300:].clone()
     scores, indices = similarity_topk(queries, x, 5)
     assert torch.equal(indices[:, 0].cpu(), torch.arange(1_099_700, 1_100_000))
+
+
+# ---- decoding ----
+
+# what one rounding costs; the interpreter cuts bf16 off
+ROUNDED = [(torch.float32, 4e-6), (torch.bfloat16, 2**-8 if DEVICE == "cuda" else 2**-7), (torch.float16, 2**-11)]
+
+
+@pytest.mark.parametrize("dtype, error", ROUNDED)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 64), (7, 4, 6), (1, 1, 2, 128), (3, 2, 9, 96)])
+def test_rotary_positions_and_their_gradient(shape, dtype, error):
+    """Against Hugging Face's own function in float64, and its autograd."""
+    generator = torch.Generator().manual_seed(1)
+    x, up = (torch.randn(shape, generator=generator).to(dtype) for _ in "ab")
+    angles = torch.rand(shape[-3], 1, shape[-1] // 2, generator=generator) * 6
+    cos, sin = (f(torch.cat([angles, angles], -1)).to(dtype) for f in (torch.cos, torch.sin))
+    exact = x.double().requires_grad_()
+    wanted = apply_rotary_pos_emb(exact, exact, cos.double(), sin.double(), unsqueeze_dim=0)[0]
+    wanted = wanted.reshape(shape)
+    wanted.backward(up.double())
+    mine = x.to(DEVICE).requires_grad_()
+    found = decoding.rotate(mine, cos.to(DEVICE), sin.to(DEVICE))
+    found.backward(up.to(DEVICE))
+    for got, want in ((found, wanted), (mine.grad, exact.grad)):
+        assert got.dtype == dtype
+        assert ((got.detach().cpu().double() - want.detach()).abs() <= error * (1 + want.abs())).all()
+
+
+@pytest.mark.parametrize("dtype, error", ROUNDED)
+@pytest.mark.parametrize(
+    "n, heads, shared, d, last", [(3, 2, 1, 64, 0), (2, 3, 3, 32, 70), (1, 2, 4, 48, 63), (2, 1, 1, 128, 99)]
+)
+def test_attention_of_one_token(n, heads, shared, d, last, dtype, error):
+    """Against float64 over the places written; what lies behind them, not a number, is not read."""
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(n, 1, heads * shared, d, generator=generator).to(dtype)
+    cache = torch.randn(2, n + 2, 100, heads, d, generator=generator).to(dtype)
+    k, v = (x[:n, : last + 1].double().repeat_interleave(shared, 2) for x in cache)
+    weights = torch.einsum("bqhd,bshd->bhqs", q.double(), k).div(d**0.5).softmax(-1)
+    wanted = torch.einsum("bhqs,bshd->bqhd", weights, v)
+    cache[:, :, last + 1 :] = torch.nan
+    keys, values = (x[:n] for x in cache.to(DEVICE))
+    found = decoding.one_token_attention(q.to(DEVICE), keys, values, torch.tensor([last], device=DEVICE))
+    assert found.dtype == dtype
+    assert ((found.cpu().double() - wanted).abs() <= error * (1 + wanted.abs())).all()
