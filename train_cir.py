@@ -22,13 +22,13 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from common import batches, cir_model, memory, ranks
+from common.augment import augment
 from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages, threads_of_rank
 from common.files import is_finished, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
-from common.images import augment
 from common.qformer import QformerCir
 from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import resume_state

@@ -28,6 +28,7 @@ from torch import nn
 import vdg_align
 from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
+from common.augment import random_resized_crop
 from common.blip2 import write_blip2
 from common.console import UserError, progress, run, say, warn
 from common.decode import Sampling, describe, prompt_parts, prompt_pieces, start_engine
@@ -35,7 +36,7 @@ from common.disk import open_as_umask_says
 from common.exports import adapter_config
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import near, read_stage
-from common.images import ImageStore, load_pixels, random_resized_crop, require_same_pixels
+from common.images import ImageStore, load_pixels, require_same_pixels
 from common.llama import answer_ids, empty_llm, llm_shape, load_llm, load_tokenizer, make_optimizer, read_llm
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
-# bare image, in eleven minutes at most: that is what the time limits below add up to.
+# bare image, in twelve minutes at most: that is what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and demo, 330 s more
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
@@ -68,6 +68,8 @@ if wants figures; then
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
   step real-step 80 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
+  step real-views 60 python bench/real_step.py --device cuda --batch 64 --steps 10 --views 2 \
+    -- python bench/real_step.py --small 6 --steps 3 --views 2
 fi
 wants tiles && step tiles 30 python $SWEEP propose,rotate,one,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
   -- $INTERPRET $SWEEP propose,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"

@@ -70,7 +70,8 @@ def main() -> None:
     from PIL import Image
 
     import train_cir
-    from common.images import ImageStore, Preprocess, augment, list_images
+    from common.augment import augment
+    from common.images import ImageStore, Preprocess, list_images
     from common.ranks import seeded_rng
 
     strengths = [train_cir.CROP_SCALE, train_cir.CROP_RATIO, train_cir.FLIP, train_cir.JITTER]

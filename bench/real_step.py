@@ -2,6 +2,7 @@
 
     python bench/real_step.py                    # 446 M parameters, 384 px, B = B' = 2; writes 1.8 GB, removes it
     python bench/real_step.py --device cuda --batch 64 --steps 10       # and triplets per second
+    ... --views 2               # augmented views of each picture encoded once and kept: what pictures cost a step
     python bench/real_step.py --small 6 --steps 3                       # layers and side divided by 6: does it run?
 
 Prints the seconds of the whole command, its largest resident memory, the losses, and how many images went through the
@@ -59,7 +60,7 @@ def write_blip(folder: Path, small: int, device: str = "cpu") -> int:
 
 
 def main() -> None:
-    found = measure.arguments(__doc__, batch=2, steps=1, small=1)
+    found = measure.arguments(__doc__, batch=2, steps=1, small=1, views=0)
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         sizes = {"train": 4, "dev": 1, "val": 1, "test": 1, "queries": 1, "chat": 1, "aux": 1, "fashioniq": 1}
@@ -72,7 +73,9 @@ def main() -> None:
         began = time.time()
         words = f"train_cir.py --model blip_tdm --backbone {here}/blip --root {here}/world/cirr --out {here}/run"
         words += f" --pseudo {here}/pseudo.jsonl --pseudo_images {here}/world/aux"
-        words += f" --batch {found.batch} --steps {found.steps} --log_every 1 --device {found.device}"
+        words += (
+            f" --batch {found.batch} --steps {found.steps} --log_every 1 --device {found.device} --views {found.views}"
+        )
         subprocess.run([sys.executable, *words.split()], cwd=measure.ROOT, check=True)
         seconds = time.time() - began
         lines = list(read_jsonl(here / "run" / "log.jsonl"))
@@ -84,10 +87,11 @@ def main() -> None:
     if pace:
         floor = generation.peak_flops(found.device, torch_dtype(found.device)) / 1e12  # TFLOP of a triplet
         size = f"{parameters / 1e6:.0f} M parameters, {384 // found.small} px, B = B' = {found.batch}"
-        note = f"{found.steps} steps with decoding and augmentation; floor: 1.0 TFLOP a triplet"
+        pictures = f"{found.views} views of each picture kept" if found.views else "decoding and augmentation"
+        note = f"{found.steps} steps, {pictures}; floor: 1.0 TFLOP a triplet"
         row = measure.row("CIR step: BLIP_tdm", size, found.device, pace[len(pace) // 2], "triplets/s", floor, note)
         measure.publish([row])
-    if found.batch == 2:
+    if found.batch == 2 and not found.views:
         assert lines[0]["images"] == 8, f"{lines[0]['images']} images through the vision encoder; 8 are there"
         print("8 images through the vision encoder: 4 references and 4 targets, once each")
 

@@ -29,7 +29,7 @@ from kernels import similarity_topk as topk
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
 MINING = [(best_lists.TILES["along"], best_lists.TILES["merge"])]
-MINING += [(along, (4, 0, 4)) for along in ((1, 128, 1), (1, 512, 1), (2, 256, 2))] + [((1, 256, 1), (1, 0, 1))]
+MINING += [(along, (4, 0, 4)) for along in ((1, 256, 1), (1, 512, 1), (2, 256, 2))] + [((1, 128, 1), (1, 0, 1))]
 PROPOSE = [
     (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3), (64, 256, 64, 8, 4),
     (64, 256, 64, 4, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 128, 4, 3),
@@ -49,10 +49,10 @@ FLASH = [
 ]  # fmt: skip
 STRIP = [(16, 128, 4, 1), (1, 1024, 4, 1), (2, 512, 4, 1), (4, 256, 4, 1), (8, 128, 4, 1), (4, 512, 4, 1)]
 STRIP += [(2, 1024, 8, 1), (8, 256, 4, 1), (32, 128, 4, 1), (32, 64, 4, 1), (16, 128, 8, 1), (16, 256, 8, 1)]
-ALONG = [best_lists.TILES["along"], (1, 128, 1), (1, 512, 1), (1, 512, 2), (2, 256, 1), (2, 256, 2), (2, 128, 1)]
+ALONG = [best_lists.TILES["along"], (1, 256, 1), (1, 512, 1), (1, 512, 2), (2, 256, 1), (2, 256, 2), (2, 128, 1)]
 ALONG += [(1, 1024, 2), (1, 1024, 4), (4, 256, 4), (4, 128, 2)]
-ROTATE = [decoding.TILES["rotate"], (8, 4), (32, 4), (8, 2), (4, 1), (8, 1), (32, 8)]
-ONE_TOKEN = [decoding.TILES["one token"], (16, 2), (32, 2), (64, 8), (64, 4), (16, 4), (16, 1), (8, 1)]
+ROTATE = [decoding.TILES["rotate"], (16, 4), (8, 2), (4, 1), (16, 2), (16, 1), (32, 8)]
+ONE_TOKEN = [decoding.TILES["one token"], (16, 2), (32, 2), (32, 4), (8, 1), (4, 1)]
 
 
 def put_tile(kernel: str, candidate: tuple) -> None:

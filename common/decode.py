@@ -109,8 +109,11 @@ def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = cache.keys[layer, :n], cache.values[layer, :n]
-        keys.index_copy_(1, places, k)
-        values.index_copy_(1, places, v)
+        for held, new in ((keys, k), (values, v)):
+            if torch.is_tensor(start):
+                held.index_copy_(1, places, new)
+            else:
+                held[:, start:stop] = new
         if t == 1 and (q.is_cuda or INTERPRET):
             return one_token_attention(q, keys, values, places)
         return attention(q, keys[:, :stop], values[:, :stop], mask)
@@ -190,7 +193,9 @@ def read_references(engine: Engine, references: torch.Tensor, row: list[int]) ->
         feed(engine.llm, x.to(instruction), shared, len(instruction))
 
         # the keys and values of each reference go to the rows of its pairs
-        to = torch.tensor([i for i, r in enumerate(row) if r in chosen], device=references.device)
+        to = [i for i, r in enumerate(row) if r in chosen]
+        if to and to == list(range(to[0], to[-1] + 1)):  # pairs in the order of their references: a plain copy
+            to = slice(to[0], to[-1] + 1)
         of = torch.tensor([r - at for r in row if r in chosen], device=references.device)
         for layer in range(len(pairs.keys)):  # one at a time: the copy between is small
             pairs.keys[layer, to, :first] = shared.keys[layer, of]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ from common.pixels import MAX_PIXELS, check_image, open_image, reason_of, regula
 # Suffixes that a picture may have, tried in this order behind a name that has none. HEIC is here to be counted.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".heic", ".heif")
 MAX_NAME = 1024  # characters of a name in an annotation file
-GREY = (128, 128, 128)  # what rotation and translation uncover
 # processor class -> (keeps the aspect ratio, mean, std, size) where the file is silent: what transformers assumes then
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROCESSORS = {
@@ -520,58 +519,6 @@ def _processor_file(name: str, use: str) -> str:
     except UserError as fault:
         raise UserError(f"{use}: no preprocessor_config.json ({fault})") from None
     raise UserError(f"{use} {shown(name)}: no preprocessor_config.json; wanted a model folder or hub id that holds one")
-
-
-def random_resized_crop(
-    image: Image.Image, rng: np.random.Generator, scale=(0.8, 1.0), ratio=(0.9, 1.1), size: int | None = None
-) -> Image.Image:
-    """Cuts a window of `scale` of the area and `ratio` width / height [S6.1]; resized to size x size if that is given.
-
-    Without `size` the window is returned as it is: a Preprocess that squashes then resamples once only. Where no window
-    fits in ten draws (a long picture), it is the largest centred one of an allowed shape, as in torchvision.
-    """
-    width, height = image.size
-    box = None
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-            box = (left, top, left + w, top + h)
-            break
-    if box is None:
-        w = min(width, max(1, round(height * ratio[1])))
-        h = min(height, max(1, round(width / ratio[0])))
-        box = ((width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h)
-    image = image.crop(box)
-    return image if size is None else image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def augment(
-    image: Image.Image,
-    rng: np.random.Generator,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip: float,
-    jitter: float,
-    shift: float,
-    degrees: float,
-    size: int | None = None,
-) -> Image.Image:
-    """CIR training: resized crop, flip, contrast / brightness / sharpness, translation and rotation [S6.1].
-
-    `flip` is a probability, `jitter` the largest change of a factor from 1, `shift` the largest move as a fraction of
-    the side. The paper names the operations and the crop's scale; the other strengths are the caller's [ours].
-    """
-    image = random_resized_crop(image, rng, scale, ratio, size)
-    if rng.random() < flip:
-        image = ImageOps.mirror(image)
-    for enhance in (ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness):
-        image = enhance(image).enhance(rng.uniform(1 - jitter, 1 + jitter))
-    moved = tuple(float(side * rng.uniform(-shift, shift)) for side in image.size)
-    angle = rng.uniform(-degrees, degrees)
-    return image.rotate(angle, Image.Resampling.BILINEAR, translate=moved, fillcolor=GREY)
 
 
 @functools.lru_cache(maxsize=2)

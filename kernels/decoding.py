@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kernels.similarity_topk import INTERPRET
 
-# Rows of a program of the rotation, or places that a program of the attention reads together; warps.
-TILES = {"rotate": (16, 4), "one token": (32, 4), "one token, shared": (16, 4)}
+# Rows of a program of the rotation, or places that a program of the attention reads together; warps. [ours] the fastest
+# of bench/sweep.py on an H200, but for "shared" (several heads of queries to one of keys), not measured.
+TILES = {"rotate": (8, 1), "one token": (16, 1), "one token, shared": (16, 4)}
 
 
 @triton.jit

@@ -434,7 +434,8 @@ def exact_topk(
             raise ValueError(f"exclude: one integer per query wanted, found {(*exclude.shape,)} {exclude.dtype}")
         if exclude.numel() and int(exclude.max()) >= len(gallery):
             raise ValueError(f"exclude names column {int(exclude.max())} of a gallery of {len(gallery)}")
-    lengths = [_lengths(queries), _lengths(gallery)]
+    lengths = [_lengths(queries)]
+    lengths += lengths if queries is gallery else [_lengths(gallery)]
     for name, length in zip(("queries", "gallery"), lengths, strict=True):
         bad = length.isfinite().logical_not().nonzero()[:, 0]
         if len(bad):

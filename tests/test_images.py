@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 from pictures import noise, put, smooth
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
+from common.augment import augment, random_resized_crop, with_contrast_and_brightness
 from common.console import UserError
 from common.images import (
     ImageStore,
     Preprocess,
-    augment,
     check_report,
     list_images,
     load_pixels,
     open_image,
-    random_resized_crop,
     safe_name,
     verify_image,
 )
@@ -415,6 +414,18 @@ def test_resized_crop_keeps_area_and_shape_and_goes_everywhere():
     thin = random_resized_crop(smooth(300, 20), rng, (0.8, 1.0), (0.9, 1.1))
     assert thin.size == (22, 20)  # no window fits: the largest of an allowed shape
     assert random_resized_crop(smooth(3, 60), rng, (0.8, 1.0), (0.9, 1.1)).size == (3, 3)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.8, 1.0, 1.2, 3.0])
+@pytest.mark.parametrize("brightness", [0.0, 0.9, 1.0, 1.7])
+def test_contrast_and_brightness_are_those_of_pillow(contrast, brightness):
+    """To the byte, with clipping at both ends; pictures of few and of all levels."""
+    rng = np.random.default_rng(4)
+    for least, most, shape in ((0, 256, (40, 30, 3)), (90, 110, (9, 70, 3)), (200, 256, (1, 1, 3)), (0, 256, (17, 5))):
+        image = Image.fromarray(rng.integers(least, most, shape, dtype=np.uint8))
+        wanted = ImageEnhance.Brightness(ImageEnhance.Contrast(image).enhance(contrast)).enhance(brightness)
+        found = with_contrast_and_brightness(image, contrast, brightness)
+        assert found.mode == wanted.mode and found.tobytes() == wanted.tobytes()
 
 
 def test_each_part_of_the_augmentation_does_what_it_is_called():
