@@ -96,7 +96,7 @@ def compare(name: str, wanted, found, tolerance: float) -> tuple[bool, str]:
 
 def main() -> None:
     flags = measure.arguments(__doc__, second="cuda", tolerance=2e-3, divide=1, part="both", rounds="123")
-    if flags.part != "second":
+    if flags.part != "second" and "1" in flags.rounds:
         shutil.rmtree(ROOT, ignore_errors=True)
         sizes = {name: max(size // flags.divide, min(size, 24)) for name, size in SIZES.items()}
         world.write_world(str(ROOT / "world"), 0, **sizes)
@@ -111,6 +111,7 @@ def main() -> None:
                 continue
             (ROOT / folder).mkdir(exist_ok=True)
             for name, words in some.items():
+                shutil.rmtree(ROOT / folder / name, ignore_errors=True)  # or it would be finished already
                 log = open(ROOT / folder / f"{name}.log", "w")  # noqa: SIM115
                 argv = [sys.executable, *words.split()]
                 running[folder, name] = subprocess.Popen(argv, cwd=measure.ROOT, stdout=log, stderr=log)

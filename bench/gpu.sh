@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
-# bare image, in twelve minutes at most: that is what the time limits below add up to.
+# bare image, in fourteen minutes at most: that is what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and demo, 330 s more
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
@@ -44,6 +44,7 @@ INTERPRET="env TRITON_INTERPRET=1 python"
 SWEEP="bench/sweep.py --workers 0 --only"
 SMALL="--small 6400 --first 2 --repeats 1"
 FEW="(topk_equals and 3-70) or exact_scores or error_of_a_proposal or (half_precision and 260) or (l_tcc_with_bank and 20-0)"
+FEW="$FEW or (upper_triangle and 130) or rotary or one_token"
 TESTS="-m pytest -q -p no:cacheprovider tests/triton_kernels.py"
 
 # What is right, and what compiles: many processors and little of the GPU, side by side.
@@ -52,6 +53,10 @@ wants stages && { step devices 160 python bench/devices.py -- python bench/devic
 wants tiles && { step compile 120 python bench/sweep.py --workers 8 --small 64 --repeats 1 \
   -- $INTERPRET bench/sweep.py --workers 2 --only flash $SMALL & }
 wait
+if wants kernels && command -v compute-sanitizer > /dev/null; then  # what reads or writes where it should not
+  step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 python $TESTS -k "$FEW" \
+    -- bash -c "echo 'compute-sanitizer wants a GPU: not rehearsed'"
+fi
 wants kernels && step mining-check 35 python bench/mining.py --device cuda --check 1 \
   -- $INTERPRET bench/mining.py --check 1 --n 33 --d 16
 
@@ -72,7 +77,7 @@ if wants figures; then
     -- python bench/real_step.py --small 6 --steps 3 --views 2
 fi
 wants tiles && step tiles 30 python $SWEEP propose,rotate,one,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
-  -- $INTERPRET $SWEEP propose,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
+  -- $INTERPRET $SWEEP propose,rotate,one,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
 if wants demo; then
   JOBS=8 step demo 330 bash demo.sh -- bash -c "echo 'demo.sh runs on a CPU as it is: not rehearsed'"
   cp out/demo/metrics.json "$OUT/" 2> /dev/null

@@ -10,6 +10,7 @@ run. Memory is what a step takes above the embeddings. ClipLoss is less work: no
 
 import importlib.util
 import sys
+from importlib.metadata import version
 
 import measure
 
@@ -58,7 +59,8 @@ def clip_loss(x, c):
 
 
 def inf_cl(x, c):
-    """Inf-CL's memory-saving CLIP loss in Triton, fp32 whatever the inputs (less work: no hard-negative weights)."""
+    """Inf-CL's memory-saving CLIP loss in Triton: sums in fp32, products in TF32, whatever the inputs (less work: no
+    hard-negative weights)."""
     from inf_cl import cal_inf_loss
 
     return cal_inf_loss(x, c, scale=1 / TAU) + cal_inf_loss(c, x, scale=1 / TAU)
@@ -150,7 +152,9 @@ def ours_alone(b: int, d: int, repeats: int, device: str) -> list[dict]:
             step("inf_cl", *batch(256, d, device))()  # compiles
             theirs = measure.clock(step("inf_cl", x, c), device)  # seconds: once will do
             ours = sorted(seconds["ours"])[repeats // 2]
-            rows.append(measure.row("loss: inf-cl 1.2.1", sizes, device, theirs, "s", note="CLIP loss, fp32"))
+            rows.append(
+                measure.row(f"loss: inf-cl {version('inf_cl')}", sizes, device, theirs, "s", note="CLIP loss, TF32")
+            )
             rows.append(measure.row("loss: inf-cl / ours", sizes, device, theirs / ours, "x", note="1 round"))
         except Exception as error:  # noqa: BLE001  a peer that does not run here costs ours nothing
             print(f"inf-cl: {type(error).__name__}: {str(error)[:200]}")

@@ -13,6 +13,7 @@ linear in the queries).
 import importlib.util
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import measure
@@ -207,7 +208,7 @@ def on_gpu(n: int, d: int, repeats: int, device: str) -> list[dict]:
                 set(a) == set([j for j in b if j != i][:K])
                 for i, (a, b) in enumerate(zip(mine.tolist(), found, strict=True))
             ]
-            notes["flashlib"] = f"0.4.0, fp16, {sum(same) / len(same):.2%} of rows have our neighbours"
+            notes["flashlib"] = f"{version('flashlib')}, fp16, {sum(same) / len(same):.2%} of rows have our neighbours"
         except Exception as error:  # noqa: BLE001  a peer that does not run here costs ours nothing
             print(f"flashlib: {type(error).__name__}: {str(error)[:200]}")
             del runs["flashlib"]

@@ -61,7 +61,8 @@ def augment(
 
 
 def with_contrast_and_brightness(image: Image.Image, contrast: float, brightness: float) -> Image.Image:
-    """ImageEnhance.Contrast, then .Brightness: the same bytes in one pass, by a table of 256 levels."""
+    """ImageEnhance.Contrast, then .Brightness, of an RGB or L image: the same bytes in one pass, by a table of 256
+    levels."""
 
     def blend(first: np.ndarray | int, second: np.ndarray, share: float) -> np.ndarray:
         mixed = np.float32(first) + np.float32(share) * (second.astype(np.float32) - np.float32(first))

@@ -100,12 +100,14 @@ def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch
     """x (n, T, D) after the first `start` places of the cache's first n rows -> logits of the next token (n, V).
 
     A tensor `start` keeps every shape independent of its value, as a CUDA graph wants: attention reads all S places,
-    those not yet written behind a mask. A number reads only what is there."""
+    those not yet written behind a mask; one token on a GPU has a kernel that reads only what is there, as a number
+    does."""
     n, t = x.shape[:2]
     places = start + torch.arange(t, device=x.device)  # (T,)
     stop = cache.keys.shape[2] if torch.is_tensor(start) else start + t
+    by_kernel = t == 1 and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
     one = t == 1 and not torch.is_tensor(start)  # sees all that is read
-    mask = None if one else torch.arange(stop, device=x.device) <= places[:, None]  # (T, stop)
+    mask = None if one or by_kernel else torch.arange(stop, device=x.device) <= places[:, None]  # (T, stop)
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = cache.keys[layer, :n], cache.values[layer, :n]
@@ -114,7 +116,7 @@ def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch
                 held.index_copy_(1, places, new)
             else:
                 held[:, start:stop] = new
-        if t == 1 and (q.is_cuda or INTERPRET):
+        if by_kernel:
             return one_token_attention(q, keys, values, places)
         return attention(q, keys[:, :stop], values[:, :stop], mask)
 
@@ -196,6 +198,8 @@ def read_references(engine: Engine, references: torch.Tensor, row: list[int]) ->
         to = [i for i, r in enumerate(row) if r in chosen]
         if to and to == list(range(to[0], to[-1] + 1)):  # pairs in the order of their references: a plain copy
             to = slice(to[0], to[-1] + 1)
+        else:
+            to = torch.tensor(to, dtype=torch.long, device=references.device)
         of = torch.tensor([r - at for r in row if r in chosen], device=references.device)
         for layer in range(len(pairs.keys)):  # one at a time: the copy between is small
             pairs.keys[layer, to, :first] = shared.keys[layer, of]

@@ -1,7 +1,7 @@
 """Lists of the K' best scores of each row, and what puts scores into them: Triton kernels of similarity_topk.py.
 
 A tile of scores of a gallery with itself is written once and read once. It serves the lists of its rows at once. What
-is above the last score of the list of its column is written down on the way, an offer, and merged when the tile is
+is above the last score of the list of its column is offered to that list on the way, and merged when the tile is
 read. Once lists are full, few scores pass: of a gallery in no order, K' / b of a row in tile b + 1.
 """
 
@@ -47,16 +47,16 @@ def _lists(values, columns, row, n, WIDTH: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _absorb_kernel(
-    scores, values, columns, n, m, row_step, column_step, start, kth_of_columns, counts, offers, names,
+    scores, values, columns, n, m, row_step, column_step, start, kth_of_columns, counts, offers, indices,
     WIDTH: tl.constexpr, LANES: tl.constexpr, OFFERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OFFER: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Puts a written tile of scores, (n, m) by its two steps, into the lists (n, WIDTH) of its rows, in place. The
     tile's first column is column `start` of the gallery.
 
-    OFFER: on the way, what is above the last score of its column's list goes into that column's part of offers and
-    names (m, OFFERS), in no order; counts (m,) also count those for which there was no room. LATE: only the lists that
-    were offered more than there was room for (n is then the columns of the tile)."""
+    OFFER: on the way, what is above the last score of its column's list is offered to that list: its score and row go
+    into offers and indices (m, OFFERS), in no order; counts (m,) also count offers for which there was no room. LATE:
+    only the lists that were offered more than there was room for (n is then the columns of the tile)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = row < n
     if LATE:
@@ -64,6 +64,8 @@ def _absorb_kernel(
     if tl.max(wanted.to(tl.int32), 0) > 0:
         best, where, kth, lane, at, held = _lists(values, columns, row, n, WIDTH, LANES)
         offset, from_ = tl.arange(0, COLUMNS), scores + row.to(tl.int64)[:, None] * row_step
+        if LATE:  # down the columns, steps are as long as rows
+            column_step = column_step.to(tl.int64)
         keep = wanted[:, None] & (offset < m)[None, :]
         following = tl.load(from_ + offset[None, :] * column_step, mask=keep, other=float("-inf"))
         for begin in range(0, m, COLUMNS):
@@ -78,7 +80,7 @@ def _absorb_kernel(
                     place = tl.atomic_add(counts + to, 1, mask=offered, sem="relaxed")
                     room = offered & (place < OFFERS)
                     tl.store(offers + to * OFFERS + place, s, mask=room)
-                    tl.store(names + to * OFFERS + place, to * 0 + row[:, None], mask=room)
+                    tl.store(indices + to * OFFERS + place, to * 0 + row[:, None], mask=room)
             best, where, kth = keep_best(s, (column + start)[None, :], best, where, kth, lane)
         tl.store(values + at, best, mask=held)
         tl.store(columns + at, where, mask=held)
@@ -86,7 +88,7 @@ def _absorb_kernel(
 
 @triton.jit
 def _merge_kernel(
-    offers, names, counts, values, columns, n, start,
+    offers, indices, counts, values, columns, n, start,
     WIDTH: tl.constexpr, LANES: tl.constexpr, OFFERS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Puts the offers to n columns of a tile into their lists, where there was room for all. The tile's first row is
@@ -99,18 +101,18 @@ def _merge_kernel(
         place = tl.arange(0, OFFERS)[None, :]
         some = place < count[:, None]
         s = tl.load(offers + row[:, None] * OFFERS + place, mask=some, other=float("-inf"))
-        name = tl.load(names + row[:, None] * OFFERS + place, mask=some, other=-1)
-        best, where, kth = keep_best(s, name + start, best, where, kth, lane)
+        index = tl.load(indices + row[:, None] * OFFERS + place, mask=some, other=-1)
+        best, where, kth = keep_best(s, index + start, best, where, kth, lane)
         tl.store(values + at, best, mask=held)
         tl.store(columns + at, where, mask=held)
 
 
 def absorb(rows: tuple, columns: tuple | None, s: Tensor, starts: tuple[int, int]) -> None:
-    """Puts what a tile of scores s (n, m) has to offer into the lists of its rows and, if given, of its columns: pairs
-    of values (n, K') and int32 names (n, K'), in place. starts: the gallery's names of column 0 and of row 0.
+    """Puts the scores s (n, m) of a tile into the lists of its rows and, if given, of its columns: pairs of values
+    (n, K') and int32 indices (n, K'), in place. starts: the first column and the first row of the tile in the gallery.
 
-    The tile is read once: a list of columns takes no score before all rows have been read, but what is above its last
-    one is written down. Only where that is more than there is room for, the tile is read again."""
+    The tile is read once: lists of rows take their scores at once, those of columns are offered theirs. Only where that
+    is more than there is room for, the tile is read again."""
     (n, m), width = s.shape, rows[0].size(1)
     tiles = TILES if s.is_cuda else dict.fromkeys(TILES, (32, 64, 4))  # the interpreter counts programs
     shape = width, triton.next_power_of_2(width), OFFERS
@@ -118,21 +120,21 @@ def absorb(rows: tuple, columns: tuple | None, s: Tensor, starts: tuple[int, int
     kth = columns[0].amin(1) if both else s
     counts = torch.zeros(m if both else 0, dtype=torch.int32, device=s.device)
     offers = torch.empty(len(counts), OFFERS, device=s.device)
-    names = torch.empty(len(counts), OFFERS, dtype=torch.int32, device=s.device)
-    noted = kth, counts, offers, names
+    indices = torch.empty(len(counts), OFFERS, dtype=torch.int32, device=s.device)
+    offered = kth, counts, offers, indices
     with torch.cuda.device_of(s):
         lists, scores, warps = tiles["along"]
         sizes = n, m, *s.stride(), starts[0]
         constants = *shape, lists, scores, both, False
-        _absorb_kernel[(triton.cdiv(n, lists),)](s, *rows, *sizes, *noted, *constants, num_warps=warps)
+        _absorb_kernel[(triton.cdiv(n, lists),)](s, *rows, *sizes, *offered, *constants, num_warps=warps)
         if both:
             lists, _, warps = tiles["merge"]
-            merged = offers, names, counts, *columns, m, starts[1]
+            merged = offers, indices, counts, *columns, m, starts[1]
             _merge_kernel[(triton.cdiv(m, lists),)](*merged, *shape, lists, num_warps=warps)
             lists, scores, warps = tiles["down"]
             sizes = m, n, *s.T.stride(), starts[1]
             constants = *shape, lists, scores, False, True
-            _absorb_kernel[(triton.cdiv(m, lists),)](s, *columns, *sizes, *noted, *constants, num_warps=warps)
+            _absorb_kernel[(triton.cdiv(m, lists),)](s, *columns, *sizes, *offered, *constants, num_warps=warps)
 
 
 def floor(s: Tensor, width: int) -> Tensor:

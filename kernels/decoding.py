@@ -59,12 +59,12 @@ class _Rotate(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: x (..., T, H, d), d even; cos and sin (T, 1, d) with equal halves, no gradient to them.
 
-    (a, b), the halves of a head, becomes (a cos - b sin, b cos + a sin). On CUDA in one kernel, computed in fp32 and
-    rounded once; by Hugging Face in the type of x, three times. [ours]"""
-    if x.is_cuda or INTERPRET:
+    (a, b), the halves of a head, becomes (a cos - b sin, b cos + a sin). On CUDA in one kernel (but for float64),
+    computed in fp32 and rounded once; by Hugging Face in the type of x, three times. [ours]"""
+    if (x.is_cuda or INTERPRET) and x.dtype != torch.float64:
         return _Rotate.apply(x, cos, sin)
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ is off by at most
 
     bound_i = gamma |q_i| max_j |g_j|,    gamma = n u / (1 - n u),    u = 2^-24,    n = D + 8
 
-(n = D for the products and sums; 8 more cover the rounding of inputs given in float64). A product of fp16 copies q', g'
+(n = D for the products and sums; 8 more cover the rounding of inputs given in float64), and n LOST where products
+vanish below fp32's smallest number. A product of fp16 copies q', g'
 summed in fp32 (Triton) adds |q - q'| |g| + |q'| |g - g'| by Cauchy and Schwarz; both roundings are measured. Whatever
 was not proposed scores at most (approximate K'-th) + bound_i, hence if (exact k-th) > (approximate K'-th) + bound_i,
 the k best are among the K'. A row without this certificate (many near ties) is scored again, over every column that
@@ -36,6 +37,8 @@ from kernels.best_lists import keep_best
 
 TILE = {"cpu": 2048, "cuda": 8192}  # rows and columns of a tile of fp32 scores (16 MiB; 256 MiB)
 TILE_WIDTH = 1024  # from this D on, a GPU that compares a gallery with itself computes half the tiles and writes them
+LARGEST = 2.0**120  # of the product of two rows' lengths: fp32 ends at 2^128
+LOST = 2.0**-126  # of a product or sum at most, where it is below the smallest normal number of fp32
 EXACT_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 26}  # float64 products held at a time (2 MiB: stays in cache; 512 MiB)
 RESCAN = {"cpu": 1 << 20, "cuda": 1 << 28}  # scores of uncertified rows held at a time
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # then CPU tensors take the Triton path
@@ -238,8 +241,8 @@ def _propose_triton(
         values, found = _propose_fused(q, g, width, exclude, tiles)
     q_length, g_length = lengths
     sums = _gamma(4 * (d + 8)) * (q_length + q_lost) * (g_length + g_lost).max()  # tensor cores may cut, not round
-    bound = q_lost * g_length.max() + (q_length + q_lost) * g_lost.max() + sums
-    return values * (q_unit * g_unit), found, bound
+    bound = q_lost * g_length.max() + (q_length + q_lost) * g_lost.max() + sums + 2 * LOST
+    return values * q_unit * g_unit, found, bound
 
 
 def _propose_fused(q: Tensor, g: Tensor, width: int, exclude: Tensor | None, tiles: tuple):
@@ -322,6 +325,7 @@ def _propose(
     queries is gallery, and a row excludes itself or nothing."""
     (n, m), device = counts, queries.device
     on_gpu = queries.dtype == torch.float16
+    assert symmetric or not on_gpu, "a GPU walks over another gallery in the fused kernel"
     values = torch.full((n, width), -torch.inf, device=device)
     columns = torch.full((n, width), -1, dtype=torch.int32 if on_gpu else torch.int64, device=device)
     order = [(i, j) for i in range(0, n, tile) for j in range(0, m, tile)]
@@ -343,9 +347,8 @@ def _propose(
             if i == j:
                 if exclude is not None:
                     s.diagonal().fill_(-torch.inf)
-                values[rows] = best_lists.floor(s, width)[
-                    :, None
-                ]  # an empty list would take one score of hundreds after another
+                # a list that starts empty would take hundreds of scores, one a round
+                values[rows] = best_lists.floor(s, width)[:, None]
             lists = [(values[at], columns[at]) for at in (rows, others)]
             best_lists.absorb(lists[0], lists[1] if both else None, s, (j, i))
             continue
@@ -412,7 +415,8 @@ def similarity_topk(queries: Tensor, gallery: Tensor, k: int, exclude: Tensor | 
     """queries (N, D), gallery (M, D) -> scores (N, k) fp32, indices (N, k) int64; by score descending, index ascending.
 
     exclude (N,) int64: one gallery index a row may not return (its own image, its reference), -1 for none.
-    Rows with fewer than k columns are padded: score -inf, index -1. ValueError for wrong shapes, NaN and infinity."""
+    Rows with fewer than k columns are padded: score -inf, index -1. ValueError for wrong shapes, NaN and infinity, and
+    rows so long that fp32 cannot hold their products."""
     scores, indices = exact_topk(queries, gallery, k, exclude)
     return scores.float(), indices
 
@@ -441,8 +445,11 @@ def exact_topk(
         if len(bad):
             raise ValueError(f"{name} row {int(bad[0])} holds NaN or infinity ({len(bad)} such rows)")
 
-    # the answer, filled with what a row of too few columns keeps
     n, m = len(queries), len(gallery)
+    if n and m and not float(lengths[0].max() * lengths[1].max()) < LARGEST:
+        raise ValueError("queries and gallery: numbers too large for products in fp32; divide them")
+
+    # the answer, filled with what a row of too few columns keeps
     scores = torch.full((n, k), -torch.inf, dtype=torch.float64, device=queries.device)
     indices = torch.full((n, k), -1, dtype=torch.int64, device=queries.device)
     if n and m:
@@ -452,7 +459,8 @@ def exact_topk(
         # of 102,436 rows (D = 2048) on an H200 1,352 had no certificate at K' = 32, and none at 48
         least = 48 if queries.is_cuda and symmetric and queries.size(1) >= TILE_WIDTH else 32
         wide = min(m, max(least, k + k // 2 + 2))  # K'; a certificate fails if the last K' - k lie within the bound
-        fp32 = _gamma(queries.size(1) + 8) * lengths[0] * lengths[1].max()  # (N,)
+        terms = queries.size(1) + 8
+        fp32 = _gamma(terms) * lengths[0] * lengths[1].max() + terms * LOST  # (N,)
         narrow = queries.float(), gallery.float()
         tile = tile or TILE[queries.device.type]
 
@@ -466,7 +474,8 @@ def exact_topk(
             scores[:, :found], indices[:, :found] = _decide(queries, gallery, found, proposal, columns, bound)
             doubtful = torch.zeros(0, dtype=torch.int64)
             if wide < m:
-                doubtful = (scores[:, -1] <= proposal.amin(1).double() + bound).nonzero()[:, 0]
+                certain = scores[:, -1] > proposal.amin(1).double() + bound
+                doubtful = certain.logical_not().nonzero()[:, 0]
             for rows in doubtful.split(max(1, RESCAN[queries.device.type] // m)) if len(doubtful) else ():
                 own = None if exclude is None else exclude[rows]
                 s = narrow[0][rows] @ narrow[1].T

@@ -7,8 +7,10 @@ VDG_TEST_GPU=1 python -m pytest tests/triton_kernels.py         # on a GPU; benc
 import pytest
 import torch
 from test_contrastive import errors, two_terms
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from common import decode
 from kernels import best_lists, contrastive_triton, decoding
 from kernels import similarity_topk as topk
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
@@ -54,7 +56,7 @@ def test_topk_equals_float64(used, n, m, d, k):
     assert used == {"_propose_triton"}
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-22, 1e-6, 1.0, 1e6])
 def test_topk_of_duplicates_ties_and_any_scale(scale):
     gallery = unit(150, 48, 2).float()
     gallery[40:90] = gallery[3]  # more copies than K': no certificate
@@ -83,6 +85,41 @@ def test_topk_of_a_gallery_by_the_upper_triangle_of_its_tiles(n, d, k, tile, roo
         wanted = similarity_topk_reference(gallery, gallery, k, own)
         assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
     assert any(tiles) or n <= 128, "no tile served its columns"
+
+
+@pytest.mark.parametrize("n, k, tile", [(300, 5, 128), (520, 5, 256)])
+def test_lists_that_are_full_take_what_is_better_and_nothing_needs_a_second_look(n, k, tile, monkeypatch):
+    """Columns of full lists are offered scores; a wrong list would show as a row without certificate."""
+    monkeypatch.setattr(topk, "TILE_WIDTH", 1)
+    monkeypatch.setattr(topk, "_rescan", None)
+    gallery = unit(n, 16, 5).float().to(DEVICE)
+    itself = torch.arange(n, device=DEVICE)
+    scores, indices = exact_topk(gallery, gallery, k, itself, tile)
+    wanted = similarity_topk_reference(gallery, gallery, k, itself)
+    assert torch.equal(indices, wanted[1]) and torch.equal(scores, wanted[0])
+
+
+@pytest.mark.parametrize("room", [4, 16])
+def test_offers_of_a_tile_to_its_columns(room, monkeypatch):
+    """Columns that are offered nothing, as much as there is room for, one more, and all; lists that hold something."""
+    monkeypatch.setattr(best_lists, "OFFERS", room)
+    n, width, generator = 40, 6, torch.Generator().manual_seed(3)
+    s = torch.rand(n, 5, generator=generator)
+    for column, count in enumerate((0, room, room + 1, n, 1)):
+        s[count:, column] -= 2
+    held = torch.linspace(-1, -0.5, width).repeat(5, 1)
+    columns = held.clone().to(DEVICE), torch.arange(width, dtype=torch.int32, device=DEVICE).repeat(5, 1)
+    rows = (
+        torch.full((n, width), -torch.inf, device=DEVICE),
+        torch.full((n, width), -1, dtype=torch.int32, device=DEVICE),
+    )
+    best_lists.absorb(rows, columns, s.to(DEVICE), (200, 100))
+    values, order = torch.cat([held, s.T], 1).topk(width, dim=1)
+    found, places = columns[0].cpu().sort(dim=1, descending=True)
+    assert torch.equal(found, values)
+    wanted = torch.where(order < width, order, order - width + 100)
+    assert torch.equal(columns[1].cpu().gather(1, places).long(), wanted)
+    assert torch.equal(rows[0].cpu().sort(dim=1, descending=True).values[:, :5], s.sort(dim=1, descending=True).values)
 
 
 @pytest.mark.parametrize("kind", ["no order", "rising", "one value"])
@@ -246,7 +283,13 @@ ROUNDED = [(torch.float32, 4e-6), (torch.bfloat16, 2**-8 if DEVICE == "cuda" els
 def test_rotary_positions_and_their_gradient(shape, dtype, error):
     """Against Hugging Face's own function in float64, and its autograd."""
     generator = torch.Generator().manual_seed(1)
-    x, up = (torch.randn(shape, generator=generator).to(dtype) for _ in "ab")
+    turned = (
+        *shape[:-3],
+        shape[-2],
+        shape[-3],
+        shape[-1],
+    )  # heads before tokens, as attention has them
+    x, up = (torch.randn(turned, generator=generator).to(dtype).transpose(-3, -2) for _ in "ab")
     angles = torch.rand(shape[-3], 1, shape[-1] // 2, generator=generator) * 6
     cos, sin = (f(torch.cat([angles, angles], -1)).to(dtype) for f in (torch.cos, torch.sin))
     exact = x.double().requires_grad_()
@@ -268,7 +311,7 @@ def test_rotary_positions_and_their_gradient(shape, dtype, error):
 def test_attention_of_one_token(n, heads, shared, d, last, dtype, error):
     """Against float64 over the places written; what lies behind them, not a number, is not read."""
     generator = torch.Generator().manual_seed(2)
-    q = torch.randn(n, 1, heads * shared, d, generator=generator).to(dtype)
+    q = torch.randn(n, 2, heads * shared, d, generator=generator).to(dtype)[:, 1:]  # with a gap between rows
     cache = torch.randn(2, n + 2, 100, heads, d, generator=generator).to(dtype)
     k, v = (x[:n, : last + 1].double().repeat_interleave(shared, 2) for x in cache)
     weights = torch.einsum("bqhd,bshd->bhqs", q.double(), k).div(d**0.5).softmax(-1)
@@ -278,3 +321,25 @@ def test_attention_of_one_token(n, heads, shared, d, last, dtype, error):
     found = decoding.one_token_attention(q.to(DEVICE), keys, values, torch.tensor([last], device=DEVICE))
     assert found.dtype == dtype
     assert ((found.cpu().double() - wanted).abs() <= error * (1 + wanted.abs())).all()
+    if heads > 1:
+        one = torch.tensor([last], device=DEVICE)
+        with pytest.raises(AssertionError):
+            decoding.one_token_attention(q.to(DEVICE), keys.transpose(1, 2), values.transpose(1, 2), one)
+
+
+@pytest.mark.parametrize("place", [int, torch.tensor])
+def test_a_token_at_a_time_gives_what_the_whole_sequence_gives(place):
+    """Against Hugging Face's own LLaMA, heads of queries shared by half as many of keys; place: as a number, or as the
+    tensor that a captured step counts up."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    llm = LlamaForCausalLM(config).eval().requires_grad_(False).to(DEVICE)
+    x = torch.randn(3, 7, 32, device=DEVICE)
+    wanted = llm(inputs_embeds=x).logits
+    cache = decode.make_cache(llm, 4, 9)
+    found = [decode.feed(llm, x[:, :3], cache, 0)]
+    for i in range(3, 7):
+        start = place(i) if place is int else place(i, device=DEVICE)
+        found.append(decode.feed(llm, x[:, i : i + 1], cache, start))
+    torch.testing.assert_close(torch.stack(found, 1), wanted[:, 2:], rtol=1e-4, atol=1e-4)
