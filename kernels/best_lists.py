@@ -64,15 +64,17 @@ def _absorb_kernel(
     if tl.max(wanted.to(tl.int32), 0) > 0:
         best, where, kth, lane, at, held = _lists(values, columns, row, n, WIDTH, LANES)
         offset, from_ = tl.arange(0, COLUMNS), scores + row.to(tl.int64)[:, None] * row_step
-        if LATE:  # down the columns, steps are as long as rows
-            column_step = column_step.to(tl.int64)
+        if LATE:  # down the columns: steps as long as rows
+            step = column_step.to(tl.int64)
+        else:
+            step = column_step
         keep = wanted[:, None] & (offset < m)[None, :]
-        following = tl.load(from_ + offset[None, :] * column_step, mask=keep, other=float("-inf"))
+        following = tl.load(from_ + offset[None, :] * step, mask=keep, other=float("-inf"))
         for begin in range(0, m, COLUMNS):
             column, s = begin + offset, following
             after = column + COLUMNS  # on their way while these are looked at
             keep = wanted[:, None] & (after < m)[None, :]
-            following = tl.load(from_ + after[None, :] * column_step, mask=keep, other=float("-inf"))
+            following = tl.load(from_ + after[None, :] * step, mask=keep, other=float("-inf"))
             if OFFER:
                 offered = s > tl.load(kth_of_columns + column, mask=column < m, other=float("inf"))[None, :]
                 if tl.max(tl.max(offered.to(tl.int32), 1), 0) > 0:

@@ -1,0 +1,67 @@
+"""Every Triton kernel compiles for GPUs that are not here: the interpreter, which runs them in the other tests, takes
+more than the compiler does (a variable whose type changes in a branch, say)."""
+
+import pytest
+import torch  # noqa: F401  before triton
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import best_lists, contrastive_triton, decoding, similarity_topk
+
+LISTS = {"WIDTH": 48, "LANES": 64, "OFFERS": 128}
+ROWS = {**LISTS, "ROWS": 1, "COLUMNS": 128}
+STRIP = {"BETA": 0.5, "ROWS": 16, "COLUMNS": 128}
+HALF, REAL = "*fp16", "*fp32"
+# kernel -> (types of its pointers and numbers, i32 where none is given; its constants), once for each variant
+KERNELS = [
+    (best_lists._absorb_kernel, {"counts": "*i32"}, ROWS | {"OFFER": True, "LATE": False}),
+    (best_lists._absorb_kernel, {"counts": "*i32"}, ROWS | {"OFFER": False, "LATE": False}),
+    (best_lists._absorb_kernel, {"counts": "*i32"}, ROWS | {"OFFER": False, "LATE": True}),
+    (best_lists._merge_kernel, {"counts": "*i32"}, {**LISTS, "ROWS": 4}),
+    (decoding._rotate_kernel, {"x": HALF, "cos": HALF, "sin": HALF, "out": HALF, "sign": "fp32"},
+     {"ROWS": 8, "HALF": 64}),
+    (decoding._one_token_kernel, {"q": HALF, "keys": HALF, "values": HALF, "out": HALF, "last": "*i64"},
+     {"GROUP": 1, "WIDTH": 128, "PLACES": 16}),
+    (decoding._one_token_kernel, {"q": HALF, "keys": HALF, "values": HALF, "out": HALF, "last": "*i64"},
+     {"GROUP": 4, "WIDTH": 64, "PLACES": 16}),
+    (similarity_topk._propose_kernel, {"queries": HALF, "gallery": HALF, "exclude": "*i64"},
+     {"WIDTH": 32, "LANES": 32, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "UPCAST": False}),
+    (similarity_topk._exact_kernel, {"rows": "*i64", "columns": "*i64", "leaves": "*i32", "scores": "*fp64"},
+     {"LEVELS": 8, "PAIRS": 16}),
+    (contrastive_triton._sums_kernel, {"rows": HALF, "columns": HALF},
+     {"BETA": 0.5, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "UPCAST": False}),
+    (contrastive_triton._strip_sums_kernel, {}, {**STRIP, "DOWN": True}),
+    (contrastive_triton._strip_sums_kernel, {}, {**STRIP, "DOWN": False}),
+    (contrastive_triton._flash_gradient_kernel, {"rows": HALF, "columns": HALF},
+     {"BETA": 0.5, "ROWS": 64, "COLUMNS": 64, "WIDTH": 64, "UPCAST": False}),
+    (contrastive_triton._strip_gradient_kernel, {"g": HALF}, STRIP),
+]  # fmt: skip
+POINTERS = {
+    "scores", "values", "columns", "indices", "offers", "kth_of_columns", "queries", "gallery", "rows", "scale",
+    "label", "row_out", "column_out", "row_vectors", "column_vectors", "row_label", "column_label", "row_own",
+    "column_own", "s", "g", "out",
+}  # fmt: skip
+WHOLE = {"label": "*i64", "row_label": "*i64", "column_label": "*i64", "indices": "*i32"}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", range(len(KERNELS)), ids=lambda i: f"{KERNELS[i][0].__name__}-{i}")
+def test_kernel_compiles(case, capability):
+    kernel, types, constants = KERNELS[case]
+    names = [parameter.name for parameter in kernel.params]
+    if kernel.__module__ == best_lists.__name__:
+        types = types | {"columns": "*i32"}
+    numbers = {"_rotate_kernel": {"rows"}}.get(kernel.__name__, set())  # rows counts here
+    usual = {name: WHOLE.get(name, REAL) for name in POINTERS - numbers}
+    signature = {name: "constexpr" if name in constants else (usual | types).get(name, "i32") for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    assert compiled.asm["cubin"]
+
+
+def test_no_kernel_is_left_out():
+    modules = best_lists, decoding, similarity_topk, contrastive_triton
+    kernels = {f for module in modules for name, f in vars(module).items() if name.endswith("_kernel")}
+    assert kernels == {kernel for kernel, _, _ in KERNELS}
