@@ -35,6 +35,7 @@ PROPOSE = [
     (64, 256, 64, 4, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 128, 4, 3),
     (128, 128, 128, 8, 2), (32, 256, 64, 4, 3), (64, 128, 64, 8, 4), (32, 128, 64, 4, 4),
 ]  # fmt: skip
+NARROW = list(dict.fromkeys([topk.NARROW_TILES.get(CAPABILITY, PROPOSE[0]), *PROPOSE]))
 SUMS = [
     (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3),
     (128, 256, 64, 8, 3), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 128, 8, 2),
@@ -153,7 +154,7 @@ def cases(small: int) -> dict:
         "rotate, 512 x 41 tokens": (lambda: rotate(size(512), size(41), size(40)), ROTATE),
         "one token, 512 rows, 122 places": (lambda: one_token(size(512), size(122), size(40)), ONE_TOKEN),
         "propose D=2048, 16,384 x 102,400": (lambda: propose(size(16_384), size(102_400), 2048), PROPOSE),
-        "propose D=256, 16,384 x 409,600": (lambda: propose(size(16_384), size(409_600), 256), PROPOSE),
+        "propose D=256, 16,384 x 409,600": (lambda: propose(size(16_384), size(409_600), 256), NARROW),
         "absorb for rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),
         "absorb for rows and columns, 8,192 x 8,192": (lambda: absorb(True, size(8192), 2048), ALONG),
         "sums bf16 D=256, B=32,768": (lambda: loss("sums", size(32_768), 256, bf16), SUMS),

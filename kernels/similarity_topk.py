@@ -46,9 +46,10 @@ if INTERPRET:
     interpreter.mend()
 
 # Tiles of the proposal kernel by compute capability: rows, columns and depth of a tile, warps, stages. Fixed, so that
-# all ranks propose alike. [ours] 9.0: the fastest of bench/sweep.py at D = 2048 on an H200 (at D = 256 it is 1.17 times
-# slower than (64, 128, 64, 4, 3)); 8.0 not measured: what fits its registers.
+# all ranks propose alike. [ours] 9.0: the fastest of bench/sweep.py on an H200, at D = 2048 and at D = 256; 8.0 not
+# measured: what fits its registers.
 TILES = {(8, 0): (128, 128, 32, 8, 3), (9, 0): (128, 128, 64, 8, 3)}
+NARROW_TILES = TILES | {(9, 0): (64, 128, 64, 4, 3)}  # up to D = 256
 OTHER_TILES = (64, 64, 32, 4, 2)  # any other GPU, and the interpreter
 
 
@@ -229,7 +230,7 @@ def _propose_triton(
     """What _propose returns, and the bound (N,) on the error of its scores. lengths: of the rows of either."""
     d = queries.size(1)
     capability = torch.cuda.get_device_capability(queries.device) if queries.is_cuda else None
-    tiles = TILES.get(capability, OTHER_TILES)
+    tiles = (TILES if d > 256 else NARROW_TILES).get(capability, OTHER_TILES)
     q, q_lost, q_unit = _rounded(queries, tiles[2])
     g, g_lost, g_unit = (q, q_lost, q_unit) if symmetric else _rounded(gallery, tiles[2])
     if symmetric and d >= TILE_WIDTH:
