@@ -16,6 +16,7 @@ HALF, REAL = "*fp16", "*fp32"
 # kernel -> (types of its pointers and numbers, i32 where none is given; its constants), once for each variant
 KERNELS = [
     (best_lists._absorb_kernel, {"counts": "*i32"}, ROWS | {"OFFER": True, "LATE": False}),
+    (best_lists._absorb_kernel, {"counts": "*i32"}, ROWS | {"OFFER": True, "LATE": False, "column_step": 1}),
     (best_lists._absorb_kernel, {"counts": "*i32"}, ROWS | {"OFFER": False, "LATE": False}),
     (best_lists._absorb_kernel, {"counts": "*i32"}, ROWS | {"OFFER": False, "LATE": True}),
     (best_lists._merge_kernel, {"counts": "*i32"}, {**LISTS, "ROWS": 4}),
