@@ -14,8 +14,7 @@ from torch import nn
 from common.console import UserError
 from common.llama import attention, run_layers, tokenize
 from common.pages import clean
-from kernels.decoding import one_token_attention
-from kernels.similarity_topk import INTERPRET
+from kernels.decoding import one_token_attention, takes_kernels
 
 FEWEST = 8  # rows decoded together: MKL's products of fewer than four add up in another order on AMD
 REPEATED = re.compile(r"(?:^|\s)(\S+(?:\s\S+){0,7})(?:\s\1){2,}(?=\s|$)")  # up to eight words, three times in a row
@@ -105,7 +104,7 @@ def feed(llm, x: torch.Tensor, cache: Cache, start: int | torch.Tensor) -> torch
     n, t = x.shape[:2]
     places = start + torch.arange(t, device=x.device)  # (T,)
     stop = cache.keys.shape[2] if torch.is_tensor(start) else start + t
-    by_kernel = t == 1 and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
+    by_kernel = t == 1 and takes_kernels(x)
     one = t == 1 and not torch.is_tensor(start)  # sees all that is read
     mask = None if one or by_kernel else torch.arange(stop, device=x.device) <= places[:, None]  # (T, stop)
 

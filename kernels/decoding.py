@@ -44,6 +44,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return out
 
 
+def takes_kernels(x: Tensor) -> bool:
+    """Whether these kernels are for x: on a GPU (or in the interpreter), but for float64."""
+    return (x.is_cuda or INTERPRET) and x.dtype != torch.float64
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -61,7 +66,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     (a, b), the halves of a head, becomes (a cos - b sin, b cos + a sin). On CUDA in one kernel (but for float64),
     computed in fp32 and rounded once; by Hugging Face in the type of x, three times. [ours]"""
-    if (x.is_cuda or INTERPRET) and x.dtype != torch.float64:
+    if takes_kernels(x):
         return _Rotate.apply(x, cos, sin)
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

@@ -283,12 +283,8 @@ ROUNDED = [(torch.float32, 4e-6), (torch.bfloat16, 2**-8 if DEVICE == "cuda" els
 def test_rotary_positions_and_their_gradient(shape, dtype, error):
     """Against Hugging Face's own function in float64, and its autograd."""
     generator = torch.Generator().manual_seed(1)
-    turned = (
-        *shape[:-3],
-        shape[-2],
-        shape[-3],
-        shape[-1],
-    )  # heads before tokens, as attention has them
+    # in memory heads lie before tokens, as attention gives them
+    turned = (*shape[:-3], shape[-2], shape[-3], shape[-1])
     x, up = (torch.randn(turned, generator=generator).to(dtype).transpose(-3, -2) for _ in "ab")
     angles = torch.rand(shape[-3], 1, shape[-1] // 2, generator=generator) * 6
     cos, sin = (f(torch.cat([angles, angles], -1)).to(dtype) for f in (torch.cos, torch.sin))
