@@ -334,7 +334,8 @@ def page(title: str, sections: list, linked: bool = False) -> str:
 
 
 def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: str = "", lines: int = 1) -> None:
-    """Writes a PNG of rows of pictures with `lines` lines of text under each. rows: [[(image, label), ...], ...]."""
+    """Writes rows of pictures, `lines` lines of text under each, as a PNG, or a JPEG where `path` ends so.
+    rows: [[(image, label), ...], ...]."""
     font, big = ImageFont.load_default(12), ImageFont.load_default(17)
     gap, line = 10, 4 + 16 * lines
     columns = max((len(row) for row in rows), default=1)
@@ -368,7 +369,7 @@ def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: s
                 write((left, top + cell + 3 + 16 * n), " ".join(words[:fits]), font, cell, (98, 107, 117))
                 words = words[fits:]
     with whole(path) as aside:
-        sheet.save(aside, "PNG", optimize=False)
+        sheet.save(aside, "JPEG" if str(path).endswith(".jpg") else "PNG", quality=80)
 
 
 def write_answer(reference: str | os.PathLike, text: str, found: list, out: str | os.PathLike, where: str) -> None:

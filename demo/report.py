@@ -5,7 +5,8 @@
 
 Reads the folders that demo.sh wrote; writes OUT/metrics.json, OUT/index.html and OUT/deltas.png. On photographs a shop
 has many right answers: beside the recall of the one target stands mAP@10, as CIRCO has it, where every picture of the
-gallery counts that is of the target's article and has all that the text asks for.
+gallery counts that is of the target's article and has all that the text asks for; and OUT/heldout.jpg shows 48 deltas
+for held-out pairs with the catalogue's verdict.
 """
 
 import os
@@ -114,9 +115,9 @@ def print_tables(rows: list[dict], deltas: dict[str, dict]) -> None:
 
 
 # ---- the page ----
-def evenly(records: list[dict]) -> list[dict]:
-    """About _SHOWN of them, spread evenly: nobody picked."""
-    return records[:: max(1, len(records) // _SHOWN)]
+def evenly(records: list[dict], count: int = _SHOWN) -> list[dict]:
+    """About `count` of them or a few more, spread evenly: nobody picked."""
+    return records[:: max(1, len(records) // count)]
 
 
 def number_sections(rows: list[dict], deltas: dict[str, dict]) -> Iterator[tuple]:
@@ -208,6 +209,18 @@ def write_picture(auxiliary: list[dict], gallery: ImageStore) -> None:
     pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200, lines=2)
 
 
+def write_verdicts(held_out: list[dict], images: ImageStore, attributes: dict) -> None:
+    """OUT/heldout.jpg: 48 held-out pairs, the catalogue's verdict under each reference, the delta under each target."""
+    cells = []
+    for r in evenly(held_out, 48)[:48]:
+        told = {True: "right", False: "wrong", None: "not known"}
+        judged = wordings.judged(r["delta"], attributes[r["reference"]], attributes[r["target"]])
+        verdict = ", ".join(f"{told[good]}: {'no word of it' if key == '?' else key}" for key, good in judged)
+        cells += [(images.path(r["reference"]), verdict), (images.path(r["target"]), r["delta"])]
+    rows = [cells[i : i + 12] for i in range(0, len(cells), 12)]
+    pages.contact_sheet(rows, f"{OUT}/heldout.jpg", cell=110, lines=3)
+
+
 def main() -> None:
     if KIND not in JUDGES:
         raise UserError(f"--kind {KIND}: wanted drawn or photos")
@@ -239,6 +252,8 @@ def main() -> None:
     sections += [*curve_sections(), link_section()]
     write_text(f"{OUT}/index.html", pages.page(_TITLES[KIND], sections))
     write_picture(auxiliary, gallery)
+    if KIND == "photos":
+        write_verdicts(held_out, val.images, attributes)
     print(f"\n{OUT}/index.html is the page to look at; {OUT}/metrics.json holds the table")
 
 

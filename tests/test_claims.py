@@ -15,7 +15,7 @@ from common.console import UserError
 from common.exports import write_cirr_captions
 from common.files import read_jsonl, write_json, write_jsonl, write_text
 from common.flags import parse_flags, read_flags
-from demo import as_released, claims, part_of, report
+from demo import as_released, claims, part_of, report, world
 from kernels.contrastive import l_tcc
 from kernels.negatives import draw_negatives
 from kernels.reversed import reversed_sum
@@ -186,6 +186,33 @@ def test_a_part_of_the_deltas(tmp_path, monkeypatch):
     both = part(SHARE=1.0, SHUFFLED=0.0, ALSO=str(cirr))
     assert both[:-1] == records
     assert both[-1] == {"reference": f"train/{names[0]}", "target": f"train/{names[1]}", "delta": "in red"}
+
+
+@pytest.mark.parametrize("kind", ["drawn", "photos"])
+def test_the_worlds_own_texts(kind, tmp_path, monkeypatch):
+    """Each pair gets a text in which the world finds nothing wrong; one without a difference keeps the text it has."""
+    rng = np.random.default_rng(0)
+    if kind == "drawn":
+        things = {f"{i}.jpg": world.random_garment(rng) for i in range(12)}
+    else:
+        values = {"article": ("shirt", "jeans"), "colour": ("red", "blue"), "gender": ("men", "women")}
+        things = {f"{i}.jpg": {key: str(rng.choice(of)) for key, of in values.items()} for i in range(12)}
+    records = [{"reference": a, "target": b, "delta": "as it was", "subgroup": 0} for a in things for b in things]
+    write_jsonl(tmp_path / "pseudo" / "pseudo.jsonl", records)
+    write_json(tmp_path / "attributes.json", things)
+    flags = {"OF": tmp_path / "pseudo", "OUT": tmp_path / "part", "TRUE": tmp_path, "KIND": kind}
+    for name, value in flags.items():
+        monkeypatch.setattr(part_of, name, str(value))
+    part_of.main()
+    told = read_jsonl(tmp_path / "part" / "pseudo.jsonl")
+    assert [record | {"delta": ""} for record in told] == [record | {"delta": ""} for record in records]
+    for record in told:
+        a, b = things[record["reference"]], things[record["target"]]
+        if a == b:
+            assert record["delta"] == "as it was"
+        else:
+            verdicts = [good for _, good in report.JUDGES[kind].judged(record["delta"], a, b)]
+            assert verdicts and all(verdicts), record
 
 
 def test_what_the_releases_compute():

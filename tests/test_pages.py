@@ -163,6 +163,8 @@ def test_contact_sheet(tmp_path):
     assert {(250, 0, 0), (0, 250, 0), (0, 0, 250)} <= colours
     assert sheet.width == 2 * 110 + 10 and [p.name for p in (tmp_path / "deep").iterdir()] == ["sheet.png"]
     pages.contact_sheet([], tmp_path / "empty.png")
+    pages.contact_sheet(rows, tmp_path / "sheet.jpg", cell=100)
+    assert Image.open(tmp_path / "sheet.jpg").format == "JPEG"
 
 
 def test_delta_panel_shows_reference_delta_target_and_notes(tmp_path):
