@@ -1,15 +1,19 @@
 """A yardstick for deltas: how right a rule is that reads the same image tokens with the catalogue's own labels.
 
     python demo/ceiling.py --world out/demo-photos/world --vision demo/models_photos/instructblip
+    python demo/ceiling.py --world out/demo-photos/world --deltas out/demo-photos/heldout,out/demo-photos/pseudo
 
 A linear probe for each attribute is trained on the Q-Former's outputs of the captioned photographs, with the entries of
 the catalogue as labels. Of a held-out pair the rule names the attributes that the probes see change, the surest first,
 at most MOST of them; it is judged as a delta is. A model that learns from captions and 300 deltas sees the same tokens
 and is told less. (A linear probe is one reader of them, not the best that there can be.)
+
+With DELTAS it says instead how the claims of generated deltas fail: true of the target but no change, or not true.
 """
 
 import os
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,11 +24,11 @@ from torch import Tensor
 from common.annotations import read_cirr
 from common.batches import chunks
 from common.console import progress, run, say
-from common.files import read_json
+from common.files import read_json, read_jsonl
 from common.flags import at_least, override
 from common.images import ImageStore, load_pixels
 from demo.products import VALUES, changed
-from demo.wordings import Claim, verdict
+from demo.wordings import Claim, verdict, verdicts
 from vdg_align import VisionProjector
 
 WORLD = "out/demo-photos/world"  # folder of demo/catalogue.py
@@ -34,6 +38,7 @@ MOST = (1, 2, 3)  # claims a pair at most
 SURE = (0.0, 0.5, 0.7)  # a change must be so probable: p(new value) of the target times 1 - p(it) of the reference
 STEPS = 1500  # of a probe
 SEED = 0  # of the probes
+DELTAS = ()  # folders that gen_deltas.py wrote; empty: the yardstick
 
 
 class Judged(NamedTuple):
@@ -77,13 +82,40 @@ def named_by_rule(seen: dict[str, Tensor], a: int, b: int, most: int, sure: floa
 
 def judged(claims: list[tuple[str, str]], a: dict, b: dict) -> Judged:
     """As a text that says this is judged: what the catalogue does not know counts neither way."""
-    verdicts = [verdict(Claim(key, value), a, b) for key, value in claims]
-    return Judged(verdicts.count(True), verdicts.count(False), verdicts.count(True), len(changed(a, b)))
+    found = [verdict(Claim(key, value), a, b) for key, value in claims]
+    return Judged(found.count(True), found.count(False), found.count(True), len(changed(a, b)))
+
+
+def told(records: list[dict], known: dict[str, dict]) -> Counter:
+    """(attribute or "all", how it is) of each claim that the catalogue can judge."""
+    found = Counter()
+    for record in records:
+        a, b = known[record["reference"]], known[record["target"]]
+        for claim, good in verdicts(record["delta"], a, b).items():
+            of_target = verdict(claim, dict.fromkeys(b, ""), b)  # as if all had changed
+            if good is not None:
+                how = "right" if good else "no change" if of_target else "not true"
+                found.update([(claim.attribute, how), ("all", how)])
+    return found
+
+
+def say_how_claims_fail(known: dict[str, dict]) -> None:
+    hows = ("right", "no change", "not true")
+    for folder in DELTAS:
+        found = told(read_jsonl(f"{folder}/pseudo.jsonl"), known)
+        claims = sum(found["all", how] for how in hows)
+        say(f"{folder}: {claims:,} claims, in percent of them\nof | right | true of the target, no change | not true")
+        for key in (*VALUES, "?", "all"):
+            if any(found[key, how] for how in hows):
+                say(f"{key} | " + " | ".join(f"{100 * found[key, how] / claims:.1f}" for how in hows))
 
 
 def main() -> None:
     at_least(globals(), PAIRS=1, STEPS=1)
-    known, vision = read_json(f"{WORLD}/attributes.json"), VisionProjector(VISION, 8)
+    known = read_json(f"{WORLD}/attributes.json")
+    if DELTAS:
+        return say_how_claims_fail(known)
+    vision = VisionProjector(VISION, 8)
     benchmark = read_cirr(f"{WORLD}/cirr", "val")
     queries = benchmark.queries[:PAIRS]
 
@@ -107,11 +139,11 @@ def main() -> None:
     for most in MOST:
         for sure in SURE:
             # what the rule says of each pair, and how right that is
-            verdicts = []
+            judgements = []
             for query in queries:
                 claims = named_by_rule(seen, place[query.reference], place[query.target], most, sure)
-                verdicts.append(judged(claims, known[query.reference], known[query.target]))
-            right, wrong, named, changes = map(sum, zip(*verdicts, strict=True))
+                judgements.append(judged(claims, known[query.reference], known[query.target]))
+            right, wrong, named, changes = map(sum, zip(*judgements, strict=True))
             precision, recall = 100 * right / max(right + wrong, 1), 100 * named / max(changes, 1)
             say(f"{most} | {sure:.1f} | {(right + wrong) / len(queries):.2f} | {precision:.1f} % | {recall:.1f} %")
 

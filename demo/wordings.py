@@ -262,26 +262,31 @@ def verdict(claim: Claim, one: dict[str, str], other: dict[str, str]) -> bool | 
     return None if old is None else old not in meant
 
 
-def judged(text: str, one: dict[str, str], other: dict[str, str]) -> list[tuple[str, bool | None]]:
-    """Each claim of a delta: its attribute, and its verdict. The article that both show is only the thing spoken of,
-    and what is said twice is one claim."""
+def verdicts(text: str, one: dict[str, str], other: dict[str, str]) -> dict[Claim, bool | None]:
+    """Each claim of a delta and its verdict. The article that both show is only the thing spoken of, and what is said
+    twice is one claim."""
     found = {}
     both = one["article"] == other["article"] and one["article"]
     spoken_of = {both, "shoes" if both and "shoes" in both else both}
     for claim in claims(text):
         if claim.attribute == "article" and claim.value in spoken_of and not claim.denied:
             continue
-        found[claim] = (claim.attribute, verdict(claim, one, other))
-    return list(found.values())
+        found[claim] = verdict(claim, one, other)
+    return found
+
+
+def judged(text: str, one: dict[str, str], other: dict[str, str]) -> list[tuple[str, bool | None]]:
+    """The attribute of each claim, and its verdict."""
+    return [(claim.attribute, good) for claim, good in verdicts(text, one, other).items()]
 
 
 def marks(text: str, one: dict[str, str], other: dict[str, str]) -> list[tuple[str, bool | None]]:
     """The text clause by clause, each with its verdict: wrong where any claim is, right where one is and none wrong."""
     pieces = []
     for place, piece in enumerate(re.split(_BETWEEN, text, flags=re.IGNORECASE)):
-        verdicts = [good for _, good in judged(piece, one, other)] if place % 2 == 0 else []
+        found = list(verdicts(piece, one, other).values()) if place % 2 == 0 else []
         if piece.strip():
-            pieces.append((piece.strip(), False if False in verdicts else True if True in verdicts else None))
+            pieces.append((piece.strip(), False if False in found else True if True in found else None))
     return pieces
 
 

@@ -550,3 +550,18 @@ def test_photographs_trained_on_and_held_out_share_no_title(folders):
     article = slots.values["article"]
     row = next(i for i, title in enumerate(shown.titles) if title.endswith("Kurtas, Sleeveless"))
     assert article[shown.labels[row, 0]] == "kurta" and shown.pictures[row].shape == (80, 60, 3)
+
+
+def test_how_claims_fail():
+    """Worked by hand: a right change, what both pictures have, what the target has not, no word of the catalogue."""
+    known = {
+        "a": {"article": "shirt", "colour": "red", "gender": "men"},
+        "b": {"article": "shirt", "colour": "blue", "gender": "men", "usage": "sports"},
+    }
+    texts = ("is blue and is for men", "the shirt is green", "is fluffy with a polo collar", "is sporty")
+    records = [{"reference": "a", "target": "b", "delta": text} for text in texts]
+    found = ceiling.told(records, known)
+    assert found == {
+        ("colour", "right"): 1, ("gender", "no change"): 1, ("colour", "not true"): 1, ("?", "not true"): 1,
+        ("all", "right"): 1, ("all", "no change"): 1, ("all", "not true"): 2,
+    }  # fmt: skip
