@@ -2,7 +2,7 @@
 
     python demo/claims.py --seeds 3                        # the drawn world: docs/claims.md, out/claims
     python demo/claims.py --only concat,bank               # these alone
-    python demo/claims.py --world photos --data FOLDER --llm out/smollm2 --seeds 3 --only same,auxiliary
+    python demo/claims.py --world photos --data FOLDER --llm out/smollm2 --seeds 3 --out out/claims-photos
 
 A claim says that one arm finds more than another. An arm is a model and how it is asked, or a set of deltas. What a
 demo of that seed has made (demo.sh, demo/photos.sh; run where it is not there) is taken from its folder; what an arm
@@ -37,7 +37,7 @@ from demo import report
 
 WORLD = "drawn"  # "drawn" (demo.sh) or "photos" (demo/photos.sh, which wants DATA and LLM)
 SEEDS = 5  # seeds 0, 1, ...: each another world, other triplets, other weights; 10 at most
-ONLY = ()  # names of claims; empty: all
+ONLY = ()  # names of claims; empty: all, or on photographs the main ones
 DEMOS = "out"  # folder of the demos
 OUT = "out/claims"  # folder of the parts, claims.json, claims.md, claims.png, and demos.md: the demos' tables as one
 PAGE = "docs/claims.md"  # page whose table of this world is written anew at the end of a whole run; empty: none
@@ -261,17 +261,22 @@ CLAIMS = {
                            "[ours]", Arm("blip_tdm-supervised"), Arm("true-blip")),
 }  # fmt: skip
 
-# ---- the two worlds: what their demos say of themselves besides ----
+# ---- the two worlds: what their demos say of themselves besides, and the claims asked where ONLY names none ----
 _WORLDS = {
     "drawn": {
         "demo": "demo", "make": "./demo.sh --seed {seed}", "models": "demo/models", "max_new": 32,
         "tune_epochs": 12, "tune_batch": 16, "tune_lr": "3e-3", "subgroups": 350,
-        "twice": 700, "foreign": "photographs",
+        "twice": 700, "foreign": "photographs", "claims": list(CLAIMS),
     },
     "photos": {
         "demo": "demo-photos", "make": "demo/photos.sh --seed {seed} --data {data} --llm {llm}",
         "models": "demo/models_photos", "max_new": 20, "tune_epochs": 8, "tune_batch": 8,
         "tune_lr": "1e-3", "subgroups": 300, "twice": 600, "foreign": "drawings",
+        "claims": [
+            "same", "auxiliary", "all", "all-subset", "same-blip", "auxiliary-blip", "all-blip", "zero-shot",
+            "human-too", "human-subset", "grouping", "tuning", "noise", "noise-subset",
+            "true", "true-subset", "true-blip", "all-true", "all-true-blip",
+        ],
     },
 }  # fmt: skip
 # Student's t, 97.5 %, by degrees of freedom
@@ -465,7 +470,8 @@ def main() -> None:
         raise UserError(f"--world {WORLD}: wanted one of {', '.join(_WORLDS)}")
     if unknown := set(ONLY) - CLAIMS.keys():
         raise UserError(f"--only {', '.join(unknown)}: no such claim; there are {', '.join(CLAIMS)}")
-    names, whole = [name for name in CLAIMS if not ONLY or name in ONLY], bool(PAGE) and not ONLY
+    names = [name for name in CLAIMS if name in (ONLY or _WORLDS[WORLD]["claims"])]
+    whole = bool(PAGE) and not ONLY
     for claim, flag, given in (("in-domain", "--data", DATA), ("llm", "--llm", LLM), ("llm-recall", "--llm", LLM)):
         if claim in names and (not given or WORLD == "photos" and flag == "--llm"):
             names.remove(claim)
