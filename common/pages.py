@@ -334,7 +334,7 @@ def page(title: str, sections: list, linked: bool = False) -> str:
 
 
 def contact_sheet(rows: list, path: str | os.PathLike, cell: int = 144, title: str = "", lines: int = 1) -> None:
-    """Writes rows of pictures, `lines` lines of text under each, as a PNG, or a JPEG where `path` ends so.
+    """Writes rows of pictures, `lines` lines of text under each; a JPEG if `path` ends in .jpg, else a PNG.
     rows: [[(image, label), ...], ...]."""
     font, big = ImageFont.load_default(12), ImageFont.load_default(17)
     gap, line = 10, 4 + 16 * lines

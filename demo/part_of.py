@@ -5,10 +5,10 @@
     python demo/part_of.py --of out/demo/pseudo --true out/demo/world --out out/true
     python demo/part_of.py --of out/demo/pseudo --also out/demo/world/cirr --out out/both
 
-Writes OUT/pseudo.jsonl: of the triplets of gen_deltas.py those of a share of the subgroups, or all, of which a share
-has its texts dealt out anew among themselves, or all the world's own, human-like texts (where it knows of a difference:
-else the text stays); and the human triplets of CIRR's layout once each, as if they were more of them (their pictures
-are named by their paths below ALSO/img_raw).
+Writes OUT/pseudo.jsonl: triplets of gen_deltas.py, all of them or those of a share of the subgroups (SHARE). A share
+of them has its texts dealt out anew among themselves (SHUFFLED), or they get the world's own, human-like texts where it
+knows a change between the two pictures (TRUE). With ALSO the human triplets of CIRR's layout are added once each, as if
+they were more of them; their pictures are named by their paths below ALSO/img_raw.
 """
 
 import os
@@ -27,7 +27,7 @@ OUT = "out/part"  # folder written
 SHARE = 1.0  # of the subgroups that are kept, at random
 SHUFFLED = 0.0  # share of the triplets that get the text of another of them, at random
 TRUE = ""  # folder of the world whose own texts replace the generated ones
-KIND = "drawn"  # of that world: "drawn" or "photos"
+KIND = "drawn"  # what kind of world TRUE is: "drawn" or "photos"
 ALSO = ""  # folder in CIRR's layout whose train triplets are added
 SEED = 0  # of what is drawn
 
@@ -50,15 +50,18 @@ def main() -> None:
     texts = [records[i]["delta"] for i in dealt]
     for i, text in zip(dealt, texts[1:] + texts[:1], strict=True):  # each the next one's, so none its own place's
         records[i] = records[i] | {"delta": text}
+    own = 0
     if TRUE:
-        attributes = read_json(f"{TRUE}/attributes.json")
+        attributes, before = read_json(f"{TRUE}/attributes.json"), records
         records = [told_truly(record, attributes, rng) for record in records]
+        own = sum(record is not old for record, old in zip(records, before, strict=True))
     triplets, images = training_triplets("cirr", ALSO, "train") if ALSO else ([], None)
     for triplet in triplets:
         names = (os.path.relpath(images.path(name), f"{ALSO}/img_raw") for name in (triplet.reference, triplet.target))
         records.append(dict(zip(("reference", "target", "delta"), (*names, triplet.delta), strict=True)))
     write_jsonl(f"{OUT}/pseudo.jsonl", records)
-    say(f"wrote {OUT}/pseudo.jsonl: {len(records):,} triplets, {len(dealt):,} with the text of another")
+    told = f"{len(dealt):,} with the text of another" + f", {own:,} with the world's own" * bool(TRUE)
+    say(f"wrote {OUT}/pseudo.jsonl: {len(records):,} triplets, {told}")
 
 
 if __name__ == "__main__":

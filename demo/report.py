@@ -33,7 +33,7 @@ ROWS = {
     "auxiliary": "supervised + VDG deltas + auxiliary",
     "only": "auxiliary only",
 }
-JUDGES = {"drawn": world, "photos": wordings}  # both have VALUES, changed and judged
+JUDGES = {"drawn": world, "photos": wordings}  # both have VALUES, changed, delta and judged
 _TITLES = {"drawn": "VDG on the embedded world", "photos": "VDG on product photographs"}
 _INTRO = (
     "A language model looked at pairs of pictures and wrote what turns one into the other; retrieval models were then "
@@ -116,8 +116,9 @@ def print_tables(rows: list[dict], deltas: dict[str, dict]) -> None:
 
 # ---- the page ----
 def evenly(records: list[dict], count: int = _SHOWN) -> list[dict]:
-    """About `count` of them or a few more, spread evenly: nobody picked."""
-    return records[:: max(1, len(records) // count)]
+    """`count` of them, or all where they are fewer, spread evenly: nobody picked."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 def number_sections(rows: list[dict], deltas: dict[str, dict]) -> Iterator[tuple]:
@@ -162,7 +163,7 @@ def delta_sections(
 def retrieval_section(model: str, images: ImageStore) -> tuple:
     """What a model trained on everything found for some of the human queries, the right picture framed."""
     panels = []
-    for r in evenly(read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl"))[:_SHOWN]:
+    for r in evenly(read_jsonl(f"{OUT}/eval/{model}-auxiliary/found.jsonl")):
         names = r["top"][:6]
         panels.append(
             pages.panel(
@@ -204,18 +205,23 @@ def link_section() -> tuple:
 def write_picture(auxiliary: list[dict], gallery: ImageStore) -> None:
     """OUT/deltas.png: eight mined pairs in two rows, the delta under each target."""
     cells = []
-    for r in evenly(auxiliary)[:8]:
+    for r in evenly(auxiliary):
         cells += [(gallery.path(r["reference"]), "turn this into"), (gallery.path(r["target"]), r["delta"])]
     pages.contact_sheet([cells[:8], cells[8:]], f"{OUT}/deltas.png", cell=200, lines=2)
+
+
+def verdict_line(delta: str, a: dict, b: dict) -> str:
+    """ "right: colour, wrong: gender"; what says nothing that the catalogue has words for is wrong too."""
+    told = {True: "right", False: "wrong", None: "not known"}
+    judged = wordings.judged(delta, a, b)
+    return ", ".join(f"{told[good]}: {'says nothing' if key == '?' else key}" for key, good in judged)
 
 
 def write_verdicts(held_out: list[dict], images: ImageStore, attributes: dict) -> None:
     """OUT/heldout.jpg: 48 held-out pairs, the catalogue's verdict under each reference, the delta under each target."""
     cells = []
-    for r in evenly(held_out, 48)[:48]:
-        told = {True: "right", False: "wrong", None: "not known"}
-        judged = wordings.judged(r["delta"], attributes[r["reference"]], attributes[r["target"]])
-        verdict = ", ".join(f"{told[good]}: {'no word of it' if key == '?' else key}" for key, good in judged)
+    for r in evenly(held_out, 48):
+        verdict = verdict_line(r["delta"], attributes[r["reference"]], attributes[r["target"]])
         cells += [(images.path(r["reference"]), verdict), (images.path(r["target"]), r["delta"])]
     rows = [cells[i : i + 12] for i in range(0, len(cells), 12)]
     pages.contact_sheet(rows, f"{OUT}/heldout.jpg", cell=110, lines=3)

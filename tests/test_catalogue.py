@@ -553,15 +553,25 @@ def test_photographs_trained_on_and_held_out_share_no_title(folders):
 
 
 def test_how_claims_fail():
-    """Worked by hand: a right change, what both pictures have, what the target has not, no word of the catalogue."""
+    """Worked by hand: right changes, what both pictures have, what is not so, what the catalogue has no word for."""
     known = {
-        "a": {"article": "shirt", "colour": "red", "gender": "men"},
-        "b": {"article": "shirt", "colour": "blue", "gender": "men", "usage": "sports"},
+        "a": {"article": "shirt", "colour": "red", "gender": "men", "sleeves": "short"},
+        "b": {"article": "shirt", "colour": "blue", "gender": "men", "sleeves": "short", "usage": "sports"},
     }
     texts = ("is blue and is for men", "the shirt is green", "is fluffy with a polo collar", "is sporty")
+    texts += ("has longer sleeves", "is not for women", "is not for men", "is darker")
     records = [{"reference": "a", "target": "b", "delta": text} for text in texts]
     found = ceiling.told(records, known)
     assert found == {
-        ("colour", "right"): 1, ("gender", "no change"): 1, ("colour", "not true"): 1, ("?", "not true"): 1,
-        ("all", "right"): 1, ("all", "no change"): 1, ("all", "not true"): 2,
+        ("colour", "right"): 1, ("gender", "no change"): 2, ("colour", "not true"): 2, ("?", "not true"): 1,
+        ("sleeves", "not true"): 1, ("gender", "not true"): 1,
+        ("all", "right"): 1, ("all", "no change"): 2, ("all", "not true"): 5,
     }  # fmt: skip
+
+
+def test_the_verdicts_line():
+    a, b = {"article": "shirt", "colour": "red", "usage": "casual"}, {"article": "shirt", "colour": "blue"}
+    assert report.verdict_line("is blue and is green", a, b) == "right: colour, wrong: colour"
+    assert report.verdict_line("is fluffy and is sporty", a, b) == "wrong: says nothing, not known: usage"
+    assert [len(report.evenly(list(range(n)), 48)) for n in (0, 5, 95, 500)] == [0, 5, 48, 48]
+    assert report.evenly(list(range(12)), 4) == [0, 3, 6, 9]

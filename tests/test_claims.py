@@ -119,12 +119,25 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     assert (tmp_path / "out" / "claims.md").read_text().splitlines()[2] in rows
     assert (tmp_path / "page.md").read_text() == page  # one claim does not take the others from the page
 
+    # the arms of the claims about more human triplets differ in these alone
+    tuned = {
+        Path(f["OUT"]).name.rpartition("-")[0]: f for script, f in lab if script == "vdg_tune.py" and not f["SEED"]
+    }
+    for few, many, passes in (("vdg-linears", "vdg-more", (12, 3)), ("vdg-llm", "vdg-llm-more", (8, 2))):
+        differ = {name for name in tuned[few] if tuned[few][name] != tuned[many].get(name)}
+        assert differ == {"OUT", "ROOT", "EPOCHS"} and tuned[few].keys() == tuned[many].keys()
+        assert (tuned[few]["EPOCHS"], tuned[many]["EPOCHS"]) == passes
+        assert "/more-" in tuned[many]["ROOT"]
+
     # without photographs and a language model the claims about them are left out
-    monkeypatch.setattr(claims, "ONLY", ("concat", "in-domain", "llm", "llm-recall"))
+    monkeypatch.setattr(claims, "ONLY", ("concat", "in-domain", *(name for name in claims.CLAIMS if "llm" in name)))
     monkeypatch.setattr(claims, "DATA", "")
     monkeypatch.setattr(claims, "LLM", "")
     claims.main()
     assert len((tmp_path / "out" / "claims.md").read_text().splitlines()) == 3
+    monkeypatch.setattr(claims, "ONLY", ("in-domain",))
+    with pytest.raises(UserError, match="--only in-domain: nothing is left to ask"):
+        claims.main()
     monkeypatch.setattr(claims, "ONLY", ("concat",))
 
     # other deltas: all that stands on this demo is made anew
@@ -132,6 +145,24 @@ def test_every_claim_is_run_by_flags_that_the_stages_take(lab, tmp_path, monkeyp
     claims.main()
     assert {script for script, _ in lab[first:]} == {"train_cir.py", "eval_cir.py"}
     assert {flags["SEED"] for _, flags in lab[first:]} == {0}
+
+
+def test_the_claims_of_photographs(lab, tmp_path, monkeypatch):
+    """Their usual claims exist, their commands are flags of the stages, and the page's other table stays."""
+    for folder in ("demo", "demo-seed-1"):
+        (tmp_path / "demos" / folder).rename(tmp_path / "demos" / folder.replace("demo", "demo-photos"))
+        attributes = {name: {"article": "shirt", "colour": "red"} for name in "ab"}
+        write_json(tmp_path / "demos" / folder.replace("demo", "demo-photos") / "world" / "attributes.json", attributes)
+    monkeypatch.setattr(claims, "WORLD", "photos")
+    monkeypatch.setattr(claims, "OUT", str(tmp_path / "out"))
+    claims.main()
+    found = json.loads((tmp_path / "out" / "claims.json").read_text())["less and more of each seed"]
+    assert sorted(found) == sorted(claims._WORLDS["photos"]["claims"]) and len(found) > 15
+    kinds = [flags["KIND"] for script, flags in lab if script == "demo/part_of.py" and flags.get("TRUE")]
+    assert kinds == ["photos"] * 2
+    rows = (tmp_path / "out" / "claims.md").read_text()
+    between = "<!-- photos -->\n<!-- end"
+    assert (tmp_path / "page.md").read_text() == PAGE.replace(between, f"<!-- photos -->\n{rows}<!-- end")
 
 
 def test_mistakes_are_one_line(lab, tmp_path, monkeypatch):
