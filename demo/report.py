@@ -218,9 +218,11 @@ def verdict_line(delta: str, a: dict, b: dict) -> str:
 
 
 def write_verdicts(held_out: list[dict], images: ImageStore, attributes: dict) -> None:
-    """OUT/heldout.jpg: 48 held-out pairs, the catalogue's verdict under each reference, the delta under each target."""
+    """OUT/heldout.jpg: 48 held-out pairs, the catalogue's verdict under each reference, the delta under each target.
+    Underwear is left out."""
     cells = []
-    for r in evenly(held_out, 48):
+    hidden = {name for name, of in attributes.items() if of["article"] in ("bra", "briefs")}
+    for r in evenly([r for r in held_out if hidden.isdisjoint((r["reference"], r["target"]))], 48):
         verdict = verdict_line(r["delta"], attributes[r["reference"]], attributes[r["target"]])
         cells += [(images.path(r["reference"]), verdict), (images.path(r["target"]), r["delta"])]
     rows = [cells[i : i + 12] for i in range(0, len(cells), 12)]
