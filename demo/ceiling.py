@@ -28,7 +28,7 @@ from common.files import read_json, read_jsonl
 from common.flags import at_least, override
 from common.images import ImageStore, load_pixels
 from demo.products import VALUES, changed
-from demo.wordings import Claim, verdict, verdicts
+from demo.wordings import RELATIVE, Claim, verdict, verdicts
 from vdg_align import VisionProjector
 
 WORLD = "out/demo-photos/world"  # folder of demo/catalogue.py
@@ -86,13 +86,12 @@ def judged(claims: list[tuple[str, str]], a: dict, b: dict) -> Judged:
     return Judged(found.count(True), found.count(False), found.count(True), len(changed(a, b)))
 
 
-def is_of_target(claim: Claim, a: dict, b: dict) -> bool:
+def is_of_target(claim: Claim, target: dict) -> bool:
     """Whether a claim that is no right change is true of the target, as far as the catalogue knows."""
-    if claim.value in ("darker", "lighter", "longer", "shorter"):
-        return False  # it speaks of a change
-    if claim.denied:
-        return verdict(claim._replace(denied=False), {}, b) is False and claim.attribute in b
-    return verdict(claim, {}, b) is None and claim.attribute in b  # only what it was before is not known
+    if claim.value in RELATIVE or claim.attribute not in target:
+        return False
+    shown = verdict(claim._replace(denied=False), {}, target) is None  # only what was before is not known
+    return shown != claim.denied
 
 
 def told(records: list[dict], known: dict[str, dict]) -> Counter:
@@ -102,7 +101,7 @@ def told(records: list[dict], known: dict[str, dict]) -> Counter:
         a, b = known[record["reference"]], known[record["target"]]
         for claim, good in verdicts(record["delta"], a, b).items():
             if good is not None:
-                how = "right" if good else "no change" if is_of_target(claim, a, b) else "not true"
+                how = "right" if good else "no change" if is_of_target(claim, b) else "not true"
                 found.update([(claim.attribute, how), ("all", how)])
     return found
 

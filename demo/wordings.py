@@ -237,6 +237,9 @@ def claims(text: str) -> list[Claim]:
     return found
 
 
+RELATIVE = ("darker", "lighter", "longer", "shorter")  # values that speak of a change alone
+
+
 def verdict(claim: Claim, one: dict[str, str], other: dict[str, str]) -> bool | None:
     """Whether a claim is a true change, named with the right value; None where the catalogue does not know."""
     key, value = claim.attribute, claim.value

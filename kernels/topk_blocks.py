@@ -47,8 +47,8 @@ def topk_in_blocks(
 
 
 def _blocks(gallery: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:
-    """`size` rows at a time on the device. On a GPU the next ones travel there while some are
-    worked on; they are read from the disk before."""
+    """`size` rows at a time on the device. On a GPU the next ones travel there while some are worked on; they are
+    read from the disk before."""
     parts = gallery.split(size)
     if device.type != "cuda":
         yield from parts
