@@ -133,7 +133,7 @@ FILTER_TOP = 1  # ... among the so many best of its subgroup, which has the targ
 
 # ---- running ----
 BATCH = 64  # images, and queries, per forward pass
-WORKERS = 4  # threads that decode images
+WORKERS = 16  # processes that decode images, one a CPU of this rank at most; 0 = none but its own
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the model: "auto" is bf16 on cuda and fp32 on CPU; ranking is always fp32
 SEED = 0  # nothing here is random; kept so that every stage takes it

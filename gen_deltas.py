@@ -59,7 +59,7 @@ from common.files import (
 )
 from common.flags import at_least, override
 from common.hub import read_stage
-from common.images import ImageStore, check_report, load_pixels, safe_name, shown
+from common.images import ImageStore, check_report, load_bytes, safe_name, shown
 from common.llama import llm_shape
 from common.notes import respected
 from common.ranks import (
@@ -106,7 +106,7 @@ BATCH = 64  # pairs decoded together
 ENCODE_BATCH = 32  # images per forward pass of the ViT
 SHOW = 24  # pairs on the sample page deltas.html
 BROWSE = 20_000  # pairs on the pages browse/0001.html ..., 200 each, with links to their pictures; 0 = none
-WORKERS = 8  # threads that decode images
+WORKERS = 16  # processes that decode images, one a CPU of this rank at most; 0 = none but its own
 SEED = 0  # fixes what is drawn
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda, fp32 on CPU
@@ -309,17 +309,17 @@ def write_queries(
     todo = [key for key in row if key not in known][world.rank :: world.size]
 
     def load(chunk: list[str]) -> torch.Tensor:
-        return load_pixels(images, [name_of[key] for key in chunk], vision.preprocess, WORKERS)
+        return load_bytes(images, [name_of[key] for key in chunk], vision.preprocess, WORKERS)
 
     # each rank the rest of its own
     fault = None
-    for chunk, pixels in ahead(load, chunks(progress(todo, "images"), ENCODE_BATCH)):
-        if isinstance(pixels, Exception):
-            fault = pixels
+    for chunk, pictures in ahead(load, chunks(progress(todo, "images"), ENCODE_BATCH)):
+        if isinstance(pictures, Exception):
+            fault = pictures
             break
         # always a full batch: the same shape whatever the number of images, hence the same rounding
-        full = pixels[fill(list(range(len(chunk))), ENCODE_BATCH)].to(world.device)
-        queries = vision.queries(full)[: len(chunk)].float().cpu().numpy().astype(dtype)  # (n, Q, q_width)
+        full = pictures[fill(list(range(len(chunk))), ENCODE_BATCH)]
+        queries = vision.queries_of_bytes(full)[: len(chunk)].float().cpu().numpy().astype(dtype)  # (n, Q, q_width)
         good = np.isfinite(queries).all((1, 2))
         if not good.all():
             at = images.path(name_of[chunk[int(good.argmin())]])

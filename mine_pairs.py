@@ -47,7 +47,7 @@ from common.files import (
     write_text,
 )
 from common.flags import at_least, override
-from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_pixels
+from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_bytes
 from common.memory import advise
 from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
@@ -77,7 +77,7 @@ OUT = "out/mine"  # folder of all outputs
 SHOW = 24  # subgroups on the contact sheet
 SEED = 0  # which subgroups the contact sheet shows, and random groups; mining itself draws nothing
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
-WORKERS = 8  # threads that read and decode pictures
+WORKERS = 16  # processes that decode images, one a CPU of this rank at most; 0 = none but its own
 BLOCK = 2048  # rows and columns of a tile of scores in the search on CPU; pairs whose score is computed at once
 AT_ONCE = 0  # pictures searched for, and among, at a time; 0 = all where memory has room, which halves the work
 PLAN = 0  # only say what so many pictures would take on 1, 8 and 64 GPUs: disk, memory, time of the search; then stop
@@ -210,9 +210,10 @@ class Encoder(nn.Module):
 
 
 @torch.inference_mode()
-def embed(encoder: Encoder, images: ImageStore, names: list[str], device, pixels: Tensor) -> np.ndarray:
-    """pixels (B, 3, S, S) of names -> L2-normalised fp32 (B, D); UserError names a picture without a usable one."""
-    features = encoder(pixels.to(device, next(encoder.parameters()).dtype)).double()
+def embed(encoder: Encoder, images: ImageStore, names: list[str], device, pictures: Tensor) -> np.ndarray:
+    """Bytes (B, S, S, 3) of names -> L2-normalised fp32 (B, D); UserError names a picture without a usable one."""
+    pixels = encoder.preprocess.normalise(pictures.to(device))  # (B, 3, S, S)
+    features = encoder(pixels.to(next(encoder.parameters()).dtype)).double()
     lengths = torch.linalg.vector_norm(features, dim=1)
     for name, length in zip(names, lengths.tolist(), strict=True):
         if not 1e-12 < length < float("inf"):  # also catches NaN
@@ -245,15 +246,15 @@ def embed_gallery(encoder: Encoder, images: ImageStore, gallery: Gallery, world:
 
     def load(piece: tuple[int, Path]) -> Tensor:
         """Its pictures, decoded while the piece before it is embedded."""
-        return load_pixels(images, names[piece[0] : piece[0] + BATCH], encoder.preprocess, WORKERS)
+        return load_bytes(images, names[piece[0] : piece[0] + BATCH], encoder.preprocess, WORKERS)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a CPU their number changes the last bit; to use all cores, start more ranks [ours]
     todo = [piece for piece in pieces[world.rank :: world.size] if not piece[1].exists()]
-    for (start, path), pixels in ahead(load, progress(todo, "embed")):
-        if isinstance(pixels, Exception):
-            raise pixels
-        rows = embed(encoder, images, names[start : start + BATCH], world.device, pixels)
+    for (start, path), pictures in ahead(load, progress(todo, "embed")):
+        if isinstance(pictures, Exception):
+            raise pictures
+        rows = embed(encoder, images, names[start : start + BATCH], world.device, pictures)
         write_array(path, rows.shape, [rows])
     torch.set_num_threads(threads)
     barrier()

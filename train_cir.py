@@ -18,15 +18,14 @@ import time
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from common import batches, cir_model, memory, ranks
-from common.augment import augment
+from common.augment import Augmentation
 from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
-from common.encoding import Bank, Compute, TrainingImages, threads_of_rank
+from common.encoding import Bank, Compute, TrainingImages
 from common.files import is_finished, load_tensors, lock_folder, save_folder, save_state
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.qformer import QformerCir
@@ -67,7 +66,7 @@ SAME_DELTAS = True  # false: take only the reverse_delta of SAME_PAIRS, for REVE
 PSEUDO = ""  # auxiliary pseudo triplets B': pseudo.jsonl of gen_deltas.py, as large a part of each step as B
 PSEUDO_IMAGES = ""  # folder of the images of PSEUDO
 PSEUDO_KEYS = ""  # as KEYS, for PSEUDO
-WORKERS = 0  # threads that decode and augment images; 0 = by the CPUs of each rank, 16 at most
+WORKERS = 16  # processes that decode and augment images, one a CPU of this rank at most; 0 = none but its own
 
 # ---- optimisation ----
 EPOCHS = 0  # passes over the human triplets (PSEUDO without them); 0 = 6 for blip_tdm, 10 for CLIP [S6.1]
@@ -441,14 +440,6 @@ def resume(model: CirModel, optimizer, constants: dict, sources: list[Source]) -
     return start, state["best"]
 
 
-def augmented(image: Image, key: tuple, size: int) -> Image:
-    """The image as one draw of the augmentation [S6.1] makes it; the draw is a function of the key."""
-    if not AUGMENT:
-        return image
-    rng = ranks.seeded_rng(SEED, *key)
-    return augment(image, rng, CROP_SCALE, CROP_RATIO, FLIP, JITTER, TRANSLATE, ROTATE, size)
-
-
 def summed(tcc: Tensor, tdm: Tensor, rev: Tensor) -> dict[str, float]:
     """The losses of all ranks, for the log."""
     tcc, tdm, rev = (all_sum(share) for share in (tcc, tdm, rev))
@@ -482,7 +473,7 @@ def save_model(model: CirModel, settings: dict, steps: int, best: dict | None, p
 
 def main() -> None:
     world = ranks.init_world(DEVICE)
-    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS or threads_of_rank()).to_train()
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS).to_train()
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
@@ -512,7 +503,8 @@ def main() -> None:
     log = ranks.Log(OUT, resume_step=start)
 
     # images: augmented anew and decoded one step ahead, or views of each that are encoded now
-    images = TrainingImages(model, sources, augmented, compute)
+    augmented = Augmentation(SEED, CROP_SCALE, CROP_RATIO, FLIP, JITTER, TRANSLATE, ROTATE)  # [S6.1]
+    images = TrainingImages(model, sources, augmented if AUGMENT else None, compute)
     bank = images.bank() if BANK else None
     images.keep_views(VIEWS, OUT)
 

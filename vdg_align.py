@@ -27,7 +27,7 @@ from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
 from common.flags import at_least, below, constants_of, override, within
 from common.hub import located, near
-from common.images import ImageStore, Preprocess, load_pixels
+from common.images import ImageStore, Preprocess, load_bytes
 from common.llama import answer_ids, attention, llm_shape, load_llm, load_tokenizer, run_layers, tokenize
 from common.pretrained import build_empty, read_config, read_exactly, require_held
 from common.ranks import Log, World
@@ -65,7 +65,7 @@ SEED = 0  # fixes the projection's start and the order of the captions
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; the projection itself stays fp32 [ours]
 SAVE_EVERY = 100  # steps between training states in OUT/last
-WORKERS = 8  # threads that decode images
+WORKERS = 16  # processes that decode images, one a CPU of this rank at most; 0 = none but its own
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
@@ -141,6 +141,10 @@ class VisionProjector(nn.Module):
         start = self.query_tokens.expand(len(pixels), -1, -1)
         queries = self.qformer(query_embeds=start, encoder_hidden_states=patches.float(), **prompt).last_hidden_state
         return queries.to(self.dtype)
+
+    def queries_of_bytes(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Bytes (B, S, S, 3) on the CPU, as preprocess.crop makes them -> (B, Q, q_width)."""
+        return self.queries(self.preprocess.normalise(pictures.to(self.query_tokens.device)))
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
         """queries (B, Q, q_width) -> tokens in the LLM's embedding space (B, Q, D), fp32 as the projection."""
@@ -239,7 +243,7 @@ def caption_row(tokenizer, caption: Caption, image: torch.Tensor) -> list:
 
 # ---- what this stage and the next do alike in a run ----
 def encode(vision: VisionProjector, images, names: list[str], views, batch: int, workers: int, world) -> dict:
-    """Q-Former outputs {name: (K, Q, q_width) on the CPU}, the same on all ranks; views: name -> list of K transforms.
+    """Q-Former outputs {name: (K, Q, q_width) on the CPU}, the same on all ranks; views: name -> K transforms to bytes.
 
     Ranks share the work, in chunks that do not depend on their number: a chunk's size can change the last bit."""
     rounds = list(batches.chunks(batches.chunks(names, batch), world.size))  # in each a chunk of names for every rank
@@ -250,12 +254,12 @@ def encode(vision: VisionProjector, images, names: list[str], views, batch: int,
         mine = chunk_of_rank[world.rank]
         transforms = [transform for name in mine for transform in views(name)]
         repeated = [name for name in mine for _ in views(name)]
-        return load_pixels(images, repeated, transforms, workers)
+        return load_bytes(images, repeated, vision.preprocess, workers, transforms)
 
     found = {}
-    for chunk_of_rank, pixels in progress(batches.ahead(load, rounds), "encode", len(rounds)):
-        batches.stop_together(pixels)
-        queries = vision.query_tokens[:0].to(vision.dtype) if pixels is None else vision.queries(pixels)
+    for chunk_of_rank, pictures in progress(batches.ahead(load, rounds), "encode", len(rounds)):
+        batches.stop_together(pictures)
+        queries = vision.query_tokens[:0].to(vision.dtype) if pictures is None else vision.queries_of_bytes(pictures)
         k = len(views(chunk_of_rank[0][0]))
         queries = ranks.gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
         found |= zip([name for chunk in chunk_of_rank for name in chunk], queries.cpu(), strict=True)
@@ -339,10 +343,10 @@ def load_models(dtype: torch.dtype, world: World) -> tuple[nn.Module, object, Vi
 
 
 def load_steps(captions: list[Caption], images: ImageStore, vision: VisionProjector, steps: Iterable, world: World):
-    """Yields each step with its inputs: pixels (n, 3, S, S), or with KEEP Q-Former outputs (n, Q, q_width)."""
+    """Yields each step with its inputs: bytes (n, S, S, 3), or with KEEP Q-Former outputs (n, Q, q_width)."""
     everything = sorted({caption.image for caption in captions}) if KEEP else []
     memory.say_kept(len(everything), vision.query_tokens.to(vision.dtype))
-    kept = encode(vision, images, everything, lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
+    kept = encode(vision, images, everything, lambda name: [vision.preprocess.crop], ENCODE_BATCH, WORKERS, world)
 
     def load(step: batches.Step) -> torch.Tensor | None:
         names = [captions[i].image for i in step.items]
@@ -350,14 +354,14 @@ def load_steps(captions: list[Caption], images: ImageStore, vision: VisionProjec
             return None
         if KEEP:
             return torch.cat([kept[name] for name in names])
-        return load_pixels(images, names, vision.preprocess, WORKERS)
+        return load_bytes(images, names, vision.preprocess, WORKERS)
 
     return batches.ahead(load, steps)
 
 
 def queries_of(vision: VisionProjector, inputs: torch.Tensor) -> torch.Tensor:
     """What load_steps gives of B captions -> Q-Former outputs (B, Q, q_width)."""
-    return inputs if KEEP else vision.queries(inputs)
+    return inputs if KEEP else vision.queries_of_bytes(inputs)
 
 
 def learning_rate(step: int, total: int) -> float:

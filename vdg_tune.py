@@ -28,7 +28,7 @@ from torch import nn
 import vdg_align
 from common import batches, files, held_out, memory, ranks
 from common.annotations import Triplet, training_triplets
-from common.augment import random_resized_crop
+from common.augment import Crop
 from common.blip2 import write_blip2
 from common.console import UserError, progress, run, say, warn
 from common.decode import Sampling, describe, prompt_parts, prompt_pieces, start_engine
@@ -36,7 +36,7 @@ from common.disk import open_as_umask_says
 from common.exports import adapter_config
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import near, read_stage
-from common.images import ImageStore, load_pixels, require_same_pixels
+from common.images import ImageStore, load_bytes, require_same_pixels
 from common.llama import answer_ids, empty_llm, llm_shape, load_llm, load_tokenizer, make_optimizer, read_llm
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World, seeded_rng
@@ -97,7 +97,7 @@ SEED = 0  # fixes LoRA's start, order, augmentation, dropout and the held-out tr
 DEVICE = "auto"  # "auto", "cpu" or "cuda"
 DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; trained weights stay fp32 [ours]
 SAVE_EVERY = 100  # steps between training states in OUT/last
-WORKERS = 8  # threads that decode images
+WORKERS = 16  # processes that decode images, one a CPU of this rank at most; 0 = none but its own
 MERGE = ""  # fold the LoRA of the finished OUT into its LLM, write a plain Hugging Face model into this folder, stop
 FORMAT = "llama"  # of MERGE: "llama", the LLM alone, or "blip2", all of the VDG as a Blip2ForConditionalGeneration
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
@@ -399,11 +399,11 @@ def restore(model: Model, optimizer: torch.optim.Optimizer, state: dict) -> None
 
 
 def load_steps(triplets: list[Triplet], images: ImageStore, vision: VisionProjector, steps: Iterable, world: World):
-    """Yields each step with its inputs (n, 2, ...), reference and target: pixels, or with VIEWS Q-Former outputs."""
+    """Yields each step with its inputs (n, 2, ...), reference and target: bytes, or with VIEWS Q-Former outputs."""
 
     def crop(*keys):
         """A transform whose random crop [S4.1] is a function of the keys."""
-        return lambda image: vision.preprocess(random_resized_crop(image, seeded_rng(SEED, *keys), SCALE, RATIO))
+        return Crop(vision.preprocess, (SEED, *keys), SCALE, RATIO)
 
     everything = names_of(triplets) if VIEWS else []
     memory.say_kept(len(everything) * VIEWS, vision.query_tokens.to(vision.dtype))
@@ -420,14 +420,14 @@ def load_steps(triplets: list[Triplet], images: ImageStore, vision: VisionProjec
         crops = [crop(step.epoch, i, side) for i in step.items for side in ("reference", "target")]
         if TREE:  # one crop of a picture in an epoch, as its tokens are shared
             crops = [crop(step.epoch, name) for name in names]
-        return load_pixels(images, names, crops, WORKERS).unflatten(0, (-1, 2))
+        return load_bytes(images, names, vision.preprocess, WORKERS, crops).unflatten(0, (-1, 2))
 
     return batches.ahead(load, steps)
 
 
 def queries_of(vision: VisionProjector, inputs: torch.Tensor) -> torch.Tensor:
     """What load_steps gives of B pairs -> Q-Former outputs (B, 2, Q, q_width)."""
-    return inputs if VIEWS else vision.queries(inputs.flatten(0, 1)).unflatten(0, (-1, 2))
+    return inputs if VIEWS else vision.queries_of_bytes(inputs.flatten(0, 1)).unflatten(0, (-1, 2))
 
 
 def prompt_batch(model: Model, triplets: list[Triplet], queries: torch.Tensor, answers: list) -> Packed:
@@ -444,7 +444,7 @@ def learning_rate(step: int, epoch: int) -> float:
 
 def encode_held_out(held: list[Triplet], images: ImageStore, vision: VisionProjector, world: World) -> dict:
     """Q-Former outputs {name: (1, Q, q_width)} of their images, which are not cropped."""
-    return encode(vision, images, names_of(held), lambda name: [vision.preprocess], ENCODE_BATCH, WORKERS, world)
+    return encode(vision, images, names_of(held), lambda name: [vision.preprocess.crop], ENCODE_BATCH, WORKERS, world)
 
 
 def measure_held_out(model: Model, held: list[Triplet], queries: dict, triplets: list[Triplet], world: World):

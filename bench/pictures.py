@@ -13,6 +13,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import measure  # first: it puts the repository on the path
@@ -32,6 +33,18 @@ def make_pictures(folder: Path, count: int = 256) -> None:
             x, y, w, h = rng.integers(0, 400, 4).tolist()
             draw.ellipse((x, y, x + w, y + h), outline=tuple(rng.integers(0, 255, 3).tolist()), width=4)
         picture.save(folder / f"{i:03d}.jpg", quality=88)
+
+
+def slept(side: int, free: float, held: float, picture):
+    """The bytes of a picture that took `free` seconds outside of Python and `held` in it, without the work."""
+    import numpy as np
+
+    for _ in range(15):  # a picture lets other threads run about so often
+        time.sleep(free / 15)
+        until = time.thread_time() + held / 15
+        while time.thread_time() < until:
+            pass
+    return np.zeros((side, side, 3), np.uint8)
 
 
 def torchvision_transforms(size: int):

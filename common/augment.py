@@ -1,9 +1,17 @@
 """Pictures changed at random for training: a window of them, flipped, in other light, moved and turned."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+
+from common.ranks import seeded_rng
+
+if TYPE_CHECKING:
+    from common.images import Preprocess
 
 GREY = (128, 128, 128)  # what rotation and translation uncover
 
@@ -73,3 +81,50 @@ def with_contrast_and_brightness(image: Image.Image, contrast: float, brightness
     mean = int(counts @ levels / counts.sum() + 0.5)
     table = blend(0, blend(mean, levels, contrast), brightness)
     return image.point(table.tolist() * len(image.getbands()))
+
+
+# ---- what other processes make of a picture: functions of their values alone (common/decoders.py) ----
+@dataclass(frozen=True)
+class Augmentation:
+    """The draws of a run, each a function of its key."""
+
+    seed: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    jitter: float
+    shift: float
+    degrees: float
+
+    def __call__(self, image: Image.Image, key: tuple, size: int) -> Image.Image:
+        strengths = self.scale, self.ratio, self.flip, self.jitter, self.shift, self.degrees
+        return augment(image, seeded_rng(self.seed, *key), *strengths, size)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Picture -> bytes (S, S, 3) as a model takes them; `augmented` changes it by the key, where both are given."""
+
+    preprocess: "Preprocess"
+    augmented: Callable | None
+    key: tuple | None
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        if self.augmented and self.key is not None:
+            # bars first: what is augmented is square already
+            image = self.augmented(self.preprocess.padded(image), self.key, self.preprocess.size)
+        return self.preprocess.crop(image)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Picture -> bytes (S, S, 3) of a window of it [S4.1], drawn by the keys."""
+
+    preprocess: "Preprocess"
+    keys: tuple
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        window = random_resized_crop(image, seeded_rng(*self.keys), self.scale, self.ratio)
+        return self.preprocess.crop(window)

@@ -3,17 +3,17 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from common.augment import Ready
 from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
 from common.console import UserError, progress, rank_size
-from common.images import ImageStore, load_pixels
+from common.decoders import fill_rows
+from common.images import ImageStore, load_bytes
 from common.ranks import all_sum, barrier, gather_objects, pick_dtype, seeded_rng
 
 
@@ -23,7 +23,7 @@ class Compute(NamedTuple):
     batch: int  # images, or queries, per forward pass
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32  # of the model's products; its weights, scores and losses stay fp32
-    workers: int = 0  # threads that decode images
+    workers: int = 0  # processes that decode images; 0: none but this one
 
     @classmethod
     def on(cls, device: torch.device, dtype: str, batch: int, workers: int) -> "Compute":
@@ -39,12 +39,6 @@ class Compute(NamedTuple):
     def autocast(self) -> torch.autocast:
         """The context in which the model runs; with fp32 it changes nothing."""
         return torch.autocast(torch.device(self.device).type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-
-def threads_of_rank(most: int = 16) -> int:
-    """Threads for the pictures of one rank: the CPUs this process may use, shared by the ranks of its machine."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(most, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ---- a gallery: each rank has its share ----
@@ -66,7 +60,7 @@ def encode(
     The next batch is decoded meanwhile."""
 
     def load(rows: range) -> Tensor:
-        return load_pixels(images, [names[i] for i in rows], model.preprocess, compute.workers)
+        return load_bytes(images, [names[i] for i in rows], model.preprocess, compute.workers)
 
     rank, size = rank_size()
     starts = range(0, len(names), compute.batch)
@@ -78,7 +72,7 @@ def encode(
             if isinstance(pixels, Exception):
                 raise pixels
             with compute.autocast():
-                tokens, targets = model.image(pixels.to(compute.device))
+                tokens, targets = model.image(model.preprocess.normalise(pixels.to(compute.device)))
             yield Encoded(rows, tokens, targets)
     finally:
         for module, mode in modes:
@@ -159,34 +153,23 @@ class Bank(NamedTuple):
 class TrainingImages:
     """What the frozen vision encoder of a model makes of training images: augmented anew each time, or of views kept.
 
-    augmented(picture, key, S) -> the picture as the randomness of the key changes it, for a model of S x S pixels."""
+    augmented(picture, key, S) -> the picture as the randomness of the key changes it, for a model of S x S pixels;
+    other processes call it (common/decoders.py). None: every picture stays as it is."""
 
-    def __init__(self, model: torch.nn.Module, sources: list[Source], augmented: Callable, compute: Compute):
+    def __init__(self, model: torch.nn.Module, sources: list[Source], augmented: Callable | None, compute: Compute):
         self.model, self.sources, self.augmented, self.compute = model, sources, augmented, compute
         self.views: dict[Image, Tensor] = {}  # tokens (K, ...) of its views, on the CPU; empty: augmented anew
         self.encoded = 0  # images that went through this rank's encoder for the last batch
-        self._pool = ThreadPoolExecutor(max(1, compute.workers))
         self._on_gpu = torch.device(compute.device).type == "cuda"
 
-    def _open(self, job: tuple[Image, tuple | None]) -> np.ndarray:
-        """Bytes (S, S, 3) of an image; without a key it is not augmented."""
-        (stream, name), key = job
-        picture = self.sources[stream].images.open(name)
-        if key is not None:
-            # bars first: what is augmented is square already
-            picture = self.augmented(self.model.preprocess.padded(picture), key, self.model.preprocess.size)
-        return self.model.preprocess.crop(picture)
-
-    def _pixels(self, jobs: list[tuple]) -> Tensor:
-        """Bytes (n, S, S, 3) on the CPU, each thread writing those of its pictures; pinned where a GPU copies them."""
-        size = self.model.preprocess.size
-        pixels = torch.empty(len(jobs), size, size, 3, dtype=torch.uint8, pin_memory=self._on_gpu)
-        rows = pixels.numpy()
-
-        def fill(i: int, job: tuple) -> None:
-            rows[i] = self._open(job)
-
-        list(self._pool.map(fill, range(len(jobs)), jobs))
+    def _pixels(self, jobs: list[tuple[Image, tuple | None]]) -> Tensor:
+        """Bytes (n, S, S, 3) on the CPU, pinned where a GPU copies them; a job without a key is not augmented."""
+        preprocess = self.model.preprocess
+        pixels = torch.empty(len(jobs), *2 * [preprocess.size], 3, dtype=torch.uint8, pin_memory=self._on_gpu)
+        ready = [
+            (self.sources[stream].images, name, Ready(preprocess, self.augmented, key)) for (stream, name), key in jobs
+        ]
+        fill_rows(pixels.numpy(), ready, self.compute.workers)
         return pixels
 
     def _normalised(self, pixels: Tensor) -> Tensor:

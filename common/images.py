@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 from common.console import UserError, printable, progress, rank_size, say, warn
+from common.decoders import Transform, fill_rows
 from common.files import read_json, write_text
 from common.hub import checkpoint_file
 from common.pixels import MAX_PIXELS, check_image, open_image, reason_of, regular_file, verify_image
@@ -526,19 +527,25 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="images")
 
 
-def load_pixels(
+def load_bytes(
     images: ImageStore,
     names: Sequence[str],
-    transform: Callable | Sequence[Callable],
+    preprocess: Preprocess,
     workers: int = 0,
+    transforms: Sequence[Transform] | None = None,
 ) -> "torch.Tensor":
-    """Decodes and transforms a batch, in threads if workers > 0 (Pillow frees the GIL) -> (B, 3, S, S).
+    """Pictures resized and cropped, or as the transform of each makes them -> bytes (B, S, S, 3) on the CPU.
 
-    A transform that draws needs a generator of its own for each image: give a list of transforms, one a name.
-    """
+    workers: processes, see decoders.fill_rows. Preprocess.normalise makes floats of them, four times as large, on the
+    device."""
     import torch
 
-    transforms = [transform] * len(names) if callable(transform) else transform
-    assert len(transforms) == len(names) > 0
-    run = _pool(workers).map if workers > 0 else map
-    return torch.stack(list(run(images.open, names, transforms)))
+    transforms = transforms or [preprocess.crop] * len(names)
+    rows = torch.empty(len(names), preprocess.size, preprocess.size, 3, dtype=torch.uint8)
+    fill_rows(rows.numpy(), [(images, *job) for job in zip(names, transforms, strict=True)], workers)
+    return rows
+
+
+def load_pixels(images: ImageStore, names: Sequence[str], preprocess: Preprocess) -> "torch.Tensor":
+    """Pictures as a checkpoint wants them -> (B, 3, S, S) on the CPU; for a few."""
+    return preprocess.normalise(load_bytes(images, names, preprocess))

@@ -1,22 +1,21 @@
 """common/encoding.py: the pictures of training steps as bytes, prepared ahead, against one picture at a time."""
 
-import os
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import zoo as writer
 from ranks import run_ranks
+from transforms import turned
 
 from common import encoding
 from common.batches import Item, Source, draw_batch
 from common.console import UserError
-from common.encoding import Compute, TrainingImages, image_jobs, threads_of_rank
+from common.encoding import Compute, TrainingImages, image_jobs
 from common.images import ImageStore, Preprocess
-from common.ranks import World, barrier, seeded_rng
+from common.ranks import World, barrier
 
 PROCESSORS = [
     {"image_processor_type": "BlipImageProcessor", "size": {"height": 24, "width": 24}},
@@ -35,12 +34,6 @@ class Encoder(torch.nn.Module):
     def tokens(self, pixels):
         self.sizes.append(len(pixels))
         return pixels.clone()
-
-
-def turned(picture, key, size):
-    """A part of the picture, drawn."""
-    left = int(seeded_rng(*key).integers(8))
-    return picture.crop((left, 0, left + 20, 20))
 
 
 @pytest.fixture
@@ -97,24 +90,17 @@ def test_normalise_has_the_bits_of_the_whole_preprocessing():
         assert torch.equal(preprocess.normalise(torch.from_numpy(bytes_)), torch.from_numpy(np.stack(wanted)))
 
 
-@pytest.mark.parametrize("cpus, ranks, threads", [(2, 1, 2), (64, 1, 16), (64, 8, 8), (16, 1, 16), (4, 8, 1)])
-def test_threads_are_the_cpus_of_a_rank(monkeypatch, cpus, ranks, threads):
-    monkeypatch.setattr(encoding, "os", SimpleNamespace(sched_getaffinity=lambda _: range(cpus), environ=os.environ))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert threads_of_rank() == threads
-
-
 def test_a_gallery_is_decoded_ahead_and_the_model_gets_its_modes_back(source, monkeypatch):
     model = Encoder(Preprocess.from_config(PROCESSORS[0]))
     model.image = lambda pixels: (pixels, pixels.mean((2, 3)))
-    loaded, load_pixels = [], encoding.load_pixels
+    loaded, load_bytes = [], encoding.load_bytes
 
     def noted(images, names, *rest):
         assert threading.current_thread() is not threading.main_thread()
         loaded.append(names)
-        return load_pixels(images, names, *rest)
+        return load_bytes(images, names, *rest)
 
-    monkeypatch.setattr(encoding, "load_pixels", noted)
+    monkeypatch.setattr(encoding, "load_bytes", noted)
     names = [item.reference[1] for item in source.items]
     for rows, tokens, _ in encoding.encode(model, source.images, names, Compute(3), "test"):
         assert not model.training

@@ -32,7 +32,7 @@ from common.encoding import Compute, encode
 from common.exports import write_cirr_captions
 from common.files import read_json, read_jsonl, save_folder, write_jsonl
 from common.flags import constants_of, override
-from common.images import ImageStore, list_images, load_pixels, open_image
+from common.images import ImageStore, Preprocess, list_images, load_pixels, open_image
 from common.retrieval import (
     NEVER,
     Indices,
@@ -146,6 +146,11 @@ def test_blocks_cover_every_query_once():
 
 
 # ---- a tiny drawn CIRR and a model that sees colour ----
+SMALL = Preprocess.from_config(
+    {"image_processor_type": "BlipImageProcessor", "size": {"height": 2, "width": 2}, "do_normalize": False}
+)
+
+
 class Colours(torch.nn.Module):
     """An image is its mean colour; the text "+r" adds red. Counts the images it encodes."""
 
@@ -153,9 +158,7 @@ class Colours(torch.nn.Module):
         super().__init__()
         self.frozen, self.seen = torch.nn.Dropout(), 0
         self.frozen.eval()
-
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        return torch.tensor(list(image.resize((2, 2)).tobytes())).float().view(2, 2, 3).permute(2, 0, 1) / 255
+        self.preprocess = SMALL
 
     def image(self, pixels):
         self.seen += len(pixels)

@@ -13,13 +13,14 @@ import torch
 from pictures import noise, put, smooth
 from PIL import Image, ImageEnhance, ImageOps
 
-from common.augment import augment, random_resized_crop, with_contrast_and_brightness
+from common.augment import Augmentation, Ready, augment, random_resized_crop, with_contrast_and_brightness
 from common.console import UserError
 from common.images import (
     ImageStore,
     Preprocess,
     check_report,
     list_images,
+    load_bytes,
     load_pixels,
     open_image,
     safe_name,
@@ -360,7 +361,7 @@ def test_preprocess_that_no_picture_survives_is_one_line(zoo, tmp_path, key, val
         assert "\n" not in str(error.value)
 
 
-def test_load_pixels(tmp_path):
+def test_load_bytes_and_pixels(tmp_path):
     for i in range(5):
         noise(20 + i, 30, i).save(tmp_path / f"{i}.png")
     store, names = ImageStore(str(tmp_path)), ["3", "0", "4", "0.png"]
@@ -370,17 +371,18 @@ def test_load_pixels(tmp_path):
     assert pixels.shape == (4, 3, 33, 33)
     for row, name in zip(pixels, names, strict=True):
         assert torch.equal(row, transform(store.open(name)))
-    assert torch.equal(load_pixels(store, names, transform, workers=3), pixels)
-
-    def augmented(i: int):
+    assert torch.equal(transform.normalise(load_bytes(store, names, transform, workers=3)), pixels)
+    drawn = Augmentation(0, (0.5, 1.0), (0.75, 1.3333), 0.5, 0.2, 0.05, 10.0)
+    transforms = [Ready(transform, drawn, (i,)) for i in range(4)]
+    each = [load_bytes(store, names, transform, workers, transforms) for workers in (0, 3)]
+    assert torch.equal(*each) and not torch.equal(transform.normalise(each[0]), pixels)
+    for i, name in enumerate(names):
         strengths = ((0.5, 1.0), (0.75, 1.3333), 0.5, 0.2, 0.05, 10.0)
-        return lambda image: transform(augment(image, seeded_rng(0, i), *strengths))
-
-    each = [load_pixels(store, names, [augmented(i) for i in range(4)], workers) for workers in (0, 3)]
-    assert torch.equal(*each) and not torch.equal(each[0], pixels)
+        changed = augment(store.open(name), seeded_rng(0, i), *strengths, transform.size)
+        assert (each[0][i].numpy() == transform.crop(changed)).all()
     for workers in (0, 3):
         with pytest.raises(FileNotFoundError, match="'9'"):
-            load_pixels(store, ["3", "9"], transform, workers)
+            load_bytes(store, ["3", "9"], transform, workers)
 
 
 # ---- augmentation ----

@@ -28,10 +28,11 @@ from common.console import UserError
 from common.flags import constants_of, override
 from common.images import (
     ImageStore,
+    Preprocess,
     check_report,
     leave_out,
     list_images,
-    load_pixels,
+    load_bytes,
     unreadable,
     write_faults,
 )
@@ -377,11 +378,13 @@ def test_big_pictures_are_held_one_at_a_time(tmp_path):
         os.link(tmp_path / "x.jpg", tmp_path / f"x{i}.jpg")
     code = (
         "import resource, sys\n"
-        "import torch\n"
-        "from common.images import ImageStore, list_images, load_pixels\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from common.images import ImageStore, Preprocess, list_images, load_bytes\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "small = lambda image: torch.tensor(image.resize((4, 4)).getpixel((0, 0)))\n"
-        "load_pixels(ImageStore(sys.argv[1]), list_images(sys.argv[1]), small, 6)\n"
+        "config = {'image_processor_type': 'BlipImageProcessor', 'size': {'height': 4, 'width': 4}}\n"
+        "store, names, small = ImageStore(sys.argv[1]), list_images(sys.argv[1]), Preprocess.from_config(config)\n"
+        "with ThreadPoolExecutor(6) as pool:\n"
+        "    list(pool.map(lambda name: store.open(name, small.crop), names))\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
     found = subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
@@ -422,11 +425,9 @@ def test_write_faults_replaces_and_removes(tmp_path):
     assert not listing.exists()
 
 
-def test_load_pixels_of_a_reducing_store(folder):
-    import torch
-
+def test_load_bytes_of_a_reducing_store(folder):
     store = ImageStore(str(folder[0]), own=True)
-    to_pixels = lambda image: torch.tensor(np.asarray(image.resize((4, 4))).copy())  # noqa: E731
-    rows = load_pixels(store, ["108 megapixels.jpg", "turned.jpg"], to_pixels, 2)
+    config = {"image_processor_type": "BlipImageProcessor", "size": {"height": 4, "width": 4}}
+    rows = load_bytes(store, ["108 megapixels.jpg", "turned.jpg"], Preprocess.from_config(config), 2)
     assert rows[0, :, 0].max() == 0 and rows[0, :, 3].min() == 255
     assert rows[1, 0, 0, 0] > 200 and rows[1, 3, 3, 2] > 200  # red above, blue below

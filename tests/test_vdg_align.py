@@ -20,7 +20,6 @@ from common.annotations import Caption
 from common.batches import gather_dealt
 from common.console import UserError
 from common.flags import override
-from common.images import load_pixels
 from common.llama import answer_ids, load_llm, load_tokenizer, tokenize
 from common.pretrained import copy_weights
 
@@ -399,14 +398,14 @@ def test_two_ranks_and_accumulation_equal_one_rank(whole, flags, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, monkeypatch):
-    load, calls = load_pixels, []
+    normalise, calls = images.Preprocess.normalise, []
 
-    def poisoned(images, names, *rest):
-        calls.append(names)
-        pixels = load(images, names, *rest)
+    def poisoned(preprocess, pictures):
+        calls.append(pictures)
+        pixels = normalise(preprocess, pictures)
         return pixels * float("nan") if len(calls) == 3 else pixels
 
-    monkeypatch.setattr(images, "load_pixels", poisoned)
+    monkeypatch.setattr(images.Preprocess, "normalise", poisoned)
     argv = [*flags, "--batch", "4", "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"step 2: loss nan.*item-\d, item-\d"):
         stage("vdg_align", *argv, "--save_every", "1")

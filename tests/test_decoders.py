@@ -1,0 +1,162 @@
+"""common/decoders.py: other processes make the bytes that this one would, and neither outlive it nor hang it."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import transforms
+from conftest import ROOT
+from pictures import noise
+from ranks import run_ranks
+from transforms import SIDE, numbers_of
+
+from common import decoders
+from common.console import UserError
+from common.decoders import fill_rows
+from common.images import ImageStore
+
+NINE = tuple(range(9))
+
+
+@pytest.fixture
+def store(tmp_path):
+    for i in range(9):
+        noise(20 + i, 30, i).save(tmp_path / f"{i}.png")
+    return ImageStore(str(tmp_path))
+
+
+def made(store: ImageStore, transform, workers: int = 2, names=NINE) -> np.ndarray:
+    rows = np.zeros((len(names), SIDE, SIDE, 3), np.uint8)
+    fill_rows(rows, [(store, str(name), transform) for name in names], workers)
+    return rows
+
+
+def alive(pid: int) -> bool:
+    """Not one that ended and that nobody waited for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def pids(store: ImageStore, workers: int = 2) -> set[int]:
+    return {int(numbers_of(row)[0]) for row in made(store, transforms.process_number, workers)}
+
+
+def test_other_processes_make_the_bytes_of_this_one(store):
+    alone = made(store, transforms.small, 0)
+    for i, row in enumerate(alone):
+        assert (row == transforms.small(store.open(str(i)))).all()
+    for workers in (1, 2, 64):
+        for _ in range(2):
+            assert (made(store, transforms.small, workers) == alone).all()
+    assert (made(store, transforms.small, 2, [8, 0, 8]) == alone[[8, 0, 8]]).all()
+
+
+@pytest.mark.parametrize("workers, cpus, count", [(1, 2, 1), (2, 2, 2), (64, 2, 2), (3, 1, 1)])
+def test_as_many_as_asked_for_and_as_there_are_cpus(store, monkeypatch, workers, cpus, count):
+    monkeypatch.setattr(decoders, "cpus_of_rank", lambda: cpus)
+    found = pids(store, workers)
+    assert len(found) == count and os.getpid() not in found
+    assert pids(store, workers) == found, "they stay"
+
+
+def test_cpus_are_shared_by_the_ranks_of_a_machine(monkeypatch):
+    for cpus, ranks, share in [(2, 1, 2), (64, 1, 64), (64, 8, 8), (4, 8, 1)]:
+        found = SimpleNamespace(sched_getaffinity=lambda _, cpus=cpus: range(cpus), environ=os.environ)
+        monkeypatch.setattr(decoders, "os", found)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert decoders.cpus_of_rank() == share
+
+
+def test_a_process_holds_its_socket_and_no_stage(store):
+    with open(ROOT / "README.md") as _:  # as the lock of a folder would be
+        for row in made(store, transforms.holding):
+            files, libraries, threads = numbers_of(row)[:3]
+            assert files == 5, "in, out, errors, the socket, and the lock of big pictures"
+            assert not libraries and threads == 1
+
+
+def test_the_first_fault_is_raised_and_what_comes_after_is_made(store, tmp_path):
+    (tmp_path / "3.png").write_bytes(b"")
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=r"3\.png: is empty"):
+            made(store, transforms.small, workers)
+        with pytest.raises(FileNotFoundError, match="'none'"):
+            made(store, transforms.small, workers, ["none", 3])
+        with pytest.raises(MemoryError, match="no room"):
+            made(store, transforms.out_of_memory, workers, [0])
+        assert made(store, transforms.small, workers, [1]).any()
+    with pytest.raises(AssertionError, match="3 bytes of 1 pictures, 48 wanted"):
+        made(store, transforms.too_few, 2, [0])
+
+
+def test_a_process_that_is_killed_is_one_line_and_another_takes_its_place(store):
+    before = pids(store)
+    with pytest.raises(UserError, match=r"0\.png: the process that decoded this ended \(signal 9\); take fewer"):
+        made(store, transforms.killed, 2, [0, 1, 2])
+    assert (made(store, transforms.small) == made(store, transforms.small, 0)).all()
+    assert not any(alive(pid) for pid in before - pids(store))
+
+
+def test_signals_are_for_the_stage(store):
+    assert (made(store, transforms.signalled) == 7).all()
+    for pid in pids(store):
+        assert os.getpgid(pid) != os.getpgid(0), "Ctrl-C goes to a group"
+
+
+STAGE = """
+import sys, threading, time
+sys.path.insert(0, {tests!r})
+import transforms
+from test_decoders import made, pids
+from common.images import ImageStore
+store = ImageStore(sys.argv[1])
+found = pids(store)
+if {busy}:
+    threading.Thread(target=made, args=(store, transforms.asleep, 2, (0, 1)), daemon=True).start()
+    time.sleep(0.2)
+print(*found, flush=True)
+{then}
+"""
+
+
+@pytest.mark.parametrize("end, busy", [("killed", True), ("interrupted", True), ("by itself", False)])
+def test_they_end_with_the_stage(store, end, busy):
+    then = "" if end == "by itself" else "time.sleep(600)"
+    code = STAGE.format(tests=str(ROOT / "tests"), busy=busy, then=then)
+    stage = subprocess.Popen([sys.executable, "-c", code, *store.roots], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    found = [int(word) for word in stage.stdout.readline().split()]
+    assert len(found) == 2
+    if end != "by itself":
+        assert all(map(alive, found))
+        stage.send_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
+    stage.wait(30)
+    until = time.monotonic() + 10
+    while any(map(alive, found)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, found))
+
+
+def test_a_forked_process_has_its_own(store):
+    ours = pids(store)
+    theirs = run_ranks(2, functools.partial(pids, store))
+    assert len({*ours, *theirs[0], *theirs[1]}) == len(ours) + len(theirs[0]) + len(theirs[1])
+    assert pids(store) == ours
+
+
+def test_big_pictures_are_held_by_one_process_at_a_time(store, tmp_path):
+    for name in "abcd":
+        noise(40, 40, 0).resize((5000, 4000)).save(tmp_path / f"{name}.jpg")
+    times = sorted(numbers_of(row)[:2] for row in made(store, transforms.from_until, 2, "abcd"))
+    assert all(until <= began for (_, until), (began, _) in zip(times, times[1:], strict=False))
+    assert len(pids(store)) == 2
+    times = sorted(numbers_of(row)[:2] for row in made(store, transforms.from_until, 2, range(4)))
+    assert any(until > began for (_, until), (began, _) in zip(times, times[1:], strict=False)), "small ones are not"
