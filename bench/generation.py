@@ -17,31 +17,42 @@ QUERIES = 32  # image tokens
 SHAPES = {
     "cpu": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8},
     "cuda": {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
+    "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
 }
 
 
-def random_llm(device: str):
-    """LLaMA of SHAPES with random weights, made where it is used: fp32 on CPU, bf16 on a GPU."""
+def random_llm(device: str, quantize: str = "", shape: str = ""):
+    """LLaMA with random weights, made where it is used: fp32 on CPU, bf16 on a GPU; quantize as load_llm's.
+
+    shape: of SHAPES, by default the device's."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = dict(SHAPES[device])
-    heads = shape["hidden_size"] // (64 if device == "cpu" else 128)
-    config = LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512)
+    from common.llama import quantizer
+
+    sizes, dtype = SHAPES[shape or device], torch.float32 if device == "cpu" else torch.bfloat16
+    heads = sizes["hidden_size"] // (64 if sizes is SHAPES["cpu"] else 128)
+    config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        llm = LlamaForCausalLM(config).to(torch.float32 if device == "cpu" else torch.bfloat16)
-    llm = llm.to_empty(device=device)
+        llm = LlamaForCausalLM(config).to(dtype)
+    shapes = {name: weight.shape for name, weight in llm.named_parameters()}
+    convert = quantizer(llm, quantize, dtype, device) if quantize else lambda *_: None
     torch.manual_seed(0)
-    for parameter in llm.parameters():
-        parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
+    for name, size in shapes.items():
+        weight = torch.empty(size, dtype=dtype, device=device)
+        weight = weight.normal_(std=0.02) if len(size) > 1 else weight.fill_(1)
+        path, leaf = name.rsplit(".", 1)
+        module = llm.get_submodule(path)
+        converted = convert(module, leaf, weight)
+        module._parameters[leaf] = torch.nn.Parameter(weight) if converted is None else converted
     llm.model.rotary_emb = type(llm.model.rotary_emb)(config).to(device)
     return llm.requires_grad_(False).eval()
 
 
 def linear_weights(llm) -> int:
     """Weights that each token meets in a product, without lm_head."""
-    return sum(p.numel() for name, p in llm.model.layers.named_parameters() if p.dim() > 1)
+    return sum(m.in_features * m.out_features for m in llm.model.layers.modules() if hasattr(m, "in_features"))
 
 
 def peak_flops(device: str, dtype) -> float:

@@ -2,6 +2,7 @@
 
     python bench/tuning.py                      # LLaMA of 30 M parameters, fp32, CPU
     python bench/tuning.py --device cuda        # 13B, bf16, random weights made on the device
+    ... --shape 7b --quantize nf4               # Llama-2-7B's shape as NF4 (or int8) by bitsandbytes, LoRA in fp32
 
 A step: projection of the Q-Former outputs, forward, backward, AdamW; LoRA of rank 64 on q and v, dropout 0.05 [S4.1].
 A batch is one subgroup: nine pairs of six references (or `--batch`), deltas of 5 to 33 tokens. Tokens of use: all that
@@ -51,14 +52,14 @@ def new_projection(llm, device: str):
     return projection.to(device)
 
 
-def contestant(name: str, batch: int, steps: int, device: str):
+def contestant(name: str, batch: int, steps: int, device: str, quantize: str, shape: str):
     """A function that trains once on each batch, the first batch's loss, and the GiB held at most."""
     import contextlib
 
     import torch
     from torch import nn
 
-    llm = generation.random_llm(device)
+    llm = generation.random_llm(device, quantize, shape)
     ids = generation.problem(llm, 1, "cpu")[0]
     projection = new_projection(llm, device)
     work = batches(llm, batch, steps, device)
@@ -117,14 +118,15 @@ def contestant(name: str, batch: int, steps: int, device: str):
 
 
 def main() -> None:
-    found = measure.arguments(__doc__, batch=9, steps=2, rounds=5, serve="")
+    found = measure.arguments(__doc__, batch=9, steps=2, rounds=5, serve="", quantize="", shape="")
     device = found.device
     if found.serve:
-        run, ready = contestant(found.serve, found.batch, found.steps, device)
+        run, ready = contestant(found.serve, found.batch, found.steps, device, found.quantize, found.shape)
         return measure.serve(run, ready, device)
     contestants, seconds, ready = {}, {}, {}
     for name in ("packed", "tree", "peft"):
         argv = ["--serve", name, "--batch", str(found.batch), "--steps", str(found.steps), "--device", device]
+        argv += ["--quantize", found.quantize, "--shape", found.shape]
         contestants[name] = measure.Contestant(__file__, *argv)
         ready[name] = contestants[name].ready
         if device == "cuda":  # three models of 26 GB would not fit: one after another
@@ -139,13 +141,14 @@ def main() -> None:
         for process in contestants.values():
             process.close()
 
-    llm = generation.random_llm(device)
+    llm = generation.random_llm(device, found.quantize, found.shape)
     prompt = sum(generation.PARTS) + 2 * generation.QUERIES
     answers = sum(len(answer) for _, _, part in batches(llm, found.batch, found.steps, "cpu") for answer in part)
     tokens = found.batch * found.steps * prompt + answers
     weights, head = generation.linear_weights(llm), llm.lm_head.weight.numel()
     floor = tokens * generation.peak_flops(device, llm.dtype) / (4 * weights * tokens + 4 * head * answers)
-    size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {str(llm.dtype)[6:]}, {found.batch} triplets a step"
+    kind = found.quantize or str(llm.dtype)[6:]
+    size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {kind}, {found.batch} triplets a step"
     pace = {name: [tokens / s for s in times] for name, times in seconds.items()}
     rows = measure.pace_rows("tuning", size, device, pace, "tokens/s", floor)
     for name in ("packed", "tree"):

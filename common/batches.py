@@ -5,15 +5,18 @@ import hashlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets
-from common.console import UserError, rank_size, say
+from common.console import UserError, rank_size, say, warn
 from common.images import ImageStore, check_report, leave_out, unreadable
 from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
 from common.triplets import with_text
+
+PATIENCE = 60  # seconds after which a loop that mostly waits for its pictures says so
 
 
 class Item(NamedTuple):
@@ -353,7 +356,9 @@ def training_steps(
 def ahead(load: Callable[[Any], Any], jobs: Iterable) -> Iterator[tuple[Any, Any]]:
     """Yields (job, load(job)) while a thread loads the next one; one job ahead, so that two are held at most.
 
-    A user's mistake in load is yielded as its result: stop_together tells the other ranks."""
+    A user's mistake in load is yielded as its result: stop_together tells the other ranks. Once, after a minute, a line
+    says if most of the time is waited for what load brings."""
+    began, waited, told = 0.0, 0.0, False  # since the first is there
 
     def attempt(job):
         try:
@@ -361,15 +366,30 @@ def ahead(load: Callable[[Any], Any], jobs: Iterable) -> Iterator[tuple[Any, Any
         except (UserError, OSError) as fault:
             return fault
 
+    def result(loading: Future):
+        nonlocal began, waited, told
+        since = time.monotonic()
+        loaded = loading.result()
+        now = time.monotonic()
+        if not began:
+            began = now
+            return loaded
+        waited, whole = waited + now - since, now - began
+        if whole > PATIENCE and waited > whole / 2 and not told:
+            told = True
+            remedy = "more CPUs for each rank, smaller pictures or a faster disk would help"
+            warn(f"{waited / whole:.0%} of {whole:.0f} s went by waiting for pictures: {remedy}")
+        return loaded
+
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for job in jobs:
             following = job, pool.submit(attempt, job)
             if waiting:
-                yield waiting[0], waiting[1].result()
+                yield waiting[0], result(waiting[1])
             waiting = following
         if waiting:
-            yield waiting[0], waiting[1].result()
+            yield waiting[0], result(waiting[1])
 
 
 def stop_together(loaded: Any) -> None:

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-from common.batches import epoch_order, rank_batches
+from common import batches
+from common.batches import ahead, epoch_order, rank_batches
 
 
 def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_only():
@@ -36,3 +38,41 @@ def test_ranks_share_what_one_rank_would_see(n, batch, size):
 def test_importing_data_does_not_import_torch():
     code = "import sys, common.batches; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_loop_that_waits_for_its_pictures_says_so_once(monkeypatch, capsys):
+    """By a clock of its own: 40 s a step go by in the loop and `wait` in loading, while the loop waits for it."""
+    for wait, line in [(30, ""), (50, "56% of 90 s went by waiting for pictures")]:
+        now = [0.0]
+        monkeypatch.setattr(batches, "time", SimpleNamespace(monotonic=lambda now=now: now[0]))
+
+        class Loading:
+            def __init__(self, wait=wait, now=now):
+                self.wait, self.now = wait, now
+
+            def result(self):
+                self.now[0] += self.wait
+                return "rows"
+
+        monkeypatch.setattr(batches, "ThreadPoolExecutor", lambda _, made=Loading: SimplePool(made))
+        for _, rows in ahead(None, range(5)):
+            assert rows == "rows"
+            now[0] += 40
+        said = capsys.readouterr().err
+        assert said.count("WARNING") == bool(line) and line in said
+
+
+class SimplePool:
+    """A pool whose work is the time that waiting for it takes."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, *_):
+        return self.made()

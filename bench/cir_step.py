@@ -1,0 +1,129 @@
+"""One training step of BLIP_tdm without its pictures' decoding, beside the work that the VDG release does for one.
+
+    python bench/cir_step.py                     # a third of blip-itm-large-coco's layers and side, fp32, CPU
+    python bench/cir_step.py --device cuda       # all of it, bf16, B = B' = 64
+
+A step: vision encoder (frozen), composition, L_tcc over B and over B + B' (Eq. 2, beta = 0.5), L_tdm (Eq. 3), backward,
+AdamW. `views` has the vision encoder's tokens already, as with train_cir.py --views K. `release` encodes the pictures
+of B twice, once for each term of Eq. 2, by BLIP's eager attention, and leaves the log-domain loss to autograd; the rest
+is ours, which is kind to it. Before time is taken, all must give the same loss. Floor: 1.0 TFLOP a triplet at the speed
+of a large product (only at full size).
+"""
+
+import tempfile
+from pathlib import Path
+
+import generation  # beside this file
+import loss as losses
+import measure
+import real_step
+
+BETA, TAU, LR = losses.BETA, losses.TAU, 1e-5
+WORDS = "is has red blue green longer shorter sleeves dots stripes and more less with no a darker brighter".split()
+AT_ONCE = 64  # pictures in one pass of the vision encoder, as in common/encoding.py
+
+
+def batch(model, size: int, device: str):
+    """Pictures as bytes (4 B, S, S, 3): references of B and of B', then the targets of both; 2 B deltas."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    side = model.preprocess.size
+    pictures = torch.randint(0, 256, (4 * size, side, side, 3), generator=generator, dtype=torch.uint8)
+    lengths = torch.randint(3, 12, (2 * size,), generator=generator).tolist()
+    draw = torch.randint(0, len(WORDS), (2 * size, 12), generator=generator).tolist()
+    deltas = [" ".join(WORDS[i] for i in row[:n]) for row, n in zip(draw, lengths, strict=True)]
+    return pictures.to(device), deltas
+
+
+def make_steps(model, size: int, device: str) -> dict:
+    """name -> a function that makes one step and returns its loss; they share the model."""
+    import contextlib
+
+    import torch
+    from transformers.models.blip.modeling_blip import BlipAttention
+
+    import train_cir
+    from kernels.contrastive import l_tcc
+    from kernels.negatives import draw_negatives
+
+    pictures, deltas = batch(model, size, device)
+    human = torch.arange(4 * size, device=device) % (2 * size) < size
+    attentions = [m for m in model.backbone.vision_model.modules() if isinstance(m, BlipAttention)]
+    fused = type(attentions[0])  # what train_cir.py makes of BLIP's own
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LR)
+    cast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def tokens(of: torch.Tensor, attention: type) -> torch.Tensor:
+        for module in attentions:
+            module.__class__ = attention
+        with cast:
+            return torch.cat([model.tokens(model.preprocess.normalise(part)) for part in of.split(AT_ONCE)])
+
+    kept = tokens(pictures, fused)
+
+    def step(name: str):
+        if name == "release":
+            tokens(pictures[human], BlipAttention)  # for the first term of Eq. 2; the second encodes them again
+        found = kept if name == "views" else tokens(pictures, BlipAttention if name == "release" else fused)
+        reference, target = found.chunk(2)
+        with cast:
+            x, c = model.target(target), model.compose(reference, deltas)
+        if name == "release":
+            loss = losses.eager(x[:size], c[:size]) + losses.eager(x, c)
+        else:
+            loss = l_tcc(x, c, size, TAU, 1.0, BETA)
+        noise = torch.Generator().manual_seed(2)
+        negatives = draw_negatives(x.detach(), c.detach(), list(range(2 * size)), TAU, noise)
+        with cast:
+            loss = loss + train_cir.tdm_loss(model, target, deltas, list(range(2 * size)), negatives).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        optimizer.step()
+        return loss
+
+    return {name: (lambda name=name: step(name)) for name in ("ours", "views", "release")}
+
+
+def main() -> None:
+    found = measure.arguments(__doc__, batch=0, small=0, rounds=3)
+    import torch
+
+    import train_cir
+
+    device, small = found.device, found.small or (1 if found.device == "cuda" else 3)
+    size = found.batch or (64 if device == "cuda" else 4)
+    with tempfile.TemporaryDirectory() as scratch:
+        parameters = real_step.write_blip(Path(scratch), small, device)
+        model = train_cir.build_cir("blip_tdm", scratch, tau=TAU).to(device).train()
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.eval()  # no dropout
+    steps, first = make_steps(model, size, device), {}
+    for name, step in steps.items():
+        for weight, p in model.named_parameters():
+            if p.requires_grad:
+                p.data.copy_(start[weight])
+        first[name] = step().item()
+        print(f"{name}: loss {first[name]:.5f}", flush=True)
+    assert max(first.values()) - min(first.values()) < (1e-3 if device == "cpu" else 0.2), "not the same work"
+    model.train()
+    seconds = measure.interleave({n: lambda s=s: measure.clock(s, device) for n, s in steps.items()}, found.rounds)
+
+    pace = {name: [2 * size / s for s in times] for name, times in seconds.items()}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    floor = generation.peak_flops(device, dtype) / 1e12 if small == 1 else None
+    shape = f"{parameters / 1e6:.0f} M parameters, {384 // small} px, B = B' = {size}"
+    rows = measure.pace_rows("CIR step without decoding: BLIP_tdm", shape, device, pace, "triplets/s", floor)
+    for name in ("ours", "views"):
+        value, note = measure.ratio(pace[name], pace["release"])
+        rows.append(measure.row(f"CIR step: {name} / the release's work", shape, device, value, "x", note=note))
+    measure.publish(rows)
+    if device == "cuda":
+        measure.profile("a step, pictures encoded", steps["ours"])
+
+
+if __name__ == "__main__":
+    main()
