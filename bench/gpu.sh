@@ -2,7 +2,8 @@
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
 # bare image, in fourteen minutes at most: that is what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
-#   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and demo, 330 s more
+#   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and, not by default,
+#                                 # by default: large (120 s more), quantized (200 s; bitsandbytes), demo (330 s)
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
 # Each step has its own time limit and its own log; one that hangs or fails costs nobody else anything. What is right
 # comes first, then what was changed and never timed. The last lines are a summary; the status is 1 if a step failed.
@@ -73,8 +74,18 @@ if wants figures; then
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
   step real-step 80 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
-  step real-views 60 python bench/real_step.py --device cuda --batch 64 --steps 10 --views 2 \
-    -- python bench/real_step.py --small 6 --steps 3 --views 2
+  step cir-step 50 python bench/cir_step.py --device cuda -- python bench/cir_step.py --small 6 --batch 2 --rounds 1
+  step decoders 30 python bench/decoders.py -- python bench/decoders.py --count 32
+fi
+if wants large; then
+  step mining-cc3m 120 python bench/mining.py --device cuda --n 595375 --repeats 1 \
+    -- $INTERPRET bench/mining.py --rehearse 1 --n 300 --d 64 --repeats 1
+fi
+if wants quantized; then
+  step nf4 100 python bench/tuning.py --device cuda --shape 7b --quantize nf4 --rounds 2 \
+    -- python bench/tuning.py --batch 2 --steps 1 --rounds 1 --quantize nf4
+  step int8 100 python bench/tuning.py --device cuda --shape 7b --quantize int8 --rounds 2 \
+    -- python bench/tuning.py --batch 2 --steps 1 --rounds 1 --quantize int8
 fi
 wants tiles && step tiles 30 python $SWEEP propose,rotate,one,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
   -- $INTERPRET $SWEEP propose,rotate,one,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
