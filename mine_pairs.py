@@ -34,6 +34,7 @@ from common import memory, pages
 from common.annotations import cirr_template
 from common.batches import ahead, chunks, faults_of, gather_dealt
 from common.console import UserError, progress, run, say
+from common.decoders import cpus_of_rank
 from common.files import (
     file_sha256,
     keep_apart,
@@ -146,7 +147,7 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
 def hash_files(paths: list[str], workers: int, world: World) -> list[str]:
     """sha256 of every file; the ranks share the reading."""
     mine = paths[world.rank :: world.size]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, min(workers, cpus_of_rank()))) as pool:
         return gather_dealt(list(progress(pool.map(file_sha256, mine), "read", len(mine))))
 
 

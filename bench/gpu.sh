@@ -2,8 +2,8 @@
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
 # bare image, in fourteen minutes at most: that is what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
-#   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles; and, not by default,
-#                                 # by default: large (120 s more), quantized (200 s; bitsandbytes), demo (330 s)
+#   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles
+#                                              # and, not by default: large (120 s more), quantized (200 s), demo (330 s)
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
 # Each step has its own time limit and its own log; one that hangs or fails costs nobody else anything. What is right
 # comes first, then what was changed and never timed. The last lines are a summary; the status is 1 if a step failed.

@@ -16,7 +16,7 @@ from common.images import ImageStore, check_report, leave_out, unreadable
 from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
 from common.triplets import with_text
 
-PATIENCE = 60  # seconds after which a loop that mostly waits for its pictures says so
+SLOW_AFTER = 60  # seconds in which a loop mostly waited for its pictures: rank 0 says so
 
 
 class Item(NamedTuple):
@@ -375,7 +375,7 @@ def ahead(load: Callable[[Any], Any], jobs: Iterable) -> Iterator[tuple[Any, Any
             began = now
             return loaded
         waited, whole = waited + now - since, now - began
-        if whole > PATIENCE and waited > whole / 2 and not told:
+        if whole > SLOW_AFTER and waited > whole / 2 and not told:
             told = True
             remedy = "more CPUs for each rank, smaller pictures or a faster disk would help"
             warn(f"{waited / whole:.0%} of {whole:.0f} s went by waiting for pictures: {remedy}")

@@ -1,10 +1,10 @@
 """Processes that open pictures and make them ready, while the process of a stage feeds the model.
 
-Threads alone would not do: in Python one of them runs at a time, and sixteen that augment pictures leave the thread
-that launches a GPU's work one operation in four hundred (bench/decoders.py). So each thread here waits for a process of
-its own, which gets a path and what to make of the picture, and answers with bytes over a socket: that needs no
-/dev/shm, of which a container has 64 MiB as a rule. It imports neither torch nor a stage, holds nothing of its parent
-but that socket, and ends when the parent does."""
+Threads alone would not do: in Python one of them runs at a time, and sixteen that augment pictures on sixteen cores
+leave the thread that launches a GPU's work one operation in a hundred (simulated: bench/decoders.py). So each thread
+here waits for a process of its own, which gets paths and what to make of the pictures, and answers with bytes over a
+socket: that needs no /dev/shm, of which a container has 64 MiB as a rule. Such a process imports neither torch nor a
+stage, has no file of its parent but what it prints to, and ends with its parent, after the picture at hand."""
 
 import contextlib
 import fcntl
@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,7 @@ def fill_rows(rows: np.ndarray, jobs: list[tuple[Any, str, Transform]], workers:
 
     workers: processes that do it, as many as this rank has CPUs at most; 0: none but this one. UserError or OSError of
     a picture that cannot be read."""
+    assert len(rows) == len(jobs) and rows.flags.c_contiguous
     if not workers:
         for row, (images, name, transform) in zip(rows, jobs, strict=True):
             row[:] = images.open(name, transform)
@@ -57,59 +59,87 @@ def fill_rows(rows: np.ndarray, jobs: list[tuple[Any, str, Transform]], workers:
 
 
 def _fill(rows: np.ndarray, jobs: list[tuple[Any, str, Transform]]) -> None:
-    """By the process of this thread."""
-    asked = [(images.find(name) or images.path(name), images.large, transform) for images, name, transform in jobs]
-    decoder = _own.__dict__.pop("decoder", None) or _Decoder(_own.turns)
-    fault = decoder.fill(rows, asked)
-    _own.decoder = decoder  # unless it ended, or said what nobody expects
+    """By the process of this thread; by another one if that was killed, once."""
+    asked = [(images.path(name), images.large, transform) for images, name, transform in jobs]
+    for attempt in (1, 2):
+        decoder = _own.__dict__.pop("decoder", None) or _Decoder()
+        try:
+            fault = decoder.fill(rows, asked)
+            break
+        except _Killed as how:
+            if attempt == 2:
+                what = f"one of {len(asked)} pictures, first {asked[0][0]}"
+                cure = "take fewer --workers where memory is short"
+                raise UserError(f"{what}: the process that decodes them was killed twice ({how}); {cure}") from None
+    _own.decoder = decoder  # unless it said what nobody expects
     if fault:
         raise fault
 
 
 # ---- this side of the socket ----
-_own = threading.local()  # what is of each thread: a decoder, and the file `turns` that is of all of them
+_own = threading.local()  # each thread's decoder
+
+
+class _Killed(Exception):
+    """The process ended by a signal."""
 
 
 @functools.lru_cache(maxsize=1)
 def _threads(owner: int, workers: int) -> ThreadPoolExecutor:
-    turns = tempfile.TemporaryFile()  # noqa: SIM115  (its lock says which process holds a big picture)
-    return ThreadPoolExecutor(workers, "pictures", functools.partial(setattr, _own, "turns", turns))
+    _lock_file()  # before there are threads
+    return ThreadPoolExecutor(workers, "pictures")
+
+
+@functools.cache
+def _lock_file() -> int:
+    """An open file without a name; who locks it may hold a big picture."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("big picture")
+    file, name = tempfile.mkstemp()
+    os.unlink(name)
+    return file
 
 
 class _Decoder:
     """A process and the socket to it."""
 
-    def __init__(self, turns: BinaryIO):
-        self.socket, theirs = socket.socketpair()
-        self.owner, passed = os.getpid(), [theirs.fileno(), turns.fileno()]
-        found = os.pathsep.join(os.path.abspath(place) for place in sys.path)
-        paths = {"PYTHONPATH": found, "PYTHONSAFEPATH": "1"}  # it imports what this one can, and from the same places
+    process = None  # not yet
+
+    def __init__(self):
+        places = [os.path.abspath(place) for place in sys.path]  # it imports what this one can, from the same places
+        start = f"import sys; sys.path[:] = {places!a}; from common import decoders; decoders.main()"
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        argv = [sys.executable, "-m", "common.decoders", *map(str, passed)]
-        with theirs:  # a session of its own: Ctrl-C is for the stage, which stops after its step
-            self.process = subprocess.Popen(
-                argv, pass_fds=passed, env=os.environ | threads | paths, start_new_session=True
-            )
+        how = {"stdin": subprocess.DEVNULL, "env": os.environ | threads}
+        how |= {"start_new_session": True}  # Ctrl-C is for the stage, which stops after its step
+        try:
+            self.socket, theirs = socket.socketpair()
+            with theirs:
+                passed = [theirs.fileno(), _lock_file()]
+                argv = [sys.executable, "-c", start, *map(str, passed)]
+                self.process = subprocess.Popen(argv, pass_fds=passed, **how)
+        except OSError as fault:
+            what = f"no process could be started to decode pictures ({fault.strerror})"
+            raise UserError(f"{what}; take fewer --workers, or 0") from None
 
     def fill(self, rows: np.ndarray, asked: list[tuple[str, str, Transform]]) -> Exception | None:
-        """Writes the rows, or returns what was wrong with a picture; UserError if the process ended over them."""
+        """Writes the rows, or returns what was wrong with a picture."""
         try:
             _send(self.socket, pickle.dumps(asked))
             length = _LENGTH.unpack(_receive(self.socket, _LENGTH.size))[0]
             if length < 0:
                 return pickle.loads(_receive(self.socket, -length))
-            assert length == rows.nbytes, f"{length} bytes of {len(rows)} pictures, {rows.nbytes} wanted"
+            if length != rows.nbytes:
+                raise ValueError(f"{length} bytes of {len(rows)} pictures, {rows.nbytes} wanted")
             _receive_into(self.socket, memoryview(rows).cast("B"))
             return None
         except (EOFError, ConnectionError):
             status = self.process.wait()
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        cure = "take fewer --workers where memory is short"
-        last = f" to {asked[-1][0]}" if len(asked) > 1 else ""
-        raise UserError(f"{asked[0][0]}{last}: the process that decoded this ended ({how}); {cure}")
+        if status < 0:
+            raise _Killed(f"signal {-status}")
+        raise RuntimeError(f"the process that decodes {asked[0][0]} ended with status {status}: its fault is above")
 
     def __del__(self):
-        if self.owner == os.getpid():  # a forked process has a copy of this object
+        if self.process:
             self.socket.close()
             self.process.kill()
             self.process.wait()
@@ -135,8 +165,8 @@ def _receive_into(source: socket.socket, room: memoryview) -> None:
 
 
 # ---- the other side ----
-class _Turn(contextlib.AbstractContextManager):
-    """Lets one process at a time hold a big picture, as pixels.open_image lets one thread."""
+class _LockOfProcesses(contextlib.AbstractContextManager):
+    """Lets one process at a time hold a big picture, as pixels.py's own lets one thread."""
 
     def __init__(self, file: int):
         self.file = file
@@ -149,10 +179,12 @@ class _Turn(contextlib.AbstractContextManager):
 
 
 def main() -> None:
+    """Answers until the stage is gone."""
     for number in (signal.SIGTERM, signal.SIGINT):  # a cluster's signal is for the stage: it stops after its step
         signal.signal(number, signal.SIG_IGN)
-    stage, pixels.one_at_a_time = socket.socket(fileno=int(sys.argv[1])), _Turn(int(sys.argv[2]))
-    with contextlib.suppress(EOFError, ConnectionError):  # the stage is gone
+    warnings.simplefilter("ignore")  # Pillow's, which every process would repeat
+    stage, pixels.big_picture = socket.socket(fileno=int(sys.argv[1])), _LockOfProcesses(int(sys.argv[2]))
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             asked = pickle.loads(_receive(stage, _LENGTH.unpack(_receive(stage, _LENGTH.size))[0]))
             try:
@@ -160,7 +192,3 @@ def main() -> None:
             except (UserError, OSError, MemoryError) as fault:
                 message = pickle.dumps(fault)
                 _send(stage, message, -len(message))
-
-
-if __name__ == "__main__":
-    main()

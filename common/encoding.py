@@ -23,7 +23,7 @@ class Compute(NamedTuple):
     batch: int  # images, or queries, per forward pass
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32  # of the model's products; its weights, scores and losses stay fp32
-    workers: int = 0  # processes that decode images; 0: none but this one
+    workers: int = 0  # processes that decode images, 0: none but this one; threads in gallery.index_folder
 
     @classmethod
     def on(cls, device: torch.device, dtype: str, batch: int, workers: int) -> "Compute":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 from common.console import UserError, printable, progress, rank_size, say, warn
-from common.decoders import Transform, fill_rows
+from common.decoders import Transform, cpus_of_rank, fill_rows
 from common.files import read_json, write_text
 from common.hub import checkpoint_file
 from common.pixels import MAX_PIXELS, check_image, open_image, reason_of, regular_file, verify_image
@@ -524,7 +524,7 @@ def _processor_file(name: str, use: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="images")
+    return ThreadPoolExecutor(min(workers, cpus_of_rank()), thread_name_prefix="images")
 
 
 def load_bytes(

@@ -50,7 +50,7 @@ UPRIGHT = {
 DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, struct.error)
 DAMAGED += (zlib.error, Image.DecompressionBombError, RuntimeError)  # RuntimeError: AVIF
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands in the first box of the file
-one_at_a_time = threading.RLock()  # decoders.py has one among processes
+big_picture = threading.RLock()  # held while there is one; decoders.py has a lock of processes
 
 
 def open_image(path: str | os.PathLike, large: str = "refuse", then: Callable[[Image.Image], Any] | None = None) -> Any:
@@ -91,7 +91,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _turn(pixels: int):
-    return one_at_a_time if pixels > BIG else contextlib.nullcontext()
+    return big_picture if pixels > BIG else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

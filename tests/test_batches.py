@@ -41,8 +41,9 @@ def test_importing_data_does_not_import_torch():
 
 
 def test_a_loop_that_waits_for_its_pictures_says_so_once(monkeypatch, capsys):
-    """By a clock of its own: 40 s a step go by in the loop and `wait` in loading, while the loop waits for it."""
-    for wait, line in [(30, ""), (50, "56% of 90 s went by waiting for pictures")]:
+    """By a clock of its own: `busy` seconds a step go by in the loop and `wait` in loading, while the loop waits."""
+    waits = "56% of 90 s went by waiting for pictures"
+    for steps, busy, wait, line in [(5, 40, 30, ""), (2, 10, 49, ""), (5, 40, 50, waits)]:
         now = [0.0]
         monkeypatch.setattr(batches, "time", SimpleNamespace(monotonic=lambda now=now: now[0]))
 
@@ -55,9 +56,9 @@ def test_a_loop_that_waits_for_its_pictures_says_so_once(monkeypatch, capsys):
                 return "rows"
 
         monkeypatch.setattr(batches, "ThreadPoolExecutor", lambda _, made=Loading: SimplePool(made))
-        for _, rows in ahead(None, range(5)):
+        for _, rows in ahead(None, range(steps)):
             assert rows == "rows"
-            now[0] += 40
+            now[0] += busy
         said = capsys.readouterr().err
         assert said.count("WARNING") == bool(line) and line in said
 

@@ -1,11 +1,13 @@
 """common/decoders.py: other processes make the bytes that this one would, and neither outlive it nor hang it."""
 
 import functools
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,7 +78,9 @@ def test_cpus_are_shared_by_the_ranks_of_a_machine(monkeypatch):
         assert decoders.cpus_of_rank() == share
 
 
-def test_a_process_holds_its_socket_and_no_stage(store):
+def test_a_process_holds_its_socket_and_no_stage(store, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    decoders._threads.cache_clear()
     with open(ROOT / "README.md") as _:  # as the lock of a folder would be
         for row in made(store, transforms.holding):
             files, libraries, threads = numbers_of(row)[:3]
@@ -94,16 +98,66 @@ def test_the_first_fault_is_raised_and_what_comes_after_is_made(store, tmp_path)
         with pytest.raises(MemoryError, match="no room"):
             made(store, transforms.out_of_memory, workers, [0])
         assert made(store, transforms.small, workers, [1]).any()
-    with pytest.raises(AssertionError, match="3 bytes of 1 pictures, 48 wanted"):
+    with pytest.raises(ValueError, match="3 bytes of 1 pictures, 48 wanted"):
         made(store, transforms.too_few, 2, [0])
+    with pytest.raises(AssertionError):
+        fill_rows(np.zeros((2, SIDE, SIDE, 3), np.uint8), [(store, "0", transforms.small)], 2)
 
 
-def test_a_process_that_is_killed_is_one_line_and_another_takes_its_place(store):
+def test_another_takes_the_place_of_a_process_that_is_killed(store, tmp_path):
     before = pids(store)
-    with pytest.raises(UserError, match=r"0\.png: the process that decoded this ended \(signal 9\); take fewer"):
+    assert (made(store, transforms.KilledOnce(str(tmp_path / "x"))) == made(store, transforms.small, 0)).all()
+    after = pids(store)
+    assert len(before - after) == 1 and not any(alive(pid) for pid in before - after)
+    with pytest.raises(UserError, match=r"one of 1 pictures, first .*0\.png: .* killed twice \(signal 9\); take fewer"):
         made(store, transforms.killed, 2, [0, 1, 2])
     assert (made(store, transforms.small) == made(store, transforms.small, 0)).all()
-    assert not any(alive(pid) for pid in before - pids(store))
+
+
+def test_a_bug_keeps_its_traceback(store, capfd):
+    decoders._threads.cache_clear()  # those that are there write to another file
+    with pytest.raises(RuntimeError, match=r"0\.png ended with status 1: its fault is above"):
+        made(store, transforms.mistaken, 2, [0])
+    assert "KeyError: 'a bug'" in capfd.readouterr().err
+    assert made(store, transforms.small).any()
+
+
+def test_no_process_is_one_line(store, monkeypatch, capsys):
+    monkeypatch.setattr(decoders.sys, "executable", "/nonexistent")
+    decoders._threads.cache_clear()
+    with pytest.raises(UserError, match=r"no process could be started .*No such file.*fewer --workers, or 0"):
+        made(store, transforms.small)
+    monkeypatch.undo()
+    assert made(store, transforms.small).any() and not capsys.readouterr().err
+
+
+def test_the_decoders_are_this_repositorys_wherever_the_stage_is_started(store, tmp_path):
+    """In a folder with modules of the same names, by a path with a colon in it."""
+    here = tmp_path / "a:b"
+    (here / "common").mkdir(parents=True)
+    (here / "repository").symlink_to(ROOT)
+    for name in ("common/__init__.py", "pickle.py", "numpy.py"):
+        (here / name).write_text("raise ImportError('not this one')")
+    ours = [str(here / "repository"), str(here / "repository/tests")]
+    code = f"import sys; sys.path[:1] = {ours!r}; import test_decoders, transforms; "
+    code += "store = test_decoders.ImageStore(sys.argv[1]); print(test_decoders.made(store, transforms.small).sum())"
+    found = subprocess.run([sys.executable, "-c", code, *store.roots], cwd=here, capture_output=True, text=True)
+    assert found.stdout.strip() == str(made(store, transforms.small, 0).sum()), found.stderr
+
+
+def test_nothing_is_left_of_earlier_processes(store):
+    for workers in (1, 2, 1, 2, 1):
+        made(store, transforms.small, workers)
+    decoders._threads.cache_clear()
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    for workers in (1, 2, 1, 2, 1):
+        made(store, transforms.small, workers)
+    decoders._threads.cache_clear()
+    time.sleep(0.2)
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= files
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [pid for pid in children if "common import decoders" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def test_signals_are_for_the_stage(store):
@@ -132,7 +186,8 @@ print(*found, flush=True)
 def test_they_end_with_the_stage(store, end, busy):
     then = "" if end == "by itself" else "time.sleep(600)"
     code = STAGE.format(tests=str(ROOT / "tests"), busy=busy, then=then)
-    stage = subprocess.Popen([sys.executable, "-c", code, *store.roots], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    stage = subprocess.Popen([sys.executable, "-c", code, *store.roots], cwd=ROOT, **how)
     found = [int(word) for word in stage.stdout.readline().split()]
     assert len(found) == 2
     if end != "by itself":
@@ -143,12 +198,14 @@ def test_they_end_with_the_stage(store, end, busy):
     while any(map(alive, found)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(map(alive, found))
+    said = stage.stderr.read()
+    assert said.count("Traceback") == (end == "interrupted"), said
 
 
 def test_a_forked_process_has_its_own(store):
     ours = pids(store)
-    theirs = run_ranks(2, functools.partial(pids, store))
-    assert len({*ours, *theirs[0], *theirs[1]}) == len(ours) + len(theirs[0]) + len(theirs[1])
+    theirs = run_ranks(1, functools.partial(pids, store))[0]
+    assert len(ours) == len(theirs) == 2 and not ours & theirs
     assert pids(store) == ours
 
 

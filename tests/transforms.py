@@ -1,5 +1,6 @@
 """What tests have made of a picture in another process: its module is imported there, so it has one of its own."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -42,7 +43,9 @@ def process_number(picture: Image.Image) -> np.ndarray:
 
 
 def holding(picture: Image.Image) -> np.ndarray:
-    """(number of open files, is a stage's library imported, threads) of the process."""
+    """(number of open files, how many libraries of a stage are imported, threads) of the process."""
+    from common import augment, images  # noqa: F401  what is asked of it in a run
+
     heavy = {"torch", "transformers", "train_cir"} & sys.modules.keys()
     return numbers([len(os.listdir("/proc/self/fd")) - 1, len(heavy), len(os.listdir("/proc/self/task"))])
 
@@ -55,6 +58,19 @@ def from_until(picture: Image.Image) -> np.ndarray:
 
 def killed(picture: Image.Image) -> np.ndarray:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledOnce:
+    """Kills the process where the file is not yet there, which it writes."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.file, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return small(picture)
 
 
 def signalled(picture: Image.Image) -> np.ndarray:
@@ -70,6 +86,10 @@ def asleep(picture: Image.Image) -> np.ndarray:
 
 def out_of_memory(picture: Image.Image) -> np.ndarray:
     raise MemoryError("no room")
+
+
+def mistaken(picture: Image.Image) -> np.ndarray:
+    raise KeyError("a bug")
 
 
 def too_few(picture: Image.Image) -> np.ndarray:
