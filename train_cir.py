@@ -33,7 +33,7 @@ from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from common.towers import build_towers, text_proj_apart
-from common.vision import fuse_attention, in_compute_dtype
+from common.vision import absorb_attention, fuse_attention, in_compute_dtype
 from kernels.contrastive import l_tcc_ranks
 from kernels.max_similarity import l_tcc_max_ranks
 from kernels.negatives import draw_candidates, draw_negatives
@@ -177,6 +177,7 @@ class BlipTdm(CirModel):
         super().__init__()
         self.load(transformers.BlipForImageTextRetrieval, backbone, text_length)
         fuse_attention(self.backbone.vision_model)
+        absorb_attention(self.backbone.text_encoder)
         self.backbone.text_encoder.requires_grad_(train_text)
         self.backbone.text_proj.requires_grad_(True)
         self.backbone.itm_head.requires_grad_(train_head)  # p_theta of Eq. 3
@@ -196,13 +197,16 @@ class BlipTdm(CirModel):
 
     def ground(self, tokens: Tensor, texts: list[str], backward: bool = False) -> tuple[Tensor, Tensor]:
         """Text attending to image tokens: -> hidden states (B, T, D), mask (B, T)."""
-        ids, mask = self.tokenize(texts, tokens.device, backward)
+        ids, mask = self.tokenize(texts, "cpu", backward)
         ids[:, 0] = self.first_token  # the tokenizer writes [CLS]; the cross-attention was trained behind [ENC]
-        seen = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        states = self.backbone.text_encoder(
-            input_ids=ids, attention_mask=mask, encoder_hidden_states=tokens, encoder_attention_mask=seen
-        )
-        return states.last_hidden_state, mask
+        order, parts = mask.sum(1).argsort(stable=True), []
+        # texts of like length together: padded to the longest of a batch, half of the tokens would be none [ours]
+        for rows in order.chunk(max(1, min(4, len(texts) // 16))):
+            length = int(mask[rows].sum(1).max())
+            text = (part[rows, :length].to(tokens.device) for part in (ids, mask))
+            states = self.backbone.text_encoder(*text, encoder_hidden_states=tokens[rows]).last_hidden_state
+            parts.append(F.pad(states, (0, 0, 0, mask.shape[1] - length)))
+        return torch.cat(parts)[order.argsort()], mask.to(tokens.device)
 
     def compose(self, tokens: Tensor, texts: list[str], backward: bool = False) -> Tensor:
         """tokens (B, P, D) of the references, B deltas -> c (B, d), normalised."""

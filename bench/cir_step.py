@@ -5,9 +5,9 @@
 
 A step: vision encoder (frozen), composition, L_tcc over B and over B + B' (Eq. 2, beta = 0.5), L_tdm (Eq. 3), backward,
 AdamW. `views` has the vision encoder's tokens already, as with train_cir.py --views K. `release` encodes the pictures
-of B twice, once for each term of Eq. 2, by BLIP's eager attention, and leaves the log-domain loss to autograd; the rest
-is ours, which is kind to it. Before time is taken, all must give the same loss. Floor: 1.0 TFLOP a triplet at the speed
-of a large product (only at full size).
+of B twice, once for each term of Eq. 2; it has BLIP's own attention, all texts padded to the longest, and autograd's
+way through a log-domain loss. What it composes twice is composed once here, which is kind to it. Before time is taken,
+all must give the same loss. Floor: 1.0 TFLOP a triplet at the speed of a large product (only at full size).
 """
 
 import tempfile
@@ -19,7 +19,6 @@ import measure
 import real_step
 
 BETA, TAU, LR = losses.BETA, losses.TAU, 1e-5
-WORDS = "is has red blue green longer shorter sleeves dots stripes and more less with no a darker brighter".split()
 AT_ONCE = 64  # pictures in one pass of the vision encoder, as in common/encoding.py
 
 
@@ -30,18 +29,21 @@ def batch(model, size: int, device: str):
     generator = torch.Generator().manual_seed(1)
     side = model.preprocess.size
     pictures = torch.randint(0, 256, (4 * size, side, side, 3), generator=generator, dtype=torch.uint8)
-    lengths = torch.randint(3, 12, (2 * size,), generator=generator).tolist()
-    draw = torch.randint(0, len(WORDS), (2 * size, 12), generator=generator).tolist()
-    deltas = [" ".join(WORDS[i] for i in row[:n]) for row, n in zip(draw, lengths, strict=True)]
+    # 12 words in the mean, one in ten longer than 18, the longest about 30: CIRR's val captions
+    lengths = (12 * torch.randn(2 * size, generator=generator).mul(0.4).exp()).clamp(2, 40).long().tolist()
+    draw = torch.randint(0, len(real_step.WORDS), (2 * size, 40), generator=generator).tolist()
+    deltas = [" ".join(real_step.WORDS[i] for i in row[:n]) for row, n in zip(draw, lengths, strict=True)]
     return pictures.to(device), deltas
 
 
 def make_steps(model, size: int, device: str) -> dict:
     """name -> a function that makes one step and returns its loss; they share the model."""
     import contextlib
+    import functools
 
     import torch
     from transformers.models.blip.modeling_blip import BlipAttention
+    from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
     import train_cir
     from kernels.contrastive import l_tcc
@@ -49,25 +51,34 @@ def make_steps(model, size: int, device: str) -> dict:
 
     pictures, deltas = batch(model, size, device)
     human = torch.arange(4 * size, device=device) % (2 * size) < size
-    attentions = [m for m in model.backbone.vision_model.modules() if isinstance(m, BlipAttention)]
-    fused = type(attentions[0])  # what train_cir.py makes of BLIP's own
+    kinds = (BlipAttention, BlipTextSelfAttention)
+    attentions = [m for m in model.backbone.modules() if isinstance(m, kinds)]
+    ours = {m: type(m) for m in attentions}  # what train_cir.py makes of BLIP's own
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LR)
     cast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
+    def padded(tokens, texts, backward=False):
+        """BlipTdm.ground without its groups."""
+        ids, mask = model.tokenize(texts, device, backward)
+        ids[:, 0] = model.first_token
+        return model.backbone.text_encoder(ids, mask, encoder_hidden_states=tokens).last_hidden_state, mask
+
     @torch.no_grad()
-    def tokens(of: torch.Tensor, attention: type) -> torch.Tensor:
-        for module in attentions:
-            module.__class__ = attention
+    def tokens(of: torch.Tensor) -> torch.Tensor:
         with cast:
             return torch.cat([model.tokens(model.preprocess.normalise(part)) for part in of.split(AT_ONCE)])
 
-    kept = tokens(pictures, fused)
+    kept = tokens(pictures)
 
     def step(name: str):
+        for module in attentions:
+            own = next(kind for kind in kinds if isinstance(module, kind))
+            module.__class__ = own if name == "release" else ours[module]
+        model.ground = padded if name == "release" else functools.partial(train_cir.BlipTdm.ground, model)
         if name == "release":
-            tokens(pictures[human], BlipAttention)  # for the first term of Eq. 2; the second encodes them again
-        found = kept if name == "views" else tokens(pictures, BlipAttention if name == "release" else fused)
+            tokens(pictures[human])  # for the first term of Eq. 2; the second encodes them again
+        found = kept if name == "views" else tokens(pictures)
         reference, target = found.chunk(2)
         with cast:
             x, c = model.target(target), model.compose(reference, deltas)

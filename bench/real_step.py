@@ -23,6 +23,7 @@ from common.files import read_jsonl, write_json, write_jsonl
 from demo import world
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+WORDS = "is has red blue green longer shorter sleeves dots stripes and more less with no darker dog sits".split()
 
 
 def write_blip(folder: Path, small: int, device: str = "cpu") -> int:
@@ -46,6 +47,7 @@ def write_blip(folder: Path, small: int, device: str = "cpu") -> int:
         model = BlipForImageTextRetrieval(config)
     model.save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *".,!?'-"]
+    words += WORDS
     words += [f"[unused{i}]" for i in range(30522 - len(words))]
     (folder / "vocab.txt").write_text("\n".join(words))
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}

@@ -1,12 +1,17 @@
-"""BLIP's frozen vision encoder on a GPU: fused attention, and patch tokens in the dtype of the products.
+"""Attention of BLIP, cheaper than transformers' and equal to it but for rounding; patch tokens in the dtype of the
+products. [ours]
 
-transformers gives BLIP no SDPA: its attention writes the probabilities of all pairs of patches, 256 images x 16 heads x
-577 x 577 numbers a layer in a step of the paper's size. [ours]"""
+In the frozen vision encoder transformers writes the probabilities of all pairs of patches, 256 images x 16 heads x
+577 x 577 numbers a layer in a step of the paper's size. In the text encoder each layer makes keys and values of 577
+patches for a text of some twenty tokens: two thirds of what that encoder computes."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextSelfAttention
 
 
 class FusedAttention(BlipAttention):
@@ -27,6 +32,38 @@ def fuse_attention(vision: nn.Module) -> None:
         raise RuntimeError(f"{type(vision).__name__} has no BlipAttention: another version of transformers?")
     for module in found:
         module.__class__ = FusedAttention
+
+
+class AbsorbedAttention(BlipTextSelfAttention):
+    """Cross-attention of a text to all patches of its picture, of the same weights, without keys and values.
+
+    q (W_k x + b) is (q W_k) x + q b, and q b is alike for all patches: a softmax does not see it. The shares of the
+    patches sum to one, so that their mean is taken first and W_v is applied to it. Products of a text of T tokens take
+    T / d of what keys and values take (d: width of a head, 64), in the backward pass too; of longer texts more."""
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, encoder_hidden_states=None, **kwargs):
+        """hidden_states (B, T, D), encoder_hidden_states (B, P, E) -> (B, T, D), and no probabilities. The mask is
+        not read: a picture has no padding."""
+        heads, d, x = self.num_attention_heads, self.attention_head_size, encoder_hidden_states
+        key, value = (layer.weight.unflatten(0, (heads, d)) for layer in (self.key, self.value))  # (H, d, E)
+        query = self.query(hidden_states).unflatten(-1, (heads, d))  # (B, T, H, d)
+        asked = torch.einsum("bthd,hde->bhte", query, key).flatten(1, 2)  # (B, H T, E)
+        shares = self.dropout((asked @ x.mT / math.sqrt(d)).softmax(-1))  # (B, H T, P)
+        seen = (shares @ x).unflatten(1, (heads, -1))  # (B, H, T, E)
+        bias = self.value.bias.view(heads, 1, d)
+        if self.training and self.dropout.p:
+            bias = bias * shares.sum(-1).unflatten(1, (heads, -1))[..., None]  # what dropout leaves of one
+        found = torch.einsum("bhte,hde->bhtd", seen, value) + bias
+        return found.transpose(1, 2).flatten(2), None
+
+
+def absorb_attention(text: nn.Module) -> None:
+    """Every cross-attention of a BlipTextModel becomes an AbsorbedAttention, in place."""
+    found = [m for name, m in text.named_modules() if isinstance(m, BlipTextAttention) and "crossattention" in name]
+    if not found:
+        raise RuntimeError(f"{type(text).__name__} has no cross-attention: another version of transformers?")
+    for module in found:
+        module.self.__class__ = AbsorbedAttention
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:

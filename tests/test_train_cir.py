@@ -150,6 +150,26 @@ def test_blip_equals_its_parts_called_by_hand(zoo, first_token):
             torch.testing.assert_close(matched[i], hf.itm_head(states[0]).mean(0), atol=1e-6, rtol=0)
 
 
+def test_texts_of_like_length_go_together_and_come_back_in_order(zoo, monkeypatch):
+    model = train_cir.build_cir("blip_tdm", str(zoo / "blip")).eval()
+    texts = [" ".join(["a"] * (1 + 7 * i % 23)) for i in range(70)]
+    tokens = torch.randn(70, 5, model.backbone.config.vision_config.hidden_size, generator=torch.manual_seed(0))
+    lengths, encoder = [], model.backbone.text_encoder.forward
+
+    def noted(ids, *given, **named):
+        lengths.append(ids.shape[1])
+        return encoder(ids, *given, **named)
+
+    monkeypatch.setattr(model.backbone.text_encoder, "forward", noted)
+    with torch.no_grad():
+        states, mask = model.ground(tokens, texts)
+        assert len(lengths) == 4 and sorted(set(lengths)) == lengths and lengths[3] == mask.shape[1]
+        for i, text in enumerate(texts):
+            alone, _ = model.ground(tokens[i : i + 1], [text])
+            assert mask[i].sum() == alone.shape[1]
+            torch.testing.assert_close(states[i, : alone.shape[1]], alone[0], atol=1e-5, rtol=0)
+
+
 def test_a_wrong_backbone_or_one_without_its_weights_is_refused(zoo, tmp_path):
     with pytest.raises(UserError, match="is a clip model, wanted blip"):
         train_cir.build_cir("blip_tdm", str(zoo / "clip"))

@@ -1,4 +1,4 @@
-"""BLIP's frozen vision encoder with fused attention, against transformers' eager one and float64."""
+"""BLIP's encoders with fused and with absorbed attention, against transformers' eager ones and float64."""
 
 import copy
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
-from common.vision import FusedAttention, fuse_attention, in_compute_dtype
+from common.vision import AbsorbedAttention, FusedAttention, absorb_attention, fuse_attention, in_compute_dtype
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,85 @@ def test_every_layer_is_fused_and_nothing_else_changes(towers):
     assert list(eager.state_dict()) == list(fused.state_dict())
     with pytest.raises(RuntimeError, match="no BlipAttention"):
         fuse_attention(torch.nn.Linear(2, 2))
+
+
+def text_encoders(dropout: float = 0.0) -> list[BlipTextModel]:
+    """[transformers' own, the same with absorbed attention]: 2 layers, 4 heads of 16, pictures of width 48."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"encoder_hidden_size": 48, "vocab_size": 50, "max_position_embeddings": 40, "initializer_range": 0.2}
+    config = transformers.BlipTextConfig(**sizes, attention_probs_dropout_prob=dropout)
+    eager = BlipTextModel(config, add_pooling_layer=False).eval()
+    for name, weight in eager.named_parameters():
+        if name.endswith("bias"):  # they start at 0, which would hide what is wrong with them
+            torch.nn.init.normal_(weight)
+    absorbed = copy.deepcopy(eager)
+    absorb_attention(absorbed)
+    return [eager, absorbed]
+
+
+@pytest.mark.parametrize("length", [1, 7, 30])
+def test_absorbed_attention_has_transformers_values_and_gradients(length):
+    ids, pictures = torch.randint(1, 50, (5, length)), 3 * torch.randn(5, 21, 48)
+    mask, coming = torch.ones_like(ids), torch.randn(5, length, 64)
+    mask[1, length // 2 + 1 :] = 0
+    found = {}
+    for kind, model in zip(("eager", "absorbed"), text_encoders(), strict=True):
+        for dtype in (torch.float32, torch.float64):
+            model = model.to(dtype)
+            model.zero_grad()
+            states = model(ids, mask, encoder_hidden_states=pictures.to(dtype)).last_hidden_state
+            (states * coming.to(dtype) * mask[..., None]).sum().backward()
+            # the keys' bias changes no share: ours has no gradient, theirs is noise
+            biases = [p for name, p in model.named_parameters() if "crossattention.self.key.bias" in name]
+            assert len(biases) == 2 and all((p.grad is None) == (kind == "absorbed") for p in biases)
+            others = [p for p in model.parameters() if all(p is not bias for bias in biases)]
+            found[kind, dtype] = [states.detach(), *(p.grad.clone() for p in others)]
+    order = [(kind, dtype) for dtype in (torch.float64, torch.float32) for kind in ("eager", "absorbed")]
+    for truth, same, theirs, ours in zip(*(found[key] for key in order), strict=True):
+        torch.testing.assert_close(same, truth, rtol=1e-9, atol=1e-9)
+        error, reference = ((x - truth).abs().max().item() for x in (ours, theirs))
+        assert error <= 4 * reference + 1e-6 * truth.abs().max()
+
+
+def test_absorbed_attention_in_bf16_is_as_near_as_transformers():
+    ids, pictures = torch.randint(1, 50, (8, 12)), 2 * torch.randn(8, 200, 48)
+    eager, absorbed = text_encoders()
+    truth = eager.double()(ids, encoder_hidden_states=pictures.double()).last_hidden_state
+    errors = []
+    for model in (absorbed, eager.float()):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model(ids, encoder_hidden_states=in_compute_dtype(pictures)).last_hidden_state
+        errors.append((states - truth).pow(2).mean().sqrt().item())
+    assert errors[0] < 1.25 * errors[1] < 0.1, errors
+
+
+def test_absorbed_attention_drops_shares_as_transformers_does():
+    """The same expectation and spread over many draws, of the value's bias too."""
+    pictures = torch.randn(1, 5, 48, generator=torch.manual_seed(0)).expand(4000, 5, 48)
+    draws = []
+    for model in text_encoders(dropout=0.5):
+        layer = model.encoder.layer[0].crossattention.self.train()
+        states = torch.randn(1, 3, 64, generator=torch.manual_seed(1)).expand(4000, 3, 64)
+        draws.append(layer(states, encoder_hidden_states=pictures)[0])
+    theirs, ours = draws
+    spread = theirs.std(0)
+    assert spread.min() > 0.05
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 6 * spread * (2 / 4000) ** 0.5).all()
+    torch.testing.assert_close(ours.std(0), spread, rtol=0.15, atol=0)
+
+
+def test_every_cross_attention_is_absorbed_and_nothing_else_changes():
+    eager, absorbed = text_encoders()
+    kinds = {name: type(m) for name, m in absorbed.named_modules() if isinstance(m, BlipTextSelfAttention)}
+    assert {name.rsplit(".", 2)[1]: kind for name, kind in kinds.items()} == {
+        "attention": BlipTextSelfAttention,
+        "crossattention": AbsorbedAttention,
+    }
+    assert list(kinds.values()).count(AbsorbedAttention) == 2
+    assert list(eager.state_dict()) == list(absorbed.state_dict())
+    with pytest.raises(RuntimeError, match="no cross-attention"):
+        absorb_attention(torch.nn.Linear(2, 2))
 
 
 def test_tokens_leave_autocast_in_the_dtype_of_the_products():
