@@ -188,7 +188,7 @@ class BlipTdm(CirModel):
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> cls and patch tokens (B, P, D), which 24 keys and values of each query read."""
+        """pixels (B, 3, S, S) -> cls and patch tokens (B, P, D), which every layer of the text encoder reads."""
         return in_compute_dtype(self.backbone.vision_model(pixel_values=pixels).last_hidden_state)
 
     @torch.no_grad()
@@ -199,14 +199,16 @@ class BlipTdm(CirModel):
         """Text attending to image tokens: -> hidden states (B, T, D), mask (B, T)."""
         ids, mask = self.tokenize(texts, "cpu", backward)
         ids[:, 0] = self.first_token  # the tokenizer writes [CLS]; the cross-attention was trained behind [ENC]
-        order, parts = mask.sum(1).argsort(stable=True), []
-        # texts of like length together: padded to the longest of a batch, half of the tokens would be none [ours]
-        for rows in order.chunk(max(1, min(4, len(texts) // 16))):
-            length = int(mask[rows].sum(1).max())
-            text = (part[rows, :length].to(tokens.device) for part in (ids, mask))
+        # quarters of a large batch, by length: padded to the longest of all, half of the tokens would be none [ours]
+        lengths, groups, parts = mask.sum(1), max(1, min(4, len(texts) // 64)), []
+        order = lengths.argsort(stable=True)
+        longest = [int(lengths[rows[-1]]) for rows in order.chunk(groups)]
+        ids, mask, order = (part.to(tokens.device) for part in (ids, mask, order))
+        for rows, length in zip(order.chunk(groups), longest, strict=True):
+            text = ids[rows, :length], mask[rows, :length]
             states = self.backbone.text_encoder(*text, encoder_hidden_states=tokens[rows]).last_hidden_state
             parts.append(F.pad(states, (0, 0, 0, mask.shape[1] - length)))
-        return torch.cat(parts)[order.argsort()], mask.to(tokens.device)
+        return torch.cat(parts)[order.argsort()], mask
 
     def compose(self, tokens: Tensor, texts: list[str], backward: bool = False) -> Tensor:
         """tokens (B, P, D) of the references, B deltas -> c (B, d), normalised."""

@@ -2,6 +2,7 @@
 
     python bench/cir_step.py                     # a third of blip-itm-large-coco's layers and side, fp32, CPU
     python bench/cir_step.py --device cuda       # all of it, bf16, B = B' = 64
+    ... --text 1                                 # the text encoder alone, on random patches: 2 B texts, back and forth
 
 A step: vision encoder (frozen), composition, L_tcc over B and over B + B' (Eq. 2, beta = 0.5), L_tdm (Eq. 3), backward,
 AdamW. `views` has the vision encoder's tokens already, as with train_cir.py --views K. `release` encodes the pictures
@@ -36,14 +37,65 @@ def batch(model, size: int, device: str):
     return pictures.to(device), deltas
 
 
-def make_steps(model, size: int, device: str) -> dict:
-    """name -> a function that makes one step and returns its loss; they share the model."""
-    import contextlib
+def switch(model, device: str):
+    """A function that gives the model the release's attention and padding (True), or train_cir.py's own."""
     import functools
 
-    import torch
     from transformers.models.blip.modeling_blip import BlipAttention
     from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+    import train_cir
+
+    kinds = (BlipAttention, BlipTextSelfAttention)
+    ours = {m: type(m) for m in model.backbone.modules() if isinstance(m, kinds)}
+
+    def padded(tokens, texts, backward=False):
+        """BlipTdm.ground without its groups."""
+        ids, mask = model.tokenize(texts, device, backward)
+        ids[:, 0] = model.first_token
+        return model.backbone.text_encoder(ids, mask, encoder_hidden_states=tokens).last_hidden_state, mask
+
+    def to(release: bool) -> None:
+        for module, kind in ours.items():
+            module.__class__ = next(own for own in kinds if issubclass(kind, own)) if release else kind
+        model.ground = padded if release else functools.partial(train_cir.BlipTdm.ground, model)
+
+    return to
+
+
+def make_text_steps(model, size: int, device: str) -> dict:
+    """name -> a function that makes one pass of 2 B texts through the text encoder and back, and returns a number."""
+    import torch
+
+    _, deltas = batch(model, size, device)
+    patches = (model.preprocess.size // 16) ** 2 + 1
+    width = model.backbone.config.vision_config.hidden_size
+    tokens = torch.randn(2 * size, patches, width, generator=torch.Generator().manual_seed(1)).to(device)
+    to_release, cast = switch(model, device), autocast(device)
+
+    def step(name: str):
+        to_release(name == "release")
+        with cast:
+            states, mask = model.ground(tokens.bfloat16() if device == "cuda" else tokens, deltas)
+        value = (states.float() * mask[..., None]).pow(2).mean()
+        model.zero_grad()
+        value.backward()
+        return value
+
+    return {name: (lambda name=name: step(name)) for name in ("ours", "release")}
+
+
+def autocast(device: str):
+    import contextlib
+
+    import torch
+
+    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+
+def make_steps(model, size: int, device: str) -> dict:
+    """name -> a function that makes one step and returns its loss; they share the model."""
+    import torch
 
     import train_cir
     from kernels.contrastive import l_tcc
@@ -51,18 +103,9 @@ def make_steps(model, size: int, device: str) -> dict:
 
     pictures, deltas = batch(model, size, device)
     human = torch.arange(4 * size, device=device) % (2 * size) < size
-    kinds = (BlipAttention, BlipTextSelfAttention)
-    attentions = [m for m in model.backbone.modules() if isinstance(m, kinds)]
-    ours = {m: type(m) for m in attentions}  # what train_cir.py makes of BLIP's own
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LR)
-    cast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
-
-    def padded(tokens, texts, backward=False):
-        """BlipTdm.ground without its groups."""
-        ids, mask = model.tokenize(texts, device, backward)
-        ids[:, 0] = model.first_token
-        return model.backbone.text_encoder(ids, mask, encoder_hidden_states=tokens).last_hidden_state, mask
+    to_release, cast = switch(model, device), autocast(device)
 
     @torch.no_grad()
     def tokens(of: torch.Tensor) -> torch.Tensor:
@@ -72,10 +115,7 @@ def make_steps(model, size: int, device: str) -> dict:
     kept = tokens(pictures)
 
     def step(name: str):
-        for module in attentions:
-            own = next(kind for kind in kinds if isinstance(module, kind))
-            module.__class__ = own if name == "release" else ours[module]
-        model.ground = padded if name == "release" else functools.partial(train_cir.BlipTdm.ground, model)
+        to_release(name == "release")
         if name == "release":
             tokens(pictures[human])  # for the first term of Eq. 2; the second encodes them again
         found = kept if name == "views" else tokens(pictures)
@@ -100,7 +140,7 @@ def make_steps(model, size: int, device: str) -> dict:
 
 
 def main() -> None:
-    found = measure.arguments(__doc__, batch=0, small=0, rounds=3)
+    found = measure.arguments(__doc__, batch=0, small=0, rounds=3, text=0)
     import torch
 
     import train_cir
@@ -112,7 +152,7 @@ def main() -> None:
         model = train_cir.build_cir("blip_tdm", scratch, tau=TAU).to(device).train()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     model.eval()  # no dropout
-    steps, first = make_steps(model, size, device), {}
+    steps, first = (make_text_steps if found.text else make_steps)(model, size, device), {}
     for name, step in steps.items():
         for weight, p in model.named_parameters():
             if p.requires_grad:
@@ -125,12 +165,15 @@ def main() -> None:
 
     pace = {name: [2 * size / s for s in times] for name, times in seconds.items()}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    floor = generation.peak_flops(device, dtype) / 1e12 if small == 1 else None
+    floor = generation.peak_flops(device, dtype) / 1e12 if small == 1 and not found.text else None
     shape = f"{parameters / 1e6:.0f} M parameters, {384 // small} px, B = B' = {size}"
-    rows = measure.pace_rows("CIR step without decoding: BLIP_tdm", shape, device, pace, "triplets/s", floor)
-    for name in ("ours", "views"):
+    what, unit = "CIR step without decoding: BLIP_tdm", "triplets/s"
+    if found.text:
+        what, unit = "CIR step: BLIP's text encoder", "texts/s"
+    rows = measure.pace_rows(what, shape, device, pace, unit, floor)
+    for name in list(pace)[:-1]:
         value, note = measure.ratio(pace[name], pace["release"])
-        rows.append(measure.row(f"CIR step: {name} / the release's work", shape, device, value, "x", note=note))
+        rows.append(measure.row(f"{what}: {name} / the release's work", shape, device, value, "x", note=note))
     measure.publish(rows)
     if device == "cuda":
         measure.profile("a step, pictures encoded", steps["ours"])

@@ -138,9 +138,8 @@ def gather_parts(rows, part: int):
 
 
 def all_reduce_gradients(parameters: Iterable) -> None:
-    """Sums .grad over the ranks, in place; the loss was already divided by the global count. No .grad counts as 0."""
-    if rank_size()[1] == 1:
-        return
+    """Sums .grad over the ranks, in place; the loss was already divided by the global count. No .grad becomes 0, of one
+    rank too: weight decay then does the same on any number of ranks."""
     import torch
 
     by_dtype = {}
@@ -148,7 +147,7 @@ def all_reduce_gradients(parameters: Iterable) -> None:
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-    for grads in by_dtype.values():
+    for grads in by_dtype.values() if rank_size()[1] > 1 else ():
         flat = torch.cat([grad.reshape(-1) for grad in grads])  # one message instead of hundreds of small ones
         torch.distributed.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):

@@ -39,7 +39,7 @@ class AbsorbedAttention(BlipTextSelfAttention):
 
     q (W_k x + b) is (q W_k) x + q b, and q b is alike for all patches: a softmax does not see it. The shares of the
     patches sum to one, so that their mean is taken first and W_v is applied to it. Products of a text of T tokens take
-    T / d of what keys and values take (d: width of a head, 64), in the backward pass too; of longer texts more."""
+    about T / d of what keys and values take (d: width of a head, 64), in the backward pass too: more where T > d."""
 
     def forward(self, hidden_states: Tensor, attention_mask=None, encoder_hidden_states=None, **kwargs):
         """hidden_states (B, T, D), encoder_hidden_states (B, P, E) -> (B, T, D), and no probabilities. The mask is

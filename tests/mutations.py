@@ -310,8 +310,8 @@ VARIANTS = (
     Variant(
         "padding is read as text",
         "train_cir.py",
-        "input_ids=ids, attention_mask=mask, encoder_hidden_states",
-        "input_ids=ids, attention_mask=torch.ones_like(mask), encoder_hidden_states",
+        "text = ids[rows, :length], mask[rows, :length]",
+        "text = ids[rows, :length], torch.ones_like(mask[rows, :length])",
         (f"{CIR}::test_blip_equals_its_parts_called_by_hand",),
     ),
     Variant(

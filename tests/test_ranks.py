@@ -67,6 +67,13 @@ def gather_rank(x, weights, sizes):
     }
 
 
+def test_what_has_no_gradient_has_zeros_on_one_rank_too():
+    """Weight decay touches it on several ranks, so it must on one."""
+    idle, frozen = torch.zeros(3, requires_grad=True), torch.zeros(3)
+    all_reduce_gradients([idle, frozen])
+    assert torch.equal(idle.grad, torch.zeros(3)) and frozen.grad is None
+
+
 @pytest.mark.parametrize("sizes", [(3, 3), (5, 2), (4, 0)])
 def test_gather_with_grad_equals_one_process(sizes):
     make = torch.Generator().manual_seed(0)

@@ -151,23 +151,32 @@ def test_blip_equals_its_parts_called_by_hand(zoo, first_token):
 
 
 def test_texts_of_like_length_go_together_and_come_back_in_order(zoo, monkeypatch):
-    model = train_cir.build_cir("blip_tdm", str(zoo / "blip")).eval()
-    texts = [" ".join(["a"] * (1 + 7 * i % 23)) for i in range(70)]
-    tokens = torch.randn(70, 5, model.backbone.config.vision_config.hidden_size, generator=torch.manual_seed(0))
-    lengths, encoder = [], model.backbone.text_encoder.forward
+    """States and gradients are those of all texts padded to the longest."""
+    model = train_cir.build_cir("blip_tdm", str(zoo / "blip")).eval().double()
+    texts = [" ".join(["a"] * (1 + 7 * i % 23)) for i in range(260)]
+    tokens = torch.randn(260, 5, model.backbone.config.vision_config.hidden_size, generator=torch.manual_seed(0))
+    tokens, lengths, encoder = tokens.double(), [], model.backbone.text_encoder.forward
 
     def noted(ids, *given, **named):
         lengths.append(ids.shape[1])
         return encoder(ids, *given, **named)
 
     monkeypatch.setattr(model.backbone.text_encoder, "forward", noted)
-    with torch.no_grad():
-        states, mask = model.ground(tokens, texts)
-        assert len(lengths) == 4 and sorted(set(lengths)) == lengths and lengths[3] == mask.shape[1]
-        for i, text in enumerate(texts):
-            alone, _ = model.ground(tokens[i : i + 1], [text])
-            assert mask[i].sum() == alone.shape[1]
-            torch.testing.assert_close(states[i, : alone.shape[1]], alone[0], atol=1e-5, rtol=0)
+    states, mask = model.ground(tokens, texts)
+    assert len(lengths) == 4 and sorted(set(lengths)) == lengths and lengths[3] == mask.shape[1]
+    ids, same = model.tokenize(texts, "cpu")
+    ids[:, 0] = model.first_token
+    wanted = encoder(ids, same, encoder_hidden_states=tokens).last_hidden_state
+    assert torch.equal(mask, same)
+    weights, gradients = [p for p in model.parameters() if p.requires_grad], []
+    coming = torch.randn(wanted.shape, generator=torch.manual_seed(1)).double() * mask[..., None]
+    for found in (states, wanted):
+        torch.testing.assert_close(found * mask[..., None], wanted * mask[..., None], atol=1e-12, rtol=1e-9)
+        gradients.append(torch.autograd.grad((found * coming).sum(), weights, allow_unused=True))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-8)
 
 
 def test_a_wrong_backbone_or_one_without_its_weights_is_refused(zoo, tmp_path):
