@@ -75,6 +75,7 @@ if wants figures; then
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
   step real-step 80 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
   step cir-step 50 python bench/cir_step.py --device cuda -- python bench/cir_step.py --small 6 --batch 2 --rounds 1
+  step cir-text 30 python bench/cir_step.py --device cuda --text 1 -- python bench/cir_step.py --small 6 --batch 2 --rounds 1 --text 1
   step decoders 30 python bench/decoders.py -- python bench/decoders.py --count 32
 fi
 if wants large; then
