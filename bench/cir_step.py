@@ -67,16 +67,18 @@ def make_text_steps(model, size: int, device: str) -> dict:
     """name -> a function that makes one pass of 2 B texts through the text encoder and back, and returns a number."""
     import torch
 
+    from common.encoding import Compute
+
     _, deltas = batch(model, size, device)
     patches = (model.preprocess.size // 16) ** 2 + 1
     width = model.backbone.config.vision_config.hidden_size
     tokens = torch.randn(2 * size, patches, width, generator=torch.Generator().manual_seed(1)).to(device)
-    to_release, cast = switch(model, device), autocast(device)
+    to_release, cast = switch(model, device), Compute(size, device, real_step.torch_dtype(device)).autocast()
 
     def step(name: str):
         to_release(name == "release")
         with cast:
-            states, mask = model.ground(tokens.bfloat16() if device == "cuda" else tokens, deltas)
+            states, mask = model.ground(tokens.to(real_step.torch_dtype(device)), deltas)
         value = (states.float() * mask[..., None]).pow(2).mean()
         model.zero_grad()
         value.backward()
@@ -85,19 +87,13 @@ def make_text_steps(model, size: int, device: str) -> dict:
     return {name: (lambda name=name: step(name)) for name in ("ours", "release")}
 
 
-def autocast(device: str):
-    import contextlib
-
-    import torch
-
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
-
-
 def make_steps(model, size: int, device: str) -> dict:
     """name -> a function that makes one step and returns its loss; they share the model."""
     import torch
 
     import train_cir
+    from common.encoding import Compute
+    from common.ranks import gradient_norm
     from kernels.contrastive import l_tcc
     from kernels.negatives import draw_negatives
 
@@ -105,7 +101,7 @@ def make_steps(model, size: int, device: str) -> dict:
     human = torch.arange(4 * size, device=device) % (2 * size) < size
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LR)
-    to_release, cast = switch(model, device), autocast(device)
+    to_release, cast = switch(model, device), Compute(size, device, real_step.torch_dtype(device)).autocast()
 
     @torch.no_grad()
     def tokens(of: torch.Tensor) -> torch.Tensor:
@@ -132,7 +128,7 @@ def make_steps(model, size: int, device: str) -> dict:
             loss = loss + train_cir.tdm_loss(model, target, deltas, list(range(2 * size)), negatives).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        gradient_norm(weights)
         optimizer.step()
         return loss
 
@@ -141,7 +137,6 @@ def make_steps(model, size: int, device: str) -> dict:
 
 def main() -> None:
     found = measure.arguments(__doc__, batch=0, small=0, rounds=3, text=0)
-    import torch
 
     import train_cir
 
@@ -164,8 +159,9 @@ def main() -> None:
     seconds = measure.interleave({n: lambda s=s: measure.clock(s, device) for n, s in steps.items()}, found.rounds)
 
     pace = {name: [2 * size / s for s in times] for name, times in seconds.items()}
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    floor = generation.peak_flops(device, dtype) / 1e12 if small == 1 and not found.text else None
+    floor = (
+        generation.peak_flops(device, real_step.torch_dtype(device)) / 1e12 if small == 1 and not found.text else None
+    )
     shape = f"{parameters / 1e6:.0f} M parameters, {384 // small} px, B = B' = {size}"
     what, unit = "CIR step without decoding: BLIP_tdm", "triplets/s"
     if found.text:

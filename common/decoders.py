@@ -4,7 +4,7 @@ Threads alone would not do: in Python one of them runs at a time, and sixteen th
 leave the thread that launches a GPU's work one operation in a hundred (simulated: bench/decoders.py). So each thread
 here waits for a process of its own, which gets paths and what to make of the pictures, and answers with bytes over a
 socket: that needs no /dev/shm, of which a container has 64 MiB as a rule. Such a process imports neither torch nor a
-stage, has no file of its parent but what it prints to, and ends with its parent, after the picture at hand."""
+stage, has no file of its parent but what it prints to and a lock, and ends with it, after the picture at hand."""
 
 import contextlib
 import fcntl
@@ -125,7 +125,7 @@ class _Decoder:
         """Writes the rows, or returns what was wrong with a picture."""
         try:
             _send(self.socket, pickle.dumps(asked))
-            length = _LENGTH.unpack(_receive(self.socket, _LENGTH.size))[0]
+            length = _receive_length(self.socket)
             if length < 0:
                 return pickle.loads(_receive(self.socket, -length))
             if length != rows.nbytes:
@@ -147,6 +147,10 @@ class _Decoder:
 
 def _send(to: socket.socket, message: bytes, length: int | None = None) -> None:
     to.sendall(_LENGTH.pack(len(message) if length is None else length) + message)
+
+
+def _receive_length(source: socket.socket) -> int:
+    return _LENGTH.unpack(_receive(source, _LENGTH.size))[0]
 
 
 def _receive(source: socket.socket, length: int) -> bytearray:
@@ -186,7 +190,7 @@ def main() -> None:
     stage, pixels.big_picture = socket.socket(fileno=int(sys.argv[1])), _LockOfProcesses(int(sys.argv[2]))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            asked = pickle.loads(_receive(stage, _LENGTH.unpack(_receive(stage, _LENGTH.size))[0]))
+            asked = pickle.loads(_receive(stage, _receive_length(stage)))
             try:
                 _send(stage, b"".join(pixels.open_image(*job).tobytes() for job in asked))
             except (UserError, OSError, MemoryError) as fault:
