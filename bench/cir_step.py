@@ -20,7 +20,6 @@ import measure
 import real_step
 
 BETA, TAU, LR = losses.BETA, losses.TAU, 1e-5
-AT_ONCE = 64  # pictures in one pass of the vision encoder, as in common/encoding.py
 
 
 def batch(model, size: int, device: str):
@@ -92,6 +91,7 @@ def make_steps(model, size: int, device: str) -> dict:
     import torch
 
     import train_cir
+    from common import encoding
     from common.encoding import Compute
     from common.ranks import gradient_norm
     from kernels.contrastive import l_tcc
@@ -106,7 +106,7 @@ def make_steps(model, size: int, device: str) -> dict:
     @torch.no_grad()
     def tokens(of: torch.Tensor) -> torch.Tensor:
         with cast:
-            return torch.cat([model.tokens(model.preprocess.normalise(part)) for part in of.split(AT_ONCE)])
+            return torch.cat([model.tokens(model.preprocess.normalise(part)) for part in of.split(encoding.AT_ONCE)])
 
     kept = tokens(pictures)
 

@@ -10,18 +10,15 @@ is spent in Python by threads, and slept through as well by processes, whose Pyt
 
 import functools
 import os
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import measure  # first of ours: it puts the repository on the path
 import pictures
 
 from common import decoders
 from common.augment import Augmentation, Ready
-from common.images import ImageStore, Preprocess, list_images
 
 SECONDS = 5  # of each figure
 SIDE = 384
@@ -67,16 +64,12 @@ def main() -> None:
     import numpy as np
     import torch
 
+    import train_cir as cir
+
     torch.set_num_threads(1)
     workers = found.workers or found.cores or min(16, len(os.sched_getaffinity(0)))
-    config = {"image_processor_type": "BlipImageProcessor", "size": {"height": SIDE, "width": SIDE}}
-    preprocess = Preprocess.from_config(config)
-    drawn = Augmentation(0, (0.8, 1.0), (0.9, 1.1), 0.5, 0.2, 0.1, 10.0)
-    with tempfile.TemporaryDirectory() as scratch:
-        if not found.images:
-            pictures.make_pictures(Path(scratch), found.count)
-        images = ImageStore(found.images or scratch)
-        names = list_images(found.images or scratch)
+    drawn = Augmentation(0, cir.CROP_SCALE, cir.CROP_RATIO, cir.FLIP, cir.JITTER, cir.TRANSLATE, cir.ROTATE)
+    with pictures.shelf(found.images, found.count, SIDE) as (images, names, preprocess):
         names = [names[i % len(names)] for i in range(found.count)]
         jobs = [(images, name, Ready(preprocess, drawn, (i,))) for i, name in enumerate(names)]
         rows = np.empty((found.count, SIDE, SIDE, 3), np.uint8)

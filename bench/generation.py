@@ -14,25 +14,25 @@ import measure  # first: it puts the repository on the path
 
 PARTS = (30, 4, 5)  # tokens of the prompt before, between and after the images
 QUERIES = 32  # image tokens
-SHAPES = {
-    "cpu": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8},
-    "cuda": {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
-    "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
-}
+SMALL = (512, 1376, 8, 512, 8192)  # a LLaMA for CPUs, as common.llama.Shape has it; its heads are 64 wide
 
 
 def random_llm(device: str, quantize: str = "", shape: str = ""):
     """LLaMA with random weights, made where it is used: fp32 on CPU, bf16 on a GPU; quantize as load_llm's.
 
-    shape: of SHAPES, by default the device's."""
+    shape: "7b", "13b" or "70b" of Llama 2; by default SMALL on a CPU, 13b on a GPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from common.llama import quantizer
+    from common.llama import Shape, llm_shape, quantizer
 
-    sizes, dtype = SHAPES[shape or device], torch.float32 if device == "cpu" else torch.bfloat16
-    heads = sizes["hidden_size"] // (64 if sizes is SHAPES["cpu"] else 128)
-    config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512)
+    small = not shape and device == "cpu"
+    s = Shape(*SMALL) if small else llm_shape(f"Llama-2-{shape or '13b'}")
+    wide, dtype = 64 if small else 128, torch.float32 if device == "cpu" else torch.bfloat16
+    sizes = {"vocab_size": s.vocabulary, "hidden_size": s.width, "intermediate_size": s.mlp}
+    sizes |= {"num_attention_heads": s.width // wide, "num_key_value_heads": s.kv // wide}
+    sizes |= {"num_hidden_layers": s.layers}
+    config = LlamaConfig(**sizes, max_position_embeddings=512)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         llm = LlamaForCausalLM(config).to(dtype)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import measure  # first: it puts the repository on the path
 
-SHAPES = {"7b": (4096, 11008, 32, 32), "3b": (3200, 8640, 26, 32), "tiny": (64, 96, 2, 4)}
+TINY = (64, 96, 2, 64, 32000)  # for a trial, as common.llama.Shape has it
 
 
-def write(folder: Path, width: int, mlp: int, layers: int, heads: int) -> None:
+def write(folder: Path, shape: tuple) -> None:
     """config.json, a tokenizer of 32,000 words, and model-*.safetensors in two parts."""
     import json
 
@@ -34,10 +34,10 @@ def write(folder: Path, width: int, mlp: int, layers: int, heads: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads,
-    )  # fmt: skip
+    width, mlp, layers, kv, words = shape
+    wide = min(128, width // 4)
+    sizes = {"vocab_size": words, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, num_attention_heads=width // wide, num_key_value_heads=kv // wide)
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
@@ -60,7 +60,7 @@ def load(folder: str) -> None:
     found, began = [], time.time()
     peak = measure.peak_bytes(lambda: found.append(load_llm(folder, torch.bfloat16, "cpu", "nf4"))) / 2**30
     seconds = time.time() - began
-    plan = list(memory.frozen(llm_shape(folder), "nf4", 2, 0).items())[:2]  # the LLM and its largest weight
+    plan = list(memory.frozen(llm_shape(folder), "nf4", 2, (0, 0)).items())[:2]  # the LLM and its largest weight
     planned = sum(amount for _, amount in plan) / 2**30
     held = sum(p.numel() * p.element_size() for p in found[0][0].parameters()) / 2**30
     size = f"{Path(folder).name} shape, bf16 in two shards"
@@ -73,9 +73,11 @@ def main() -> None:
     found = measure.arguments(__doc__, shape="7b", folder=tempfile.gettempdir(), load="")
     if found.load:
         return load(found.load)
+    from common.llama import llm_shape
+
     folder = Path(tempfile.mkdtemp(prefix="llama-", dir=found.folder))
     try:
-        write(folder / found.shape, *SHAPES[found.shape])
+        write(folder / found.shape, TINY if found.shape == "tiny" else llm_shape(f"Llama-2-{found.shape}"))
         subprocess.run([sys.executable, __file__, "--load", str(folder / found.shape)], check=True)
     finally:
         shutil.rmtree(folder)

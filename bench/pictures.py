@@ -8,6 +8,7 @@ torchvision, if it is installed, does the same on the same pictures with its own
 ends in bytes that the device normalises. Last, how many cores a number of GPUs keeps busy (--per_gpu images a second).
 """
 
+import contextlib
 import io
 import random
 import re
@@ -33,6 +34,19 @@ def make_pictures(folder: Path, count: int = 256) -> None:
             x, y, w, h = rng.integers(0, 400, 4).tolist()
             draw.ellipse((x, y, x + w, y + h), outline=tuple(rng.integers(0, 255, 3).tolist()), width=4)
         picture.save(folder / f"{i:03d}.jpg", quality=88)
+
+
+@contextlib.contextmanager
+def shelf(folder: str, count: int, side: int):
+    """(ImageStore, its names, a Preprocess to `side` pixels like BLIP's) of a folder; "": of `count` made-up."""
+    from common.images import ImageStore, Preprocess, list_images
+
+    config = {"image_processor_type": "BlipImageProcessor", "size": {"height": side, "width": side}}
+    config |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27] * 3}
+    with tempfile.TemporaryDirectory() as scratch:
+        if not folder:
+            make_pictures(Path(scratch), count)
+        yield ImageStore(folder or scratch), list_images(folder or scratch), Preprocess.from_config(config)
 
 
 def slept(side: int, free: float, held: float, picture):
@@ -82,31 +96,17 @@ def main() -> None:
     theirs = torchvision_transforms(found.size)  # before transformers, which would look for it too
     from PIL import Image
 
-    import train_cir
-    from common.augment import augment
-    from common.images import ImageStore, Preprocess, list_images
-    from common.ranks import seeded_rng
+    import train_cir as cir
+    from common.augment import Augmentation, Ready
 
-    strengths = [train_cir.CROP_SCALE, train_cir.CROP_RATIO, train_cir.FLIP, train_cir.JITTER]
-    strengths += [train_cir.TRANSLATE, train_cir.ROTATE]
-
-    with tempfile.TemporaryDirectory() as scratch:
-        if not found.images:
-            make_pictures(Path(scratch))
-        images = ImageStore(found.images or scratch)
-        names = list_images(found.images or scratch)
+    drawn = Augmentation(0, cir.CROP_SCALE, cir.CROP_RATIO, cir.FLIP, cir.JITTER, cir.TRANSLATE, cir.ROTATE)
+    with shelf(found.images, found.count, found.size) as (images, names, preprocess):
         random.Random(0).shuffle(names)
         names = names[: found.count]
-        config = {"image_processor_type": "BlipImageProcessor", "size": {"height": found.size, "width": found.size}}
-        config |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27] * 3}
-        preprocess = Preprocess.from_config(config)
 
         def ours(augmented: bool) -> None:
             for i, name in enumerate(names):
-                picture = images.open(name)
-                if augmented:
-                    picture = augment(picture, seeded_rng("bench", i), *strengths, found.size)
-                preprocess.crop(picture)
+                images.open(name, Ready(preprocess, drawn if augmented else None, (i,)))
 
         def torchvision(transform) -> None:
             for name in names:

@@ -81,7 +81,7 @@ def encode(
 
 # ---- training ----
 
-_AT_ONCE = 64  # images in one pass of the vision encoder: those of a step, 4 x 64 as a rule, would take 4 x the memory
+AT_ONCE = 64  # images in one pass of the vision encoder: those of a step, 4 x 64 as a rule, would take 4 x the memory
 Image = tuple[int, str]  # (stream, name), as in common.batches
 
 
@@ -179,7 +179,7 @@ class TrainingImages:
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
         with self.compute.autocast():
-            return torch.cat([self.model.tokens(self._normalised(part)) for part in pixels.split(_AT_ONCE)])
+            return torch.cat([self.model.tokens(self._normalised(part)) for part in pixels.split(AT_ONCE)])
 
     def keep_views(self, count: int, folder: str) -> None:
         """Encodes `count` augmented views of every image now; batches then draw among them. 0: nothing happens.

@@ -18,6 +18,7 @@ from common.pretrained import build_empty, read_config, read_exactly
 from common.tokenizer import read_tokenizer
 from kernels.decoding import rotate
 
+# width, width of the MLP, layers, heads for keys and values; of 128 wide heads
 LLAMA2 = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "70b": (8192, 28672, 80, 8)}
 
 

@@ -45,7 +45,7 @@ def source(tmp_path):
 
 @pytest.mark.parametrize("config", PROCESSORS)
 def test_a_steps_pictures_have_the_bits_of_one_picture_at_a_time(source, monkeypatch, config):
-    monkeypatch.setattr(encoding, "_AT_ONCE", 3)
+    monkeypatch.setattr(encoding, "AT_ONCE", 3)
     model, world = Encoder(Preprocess.from_config(config)), World(0, 1, 0, torch.device("cpu"))
     images = TrainingImages(model, [source], turned, Compute(4, workers=3))
     followed = list(images.follow(range(2, 5), lambda step: draw_batch([source], step, 4, 7, world), 7))
