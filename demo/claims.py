@@ -317,6 +317,8 @@ class Bench(dict):
         self.attributes = read_json(f"{demo}/world/attributes.json")
         self.folder = f"{OUT}/{os.path.basename(demo)}-{self.stands_on()}"
         self.locks: dict[str, Lock] = defaultdict(Lock)
+        usual = {flag.name: flag.default for flag in read_flags(f"{ROOT}/train_cir.py")}  # Python 3.11: not in threads
+        self.usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
 
     def stands_on(self) -> str:
         """Hash of what parts take from the demo: its world, VDG, deltas and rows, and the backbones."""
@@ -340,8 +342,7 @@ class Bench(dict):
         if not row:
             return []
         stored = read_json(f"{self['demo']}/cir/{row}/config.json")["constants"]
-        usual = {flag.name: flag.default for flag in read_flags(f"{ROOT}/train_cir.py")}
-        usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+        usual = self.usual
         changed = {n: v for n, v in stored.items() if n in usual and n not in ("OUT", "SEED") and v != usual[n]}
         return [f"--{name.lower()}={value}" for name, value in changed.items()]
 
