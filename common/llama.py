@@ -88,7 +88,9 @@ def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.d
             weight = bnb.nn.Params4bit(tensor, False, quant_type="nf4", compress_statistics=True, module=module)
             return weight.to(device)
         if leaf == "weight" and isinstance(module, bnb.nn.Linear8bitLt):
-            return bnb.nn.Int8Params(tensor, requires_grad=False, has_fp16_weights=False).to(device)
+            # Int8Params.to() would leave what lies on a GPU already as it is until its first product
+            rows, scales, _ = bnb.functional.int8_vectorwise_quant(tensor.to(torch.float16))
+            return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
         return None
 
     return convert

@@ -215,6 +215,19 @@ def test_int8_keeps_outliers_as_hugging_face_does(zoo, tmp_path):
     assert torch.equal(llm(ids).logits, reference(ids).logits)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_llm_is_small_before_its_first_product(zoo, monkeypatch, quantize):
+    """Int8Params.to() quantises what comes from a CPU alone; on a GPU weights lie there before."""
+    bnb = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bnb.nn.Int8Params, "to", lambda self, *_, **__: self)
+    llm = load_llm(str(zoo / "llama"), torch.float32, "cpu", quantize)[0]
+    linears = [m for m in llm.modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
+    assert len(linears) == 7 * llm.config.num_hidden_layers
+    assert {m.weight.dtype for m in linears} == {torch.uint8 if quantize == "nf4" else torch.int8}
+    llm(torch.tensor([[1, 5, 7]]))
+    assert {m.weight.dtype for m in linears} == {torch.uint8 if quantize == "nf4" else torch.int8}
+
+
 def test_tied_weights_that_differ_are_refused(zoo, tmp_path):
     """transformers unties them, and warns: the model would be another one than its config.json says."""
     folder = copy(zoo, "--llm", tmp_path)
