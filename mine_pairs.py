@@ -213,7 +213,7 @@ class Encoder(nn.Module):
 @torch.inference_mode()
 def embed(encoder: Encoder, images: ImageStore, names: list[str], device, pictures: Tensor) -> np.ndarray:
     """Bytes (B, S, S, 3) of names -> L2-normalised fp32 (B, D); UserError names a picture without a usable one."""
-    pixels = encoder.preprocess.normalise(pictures.to(device))  # (B, 3, S, S)
+    pixels = encoder.preprocess.normalise(pictures.to(device, non_blocking=True))  # (B, 3, S, S)
     features = encoder(pixels.to(next(encoder.parameters()).dtype)).double()
     lengths = torch.linalg.vector_norm(features, dim=1)
     for name, length in zip(names, lengths.tolist(), strict=True):

@@ -33,7 +33,7 @@ from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from common.towers import build_towers, text_proj_apart
-from common.vision import absorb_attention, fuse_attention, in_compute_dtype
+from common.vision import absorb_attention, fuse_attention, in_compute_dtype, in_eights
 from kernels.contrastive import l_tcc_ranks
 from kernels.max_similarity import l_tcc_max_ranks
 from kernels.negatives import draw_candidates, draw_negatives
@@ -204,10 +204,13 @@ class BlipTdm(CirModel):
         lengths, groups, parts = mask.sum(1), max(1, min(4, len(texts) // least)), []
         order = lengths.argsort(stable=True)
         longest = [int(lengths[rows[-1]]) for rows in order.chunk(groups)]
-        ids, mask, order = (part.to(tokens.device) for part in (ids, mask, order))
+        ids, mask, order = (ranks.to_device(part, tokens.device) for part in (ids, mask, order))
+        lowest = torch.finfo(torch.float32).min  # added to scores, so that nobody reads the mask back
+        hidden = lowest * (1 - mask[:, None, None].float())  # (B, 1, 1, T)
         for rows, length in zip(order.chunk(groups), longest, strict=True):
-            text = ids[rows, :length], mask[rows, :length]
-            states = self.backbone.text_encoder(*text, encoder_hidden_states=tokens[rows]).last_hidden_state
+            text, (patches, unseen) = (ids[rows, :length], hidden[rows, ..., :length]), in_eights(tokens[rows])
+            pictures = {"encoder_hidden_states": patches, "encoder_attention_mask": unseen}
+            states = self.backbone.text_encoder(*text, **pictures).last_hidden_state
             parts.append(F.pad(states, (0, 0, 0, mask.shape[1] - length)))
         return torch.cat(parts)[order.argsort()], mask
 

@@ -144,7 +144,7 @@ class VisionProjector(nn.Module):
 
     def queries_of_bytes(self, pictures: torch.Tensor) -> torch.Tensor:
         """Bytes (B, S, S, 3) on the CPU, as preprocess.crop makes them -> (B, Q, q_width)."""
-        return self.queries(self.preprocess.normalise(pictures.to(self.query_tokens.device)))
+        return self.queries(self.preprocess.normalise(pictures.to(self.query_tokens.device, non_blocking=True)))
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
         """queries (B, Q, q_width) -> tokens in the LLM's embedding space (B, Q, D), fp32 as the projection."""

@@ -72,7 +72,8 @@ def encode(
             if isinstance(pixels, Exception):
                 raise pixels
             with compute.autocast():
-                tokens, targets = model.image(model.preprocess.normalise(pixels.to(compute.device)))
+                pixels = pixels.to(compute.device, non_blocking=True)
+                tokens, targets = model.image(model.preprocess.normalise(pixels))
             yield Encoded(rows, tokens, targets)
     finally:
         for module, mode in modes:
@@ -241,5 +242,5 @@ class TrainingImages:
         for image, key in jobs:
             views = self.views[image]
             chosen.append(views[seeded_rng(seed, "view", *key).integers(len(views))])
-        tokens = torch.stack(chosen)
-        return tokens.pin_memory() if self._on_gpu else tokens
+        room = torch.empty(len(chosen), *chosen[0].shape, dtype=chosen[0].dtype, pin_memory=self._on_gpu)
+        return torch.stack(chosen, out=room)  # one copy: pinning what is stacked already would be a second

@@ -537,11 +537,11 @@ def load_bytes(
     """Pictures resized and cropped, or as the transform of each makes them -> bytes (B, S, S, 3) on the CPU.
 
     workers: processes, see decoders.fill_rows. Preprocess.normalise makes floats of them, four times as large, on the
-    device."""
+    device. Pinned where a GPU is in use: it copies them while the host goes on."""
     import torch
 
-    transforms = transforms or [preprocess.crop] * len(names)
-    rows = torch.empty(len(names), preprocess.size, preprocess.size, 3, dtype=torch.uint8)
+    transforms, shape = transforms or [preprocess.crop] * len(names), (len(names), *2 * [preprocess.size], 3)
+    rows = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
     fill_rows(rows.numpy(), [(images, *job) for job in zip(names, transforms, strict=True)], workers)
     return rows
 

@@ -213,6 +213,13 @@ def pick_dtype(dtype: str, device):
     return names[dtype]
 
 
+def to_device(x, device):
+    """x, a tensor on the CPU, on the device; a GPU copies it while the host goes on, from pinned memory."""
+    import torch
+
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
 class Log:
     """folder/log.jsonl, one whole line a record, written by rank 0.
 

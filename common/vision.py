@@ -42,19 +42,23 @@ class AbsorbedAttention(BlipTextSelfAttention):
     about T / d of what keys and values take (d: width of a head, 64), in the backward pass too: more where T > d."""
 
     def forward(self, hidden_states: Tensor, attention_mask=None, encoder_hidden_states=None, **kwargs):
-        """hidden_states (B, T, D), encoder_hidden_states (B, P, E) -> (B, T, D), and no probabilities. The mask is
-        not read: a picture has no padding."""
+        """hidden_states (B, T, D), encoder_hidden_states (B, P, E) -> (B, T, D), and no probabilities.
+
+        attention_mask: None, or (1 or B, 1, 1, P), which is added to the scores."""
         heads, d, x = self.num_attention_heads, self.attention_head_size, encoder_hidden_states
         key, value = (layer.weight.unflatten(0, (heads, d)) for layer in (self.key, self.value))  # (H, d, E)
         query = self.query(hidden_states).unflatten(-1, (heads, d))  # (B, T, H, d)
-        asked = torch.einsum("bthd,hde->bhte", query, key).flatten(1, 2)  # (B, H T, E)
-        shares = self.dropout((asked @ x.mT / math.sqrt(d)).softmax(-1))  # (B, H T, P)
-        seen = (shares @ x).unflatten(1, (heads, -1))  # (B, H, T, E)
-        bias = self.value.bias.view(heads, 1, d)
+        asked = torch.einsum("bthd,hde->bthe", query, key).flatten(1, 2)  # (B, T H, E)
+        mask = x.new_zeros(1) if attention_mask is None else attention_mask[:, 0].to(x.dtype)
+        scores = torch.baddbmm(mask, asked, x.mT, alpha=1 / math.sqrt(d))  # (B, T H, P)
+        # in their own dtype, which autocast respects: it would write them in fp32, and sums are fp32 either way
+        shares = self.dropout(scores.softmax(-1, dtype=scores.dtype))
+        seen = (shares @ x).unflatten(1, (-1, heads))  # (B, T, H, E)
+        found = torch.einsum("bthe,hde->bthd", seen, value)
+        bias = self.value.bias.view(heads, d)
         if self.training and self.dropout.p:
-            bias = bias * shares.sum(-1).unflatten(1, (heads, -1))[..., None]  # what dropout leaves of one
-        found = torch.einsum("bhte,hde->bhtd", seen, value) + bias
-        return found.transpose(1, 2).flatten(2), None
+            bias = bias * shares.sum(-1).unflatten(1, (-1, heads))[..., None]  # what dropout leaves of one
+        return (found + bias.to(found.dtype)).flatten(2), None
 
 
 def absorb_attention(text: nn.Module) -> None:
@@ -64,6 +68,17 @@ def absorb_attention(text: nn.Module) -> None:
         raise RuntimeError(f"{type(text).__name__} has no cross-attention: another version of transformers?")
     for module in found:
         module.self.__class__ = AbsorbedAttention
+
+
+def in_eights(patches: Tensor) -> tuple[Tensor, Tensor | None]:
+    """patches (B, P, E) -> the same with zeros up to a multiple of 8 patches, and the mask (1, 1, 1, P') that hides
+    these: rows of 577 bf16 scores lie at no multiple of 16 bytes, which tensor cores want."""
+    more = -patches.shape[1] % 8
+    if not more:
+        return patches, None
+    mask = patches.new_zeros(1, 1, 1, patches.shape[1] + more)
+    mask[..., patches.shape[1] :] = -torch.inf
+    return F.pad(patches, (0, 0, 0, more)), mask
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:

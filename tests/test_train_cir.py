@@ -150,6 +150,16 @@ def test_blip_equals_its_parts_called_by_hand(zoo, first_token):
             torch.testing.assert_close(matched[i], hf.itm_head(states[0]).mean(0), atol=1e-6, rtol=0)
 
 
+def test_no_text_waits_for_the_device(zoo):
+    """On the meta device nothing can be read back: what would wait for a GPU raises."""
+    model = train_cir.build_cir("blip_tdm", str(zoo / "blip")).to("meta")
+    texts = [" ".join(["a"] * (1 + 7 * i % 23)) for i in range(130)]
+    tokens = torch.empty(130, 5, model.backbone.config.vision_config.hidden_size, device="meta")
+    assert model.target(tokens).shape == model.compose(tokens, texts).shape
+    states, mask = model.ground(tokens, texts)
+    assert states.shape[:2] == mask.shape and model.match(tokens, texts).shape == (130, 2)
+
+
 def test_texts_of_like_length_go_together_and_come_back_in_order(zoo, monkeypatch):
     """States and gradients are those of all texts padded to the longest."""
     model = train_cir.build_cir("blip_tdm", str(zoo / "blip")).eval().double()

@@ -8,7 +8,14 @@ import transformers
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
-from common.vision import AbsorbedAttention, FusedAttention, absorb_attention, fuse_attention, in_compute_dtype
+from common.vision import (
+    AbsorbedAttention,
+    FusedAttention,
+    absorb_attention,
+    fuse_attention,
+    in_compute_dtype,
+    in_eights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +101,37 @@ def test_absorbed_attention_in_bf16_is_as_near_as_transformers():
     assert errors[0] < 1.25 * errors[1] < 0.1, errors
 
 
-def test_absorbed_attention_drops_the_shares_that_transformers_drops():
-    """The same seed draws the same mask; the value's bias loses what its shares lose."""
+class Dropped(torch.nn.Dropout):
+    """A dropout that keeps the shares it is given."""
+
+    def __init__(self, kept: torch.Tensor):
+        super().__init__(0.5)
+        self.kept = kept
+
+    def forward(self, shares: torch.Tensor) -> torch.Tensor:
+        return shares * self.kept / (1 - self.p)
+
+
+def test_absorbed_attention_loses_what_transformers_loses_with_the_same_shares_dropped():
+    """The value's bias too loses what its shares lose."""
     states, pictures = torch.randn(5, 3, 64).double(), torch.randn(5, 9, 48).double()
-    found = []
-    for model in text_encoders(dropout=0.5):
+    kept, found = (torch.rand(5, 4, 3, 9) > 0.5).double(), []  # (B, H, T, P)
+    for model, mask in zip(text_encoders(dropout=0.5), (kept, kept.transpose(1, 2).flatten(1, 2)), strict=True):
         layer = model.encoder.layer[0].crossattention.self.double().train()
-        torch.manual_seed(7)
+        layer.dropout = Dropped(mask)
         found.append(layer(states, encoder_hidden_states=pictures)[0])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("patches", [1, 8, 9, 21])
+def test_patches_in_eights_hide_what_they_add(patches):
+    ids, pictures = torch.randint(1, 50, (5, 7)), 3 * torch.randn(5, patches, 48).double()
+    eager, absorbed = (model.double() for model in text_encoders())
+    padded, mask = in_eights(pictures)
+    assert padded.shape == (5, -(-patches // 8) * 8, 48) and (mask is None) == (patches == 8)
+    truth = eager(ids, encoder_hidden_states=pictures).last_hidden_state
+    states = absorbed(ids, encoder_hidden_states=padded, encoder_attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(states, truth, rtol=1e-9, atol=1e-9)
 
 
 def test_every_cross_attention_is_absorbed_and_nothing_else_changes():
