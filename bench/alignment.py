@@ -43,12 +43,14 @@ def losses_of(llm, projection, device: str) -> dict:
     embed = llm.get_input_embeddings()
 
     def packed(queries, captions):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in our stages
         images = projection(queries).to(embed.weight)
         batch = vdg_align.pack(embed, [[before, image, after] for image in images], captions)
         return vdg_align.caption_loss(llm, batch, sum(map(len, captions)))
 
     def padded(queries, captions):
         """Rows padded to the longest, labels -100 elsewhere, the library's loss over all positions."""
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as installed
         first, last = (embed(torch.tensor(ids, device=device)) for ids in (before, after))
         rows, labels = [], []
         for image, caption in zip(projection(queries).to(embed.weight), captions, strict=True):

@@ -40,6 +40,7 @@ def switch(model, device: str):
     """A function that gives the model the release's attention and padding (True), or train_cir.py's own."""
     import functools
 
+    import torch
     from transformers.models.blip.modeling_blip import BlipAttention
     from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
@@ -55,6 +56,7 @@ def switch(model, device: str):
         return model.backbone.text_encoder(ids, mask, encoder_hidden_states=tokens).last_hidden_state, mask
 
     def to(release: bool) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(release)  # off in our stages, on as installed
         for module, kind in ours.items():
             module.__class__ = next(own for own in kinds if issubclass(kind, own)) if release else kind
         model.ground = padded if release else functools.partial(train_cir.BlipTdm.ground, model)

@@ -20,7 +20,7 @@ import pictures
 from common import decoders
 from common.augment import Augmentation, Ready
 
-SECONDS = 5  # of each figure
+SECONDS = 3  # of each figure
 SIDE = 384
 
 

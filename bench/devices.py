@@ -62,7 +62,7 @@ def commands(device: str, out: Path) -> list[dict[str, str]]:
         rounds[2]["texts-no-graph"] = f"{vdg} --dtype fp32 --graph false"
         rounds[2]["texts-bf16"] = f"{vdg} --dtype bf16"
         rounds[2]["texts-bf16-no-graph"] = f"{vdg} --dtype bf16 --graph false"
-    end = f" --device {device} --seed 0 --out {out}"
+    end = f" --device {device} --workers 2 --seed 0 --out {out}"  # many run side by side
     return [{name: f"{words}{end}/{name}" for name, words in some.items()} for some in rounds]
 
 

@@ -3,7 +3,8 @@
 # bare image, in fourteen minutes at most: that is what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles
-#                                              # and, not by default: large (120 s more), quantized (200 s), demo (330 s)
+#                                              # and, not by default: large (120 s more), quantized (200 s),
+#                                              # decoders (60 s; no GPU is wanted), demo (330 s)
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
 # Each step has its own time limit and its own log; one that hangs or fails costs nobody else anything. What is right
 # comes first, then what was changed and never timed. The last lines are a summary; the status is 1 if a step failed.
@@ -65,6 +66,11 @@ wants kernels && step mining-check 35 python bench/mining.py --device cuda --che
 wants tiles && step whole-mining 30 python $SWEEP mining --out "$OUT/whole-mining.csv" \
   -- $INTERPRET $SWEEP mining $SMALL --out "$OUT/whole-mining.csv"
 if wants figures; then
+  step real-step 80 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
+  step real-views 45 python bench/real_step.py --device cuda --batch 64 --steps 6 --views 2 \
+    -- python bench/real_step.py --small 6 --steps 3 --views 2
+  step cir-step 50 python bench/cir_step.py --device cuda -- python bench/cir_step.py --small 6 --batch 2 --rounds 1
+  step cir-text 30 python bench/cir_step.py --device cuda --text 1 -- python bench/cir_step.py --small 6 --batch 2 --rounds 1 --text 1
   step mining 40 python bench/mining.py --device cuda -- $INTERPRET bench/mining.py --rehearse 1 --n 150 --d 64 --repeats 1
   step loss 45 python bench/loss.py --device cuda -- python bench/loss.py --rehearse 1 --b 600 --d 300 --repeats 1
   step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
@@ -73,11 +79,8 @@ if wants figures; then
   step tuning 75 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
-  step real-step 80 python bench/real_step.py --device cuda --batch 64 --steps 10 -- python bench/real_step.py --small 6 --steps 3
-  step cir-step 50 python bench/cir_step.py --device cuda -- python bench/cir_step.py --small 6 --batch 2 --rounds 1
-  step cir-text 30 python bench/cir_step.py --device cuda --text 1 -- python bench/cir_step.py --small 6 --batch 2 --rounds 1 --text 1
-  step decoders 30 python bench/decoders.py -- python bench/decoders.py --count 32
 fi
+wants decoders && step decoders 60 python bench/decoders.py --count 96 -- python bench/decoders.py --count 32
 if wants large; then
   step mining-cc3m 120 python bench/mining.py --device cuda --n 595375 --repeats 1 \
     -- $INTERPRET bench/mining.py --rehearse 1 --n 300 --d 64 --repeats 1

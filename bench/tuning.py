@@ -59,6 +59,7 @@ def contestant(name: str, batch: int, steps: int, device: str, quantize: str, sh
     import torch
     from torch import nn
 
+    torch.backends.cuda.enable_cudnn_sdp(name == "peft")  # off in our stages, on as installed
     llm = generation.random_llm(device, quantize, shape)
     ids = generation.problem(llm, 1, "cpu")[0]
     projection = new_projection(llm, device)

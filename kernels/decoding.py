@@ -11,8 +11,9 @@ from torch import Tensor
 from kernels.similarity_topk import INTERPRET
 
 # Rows of a program of the rotation, or places that a program of the attention reads together; warps. [ours] the fastest
-# of bench/sweep.py on an H200, but for "shared" (several heads of queries to one of keys), not measured.
-TILES = {"rotate": (8, 1), "one token": (16, 1), "one token, shared": (16, 4)}
+# of bench/sweep.py on an H200, but for "shared" (several heads of queries to one of keys), not measured: with 4 warps
+# eight heads of 128 would spill registers.
+TILES = {"rotate": (8, 1), "one token": (16, 1), "one token, shared": (16, 8)}
 
 
 @triton.jit

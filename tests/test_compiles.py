@@ -25,7 +25,7 @@ KERNELS = [
     (decoding._one_token_kernel, {"q": HALF, "keys": HALF, "values": HALF, "out": HALF, "last": "*i64"},
      {"GROUP": 1, "WIDTH": 128, "PLACES": 16}),
     (decoding._one_token_kernel, {"q": HALF, "keys": HALF, "values": HALF, "out": HALF, "last": "*i64"},
-     {"GROUP": 4, "WIDTH": 64, "PLACES": 16}),
+     {"GROUP": 8, "WIDTH": 128, "PLACES": 16}),
     (similarity_topk._propose_kernel, {"queries": HALF, "gallery": HALF, "exclude": "*i64"},
      {"WIDTH": 32, "LANES": 32, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "UPCAST": False}),
     (similarity_topk._exact_kernel, {"rows": "*i64", "columns": "*i64", "leaves": "*i32", "scores": "*fp64"},
