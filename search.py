@@ -199,7 +199,7 @@ def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[d
     save_folder(folder / "start", {"model.safetensors": start}, {"config.json": config})
     constants, flags = site.engine.settings["constants"], site.flags
     given = {name: constants[name] for name in _KEPT.split() if name in constants}
-    given |= {"BACKBONE": backbone, "START": folder / "start", "OUT": folder}
+    given |= {"BACKBONE": backbone, "START_FROM": folder / "start", "OUT": folder}
     given |= {"DATASET": "jsonl", "ROOT": folder / "train.jsonl"}
     images = site.engine.gallery.folder
     uploads = {path.name for path in (site.out / "uploads").glob("*")}

@@ -41,8 +41,8 @@ from kernels.reversed import reversed_combiner, reversed_sum
 
 # ---- model ----
 MODEL = "blip_tdm"  # "blip_tdm" [S3.3]; "qformer" (BLIP-2, as SPRC); on CLIP, BLIP, SigLIP: "combiner", "sum" [Bi]
-BACKBONE = ""  # folder or hub id; empty: START's, or openai/clip-vit-large-patch14, Salesforce/blip-itm-large-coco
-START = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
+BACKBONE = ""  # folder or hub id; empty: START_FROM's, or openai/clip-vit-large-patch14, Salesforce/blip-itm-large-coco
+START_FROM = ""  # checkpoint of train_cir.py to start from: stage II (combiner) from stage I (sum) [Bi]
 TEXT_LENGTH = 0  # tokens of a delta, special ones included; 0 = as many as the backbone has positions (release: 32)
 FIRST_TOKEN = "enc"  # blip_tdm: "enc" as BLIP was trained, "cls" as Hugging Face feeds and the release does
 TRAIN_TEXT = True  # the text encoder [S3.3]; false: only what is behind it (CLIP4Cir's stage II)
@@ -408,7 +408,7 @@ def complete_data(sources: list[Source], validation: Validation, size: int, work
 
 def model_settings() -> dict:
     """The arguments of build_cir that stand in config.json."""
-    build = {"model": MODEL} | cir_model.places_of(BACKBONE, START, _HUB.get(MODEL, ""))
+    build = {"model": MODEL} | cir_model.places_of(BACKBONE, START_FROM, _HUB.get(MODEL, ""))
     build |= {"text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
     build["directions"] = bool(BIDIRECTIONAL) and REVERSED_TEXT == "token"
     build |= {"pad": PAD} if PAD else {}

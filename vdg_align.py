@@ -57,7 +57,7 @@ BETAS = (0.9, 0.99)  # decay of AdamW's two moments [S4.1]
 WEIGHT_DECAY = 0.05  # weight decay of AdamW [S4.1]
 CLIP = 1.0  # largest gradient norm, 0 = no clipping [ours: the paper is silent]
 CHECKPOINT = False  # keep each layer's input alone for the backward pass: less memory, a third more work [ours]
-START = 0.1  # size of an image token at the start, in word embeddings; PyTorch's default start drowns the words [ours]
+START_SIZE = 0.1  # size of an image token at the start, in word embeddings; PyTorch's start drowns the words [ours]
 
 # ---- run ----
 OUT = "out/align"  # folder of the checkpoint and the log
@@ -300,7 +300,7 @@ def pace(began: float, steps: int, left: int, per_step: int, tokens: int, world:
 # ---- this run: what main() calls, and main() alone, may read the constants ----
 def check_flags() -> None:
     at_least(globals(), EPOCHS=1, BATCH=1, ENCODE_BATCH=1, ACCUMULATE=1, SAVE_EVERY=1, WORKERS=0)
-    at_least(globals(), LR=0, CLIP=0, WEIGHT_DECAY=0, START=0, BETAS=0)
+    at_least(globals(), LR=0, CLIP=0, WEIGHT_DECAY=0, START_SIZE=0, BETAS=0)
     within(globals(), WARMUP=(0, 1), FLOOR=(0, 1))
     below(globals(), BETAS=1)
 
@@ -337,7 +337,7 @@ def load_models(dtype: torch.dtype, world: World) -> tuple[nn.Module, object, Vi
     """-> LLM and its tokenizer, vision side; all frozen but the projection, which stands at its start."""
     llm, tokenizer = load_llm(LLM, dtype, world.device, QUANTIZE)
     vision = VisionProjector(VISION, llm.config.hidden_size, world.device, dtype)
-    start_quietly(vision.projection, START * llm.get_input_embeddings().weight.float().std().item(), SEED)
+    start_quietly(vision.projection, START_SIZE * llm.get_input_embeddings().weight.float().std().item(), SEED)
     share_start(list(vision.projection.parameters()), world)
     return llm, tokenizer, vision
 

@@ -143,12 +143,12 @@ def find_again(config: dict, checkpoint: str, backbone: str) -> dict:
     build, beside = config["build"], config.get("near", {})
     found = {"backbone": locate(build["backbone"], checkpoint, "--backbone", backbone, beside.get("backbone", ""))}
     if build.get("start"):
-        found["start"] = locate(build["start"], checkpoint, "--start", beside=beside.get("start", ""))
+        found["start"] = locate(build["start"], checkpoint, "--start_from", beside=beside.get("start", ""))
     return build | found
 
 
 def places_of(backbone: str, start: str, usual: str) -> dict[str, str]:
-    """For build_cir: --backbone, else what the checkpoint of --start stands on, else the usual one; and --start."""
+    """For build_cir: --backbone, else what START_FROM stands on, else the usual one; and START_FROM."""
     if backbone:
         model_kind(backbone, "--backbone")  # UserError before any picture is looked at
     found = find_again(read_settings(start), start, backbone)["backbone"] if start else located(backbone)
@@ -217,13 +217,13 @@ def start_from(model: CirModel, checkpoint: str) -> None:
     config = read_settings(checkpoint)
     build, beside = config["build"], config.get("near", {})
     if build.get("start"):
-        start_from(model, locate(build["start"], checkpoint, "--start", beside=beside.get("start", "")))
+        start_from(model, locate(build["start"], checkpoint, "--start_from", beside=beside.get("start", "")))
     tensors = load_tensors(checkpoint, "model.safetensors")
     if not stands_on(model, config, tensors):
         remedy = "leave --backbone out, or name the one it was trained on, and --pad as there"
-        raise UserError(f"--start {checkpoint} stands on other frozen weights than {model.source} holds: {remedy}")
+        raise UserError(f"--start_from {checkpoint} stands on other frozen weights than {model.source} holds: {remedy}")
     own = {name: p for name, p in model.named_parameters() if name in tensors}
-    copy_weights(own, tensors, f"--start {checkpoint} (both with --bidirectional, or both without)")
+    copy_weights(own, tensors, f"--start_from {checkpoint} (both with --bidirectional, or both without)")
 
 
 def stands_on(model: CirModel, config: dict, held: Container[str] | None = None) -> bool:

@@ -72,7 +72,7 @@ _TWICE = "--images {world}/aux --subgroups {twice} "
 _FAR = "--images {elsewhere}/aux --subgroups {subgroups} "
 _BOTH = "--pseudo_images {world}/aux" + os.pathsep + "{world}/cirr/img_raw"
 _FAR_IMAGES = "--pseudo_images {elsewhere}/aux"
-_STAGE2 = "--model combiner --train_text false --start "  # the Combiner behind stage I's text encoder, as in [Bi]
+_STAGE2 = "--model combiner --train_text false --start_from "  # the Combiner behind stage I's text encoder, as in [Bi]
 _VDG_BACK = "--bidirectional 0.5 --reversed_text delta --same_deltas false --same_pairs {back-train}/pseudo.jsonl"
 PARTS = {
     # pseudo triplets of another kind

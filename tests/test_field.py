@@ -424,8 +424,8 @@ def test_a_checkpoint_pads_as_it_was_trained(zoo, tmp_path, monkeypatch, capsys)
     with pytest.raises(UserError, match="was edited"):
         train_cir.load_cir(str(folder))
     (folder / "config.json").write_bytes(before)
-    with pytest.raises(UserError, match="--start .* and --pad as there"):
-        trained(monkeypatch, tmp_path, zoo, "--model", "combiner", "--start", folder, out="two")
+    with pytest.raises(UserError, match="--start_from .* and --pad as there"):
+        trained(monkeypatch, tmp_path, zoo, "--model", "combiner", "--start_from", folder, out="two")
     with pytest.raises(UserError, match="--pad 0.5: wanted a ratio"):
         trained(monkeypatch, tmp_path, zoo, *flags[:4], "--pad", 0.5, out="two")
 
@@ -481,7 +481,7 @@ def test_bi_directional_training_on_blip(model, zoo, tmp_path, monkeypatch):
     flags = ["--backbone", zoo / "blip", "--bidirectional", 0.1]
     folder = trained(monkeypatch, tmp_path, zoo, "--model", "sum", "--text_proj_lr", 100, *flags)
     if model == "combiner":
-        more = ["--model", "combiner", "--start", folder, "--train_text", "false", "--bidirectional", 0.1]
+        more = ["--model", "combiner", "--start_from", folder, "--train_text", "false", "--bidirectional", 0.1]
         folder = trained(monkeypatch, tmp_path, zoo, *more, out="two")
     found = train_cir.load_cir(str(folder))
     plain = train_cir.build_cir("sum", str(zoo / "blip"))

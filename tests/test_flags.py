@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.console import UserError
-from common.flags import constants_of, early_help, override
+from common.flags import constants_of, early_help, override, read_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,3 +210,19 @@ def test_torchrun_gets_the_reason(script, tmp_path):
     done = call(script, "--split", "mistake", env_more={"TORCHELASTIC_ERROR_FILE": str(reason)})
     assert done.returncode == 1 and done.stderr == "error: found \ufffd[31mred, wanted blue\n"
     assert "wanted blue" in reason.read_text()
+
+
+STAGES = ("vdg_align.py", "vdg_tune.py", "mine_pairs.py", "gen_deltas.py", "train_cir.py", "eval_cir.py")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_torchrun_leaves_every_flag_to_the_stage(stage):
+    """torchrun takes the beginning of one of its own options for that option, behind the script's name too."""
+    from torch.distributed.run import get_args_parser
+
+    flags = [f"--{flag.name.lower()}" for flag in read_flags(ROOT / stage)]
+    assert len(flags) > 10
+    for flag in flags:
+        for words in ([flag, "x"], [f"{flag}=x"]):
+            found = get_args_parser().parse_args(["--nproc_per_node", "2", stage, *words])
+            assert (found.training_script, found.training_script_args) == (stage, words)

@@ -224,7 +224,9 @@ def test_a_query_over_a_folder(blip2, zoo, tmp_path, monkeypatch, capsys):
 def test_resume_and_stage_two_start_from_it(blip2, zoo, tmp_path, monkeypatch):
     flags = ["--model", "qformer", "--backbone", blip2]
     one = trained(monkeypatch, tmp_path, zoo, *flags)
-    two = trained(monkeypatch, tmp_path, zoo, "--model", "qformer", "--start", one, "--train_text", "false", out="two")
+    two = trained(
+        monkeypatch, tmp_path, zoo, "--model", "qformer", "--start_from", one, "--train_text", "false", out="two"
+    )
     first, second = (cir_model.get_trained(train_cir.load_cir(str(folder))) for folder in (one, two))
     assert set(second) == {"backbone.text_projection.weight", "backbone.text_projection.bias"} < set(first)
     loaded = train_cir.load_cir(str(two))

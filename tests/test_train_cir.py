@@ -550,7 +550,9 @@ def test_a_start_brings_its_own_backbone_and_all_before_it(world, zoo, tmp_path,
     how = {"steps": 2, "pseudo": ""}
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     train(arguments(world, zoo, one, "sum", backbone=tmp_path / "clip", **how))
-    with pytest.raises(UserError, match="--start .*one stands on other frozen weights than .*clip holds: leave --back"):
+    with pytest.raises(
+        UserError, match="--start_from .*one stands on other frozen weights than .*clip holds: leave --back"
+    ):
         train(arguments(world, zoo, tmp_path / "x", "combiner", start=one, **how))
     monkeypatch.setitem(train_cir._HUB, "combiner", str(zoo / "clip"))  # what it took instead
     train(arguments(world, zoo, two, "combiner", backbone="", start=one, train_text=False, **how))

@@ -41,7 +41,7 @@ def flags(zoo, tmp_path_factory) -> list[str]:
     chat(folder, 8)
     models = ["--vision", str(zoo / "instructblip"), "--llm", str(zoo / "llama")]
     files = ["--chat", str(folder / "chat.json"), "--images", str(folder / "images")]
-    how = ["--batch", "8", "--start", "1.0", "--workers", "0"]
+    how = ["--batch", "8", "--start_size", "1.0", "--workers", "0"]
     stage("vdg_align", *models, *files, *how, "--out", str(folder / "aligned"))
     names = draw(folder / "images", 9, seed=1)
     triplets = [
