@@ -310,8 +310,8 @@ VARIANTS = (
     Variant(
         "padding is read as text",
         "train_cir.py",
-        "text = ids[rows, :length], mask[rows, :length]",
-        "text = ids[rows, :length], torch.ones_like(mask[rows, :length])",
+        "hidden[rows, ..., :length]",
+        "0 * hidden[rows, ..., :length]",
         (f"{CIR}::test_blip_equals_its_parts_called_by_hand",),
     ),
     Variant(

@@ -530,7 +530,7 @@ def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
     """The Combiner behind stage I's text encoder, frozen; the checkpoint finds it again."""
     how = {"steps": 2, "bidirectional": 0.5, "pseudo": ""}
     train(arguments(world, zoo, tmp_path / "one", "sum", **how))
-    train(arguments(world, zoo, tmp_path / "two", "combiner", start=tmp_path / "one", train_text=False, **how))
+    train(arguments(world, zoo, tmp_path / "two", "combiner", start_from=tmp_path / "one", train_text=False, **how))
     saved, first = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert all(name.startswith("combiner.") or "directions" in name for name in saved)
     model = train_cir.load_cir(str(tmp_path / "two"))
@@ -538,7 +538,7 @@ def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
     assert all(torch.equal(state[name], first[name]) for name in first if "directions" not in name)
     assert all(torch.equal(state[name], saved[name]) for name in saved)
     with pytest.raises(UserError, match="do not fit"):  # stage I had directions, this has none
-        train(arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "one", pseudo="", steps=1))
+        train(arguments(world, zoo, tmp_path / "x", "combiner", start_from=tmp_path / "one", pseudo="", steps=1))
 
 
 def test_a_start_brings_its_own_backbone_and_all_before_it(world, zoo, tmp_path, monkeypatch):
@@ -553,15 +553,15 @@ def test_a_start_brings_its_own_backbone_and_all_before_it(world, zoo, tmp_path,
     with pytest.raises(
         UserError, match="--start_from .*one stands on other frozen weights than .*clip holds: leave --back"
     ):
-        train(arguments(world, zoo, tmp_path / "x", "combiner", start=one, **how))
+        train(arguments(world, zoo, tmp_path / "x", "combiner", start_from=one, **how))
     monkeypatch.setitem(train_cir._HUB, "combiner", str(zoo / "clip"))  # what it took instead
-    train(arguments(world, zoo, two, "combiner", backbone="", start=one, train_text=False, **how))
+    train(arguments(world, zoo, two, "combiner", backbone="", start_from=one, train_text=False, **how))
     assert json.loads((two / "config.json").read_text())["build"]["backbone"] == str(tmp_path / "clip")
-    train(arguments(world, zoo, three, "combiner", backbone="", start=two, train_text=False, **how))
+    train(arguments(world, zoo, three, "combiner", backbone="", start_from=two, train_text=False, **how))
     state, text = train_cir.load_cir(str(three)).state_dict(), load_file(one / "model.safetensors")
     assert all(torch.equal(state[name], text[name]) for name in text)  # stage I's, though stage II holds none of it
     with pytest.raises(UserError, match="nowhere/config.json not found; wanted a finished checkpoint"):
-        train([*arguments(world, zoo, tmp_path / "x", "combiner", start=tmp_path / "nowhere"), "--check"])
+        train([*arguments(world, zoo, tmp_path / "x", "combiner", start_from=tmp_path / "nowhere"), "--check"])
 
 
 def test_reversed_training_teaches_reversed_queries(world, zoo, tmp_path):
