@@ -39,7 +39,6 @@ from common.annotations import (
     read_benchmarks,
     read_own,
     require_official,
-    without_unreadable,
 )
 from common.audit import Audited, audit, audit_tables, ways_alone
 from common.cir_model import find_again, one_vector, read_settings, trained_on
@@ -493,8 +492,6 @@ def read_asked() -> list[Benchmark]:
         benchmarks = read_icir(ROOT, IMAGES or None, OFFICIAL)
     elif DATASET == "jsonl":
         benchmarks = [read_own(ROOT, IMAGES or None, GALLERY, HOLD_OUT, "held", KEYS, POOL)]
-        if not CHECK:  # which names all that is wrong
-            benchmarks = [without_unreadable(benchmarks[0], f"{OUT}/unreadable.txt", WORKERS)[0]]
     else:
         benchmarks = read_benchmarks(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, gallery_protocol(), JOIN)
     complaint = check_benchmarks(benchmarks, MISSING, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt") if CHECK else ""
@@ -526,7 +523,7 @@ def main() -> None:
         return check_models()
     if SCORE:
         return score(benchmarks[0], SCORE, protocol_text())
-    benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")
+    benchmarks, note = all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt", WORKERS)
     chosen = ""
     if QUERIES:
         benchmarks, chosen = select_queries(benchmarks, QUERIES)

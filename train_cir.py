@@ -399,7 +399,7 @@ def read_sources() -> list[Source]:
 
 def complete_data(sources: list[Source], validation: Validation, size: int, workers: int) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
-    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT)
+    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT, workers)
     sources = batches.complete_sources(sources, BATCH, size, OUT, workers, BANK)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)

@@ -33,6 +33,7 @@ from common.triplets import (
 
 SERVER_LIMIT = 5 * 10**6  # bytes of one upload to CIRR's server
 FASHIONIQ_CATEGORIES = ("dress", "shirt", "toptee")
+OWN_MISSING = 0.1  # share of one's own pictures that may be broken
 # (queries, gallery images); FashionIQ "original" and CIRR "split", the other protocol's name as the last key
 OFFICIAL = {
     ("cirr", "train"): (28225, 16939),
@@ -320,10 +321,14 @@ def read_benchmarks(
         gallery = tuple(name for name in benchmarks[0].gallery if name in references)
         benchmarks = [replace(benchmarks[0], gallery=gallery)]
     for benchmark in benchmarks:
-        if silent := [query.id for query in benchmark.queries if not query.delta.strip()]:
-            first = f"{len(silent):,} queries have no text, first {shown(silent[0])}"
-            say(f"{benchmark.title}: {first}; they are asked by their image alone")
+        say_silent(benchmark)
     return benchmarks
+
+
+def say_silent(benchmark: Benchmark) -> None:
+    if silent := [query.id for query in benchmark.queries if not query.delta.strip()]:
+        first = f"{len(silent):,} queries have no text, first {shown(silent[0])}"
+        say(f"{benchmark.title}: {first}; they are asked by their image alone")
 
 
 def require_official(benchmark: Benchmark, protocol: str) -> None:
@@ -375,7 +380,7 @@ def training_triplets(
         categories = FASHIONIQ_CATEGORIES if category == "all" else (category,)
         benchmarks = [read_fashioniq(root, split, name, images) for name in categories]
     elif dataset == "jsonl":
-        triplets = read_triplets(root, keys, pool)
+        triplets = without_selves(read_triplets(root, keys, pool), root)
         trained, held = held_out(triplets, hold_out)
         if held:
             more = len(triplets) - len(trained) - len(held)
@@ -393,6 +398,18 @@ def training_triplets(
 
 
 # ---- one's own triplets as a benchmark ----
+def without_selves(triplets: list[Triplet], path: str) -> list[Triplet]:
+    """Those that lead from a picture to another one; says how many do not, UserError where none does."""
+    kept = [t for t in triplets if t.target != t.reference]
+    if len(kept) < len(triplets):
+        first = next(t.id for t in triplets if t.target == t.reference)
+        what = f"{len(triplets) - len(kept):,} of {len(triplets):,} triplets lead from a picture to itself, first id"
+        if not kept:
+            raise UserError(f"{path}: {what} {shown(first)}; wanted a target that is another picture")
+        say(f"{path}: {what} {shown(first)}: left out")
+    return kept
+
+
 def own_store(path: str, images: str | Sequence[str] | None) -> ImageStore:
     """Pictures of one's own files of triplets: the folder given, or those of the files. Photos may be large."""
     beside = dict.fromkeys(os.path.dirname(os.path.abspath(file)) for file in split_paths(path))
@@ -416,7 +433,7 @@ def read_own(
     lacks: it could never be found."""
     if part not in ("held", "train", "all"):
         raise UserError(f'part is {shown(part)}, wanted "held", "train" or "all"')
-    triplets, store = read_triplets(path, keys, pool), own_store(path, images)
+    triplets, store = without_selves(read_triplets(path, keys, pool), path), own_store(path, images)
     if hold_out and part != "all":
         trained, held = held_out(triplets, hold_out)
         triplets = held if part == "held" else trained
@@ -430,7 +447,9 @@ def read_own(
     if stray:
         where = gallery or ", ".join(store.roots)
         raise UserError(f"{path}: {len(stray):,} targets are not in the gallery {where}, first {shown(stray[0])}")
-    return Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
+    benchmark = Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
+    say_silent(benchmark)
+    return benchmark
 
 
 def gallery_name(name: str, known: Container[str], store: ImageStore) -> str:
@@ -481,47 +500,44 @@ def without(benchmark: Benchmark, lost: Collection[str]) -> tuple[Benchmark, str
     return replace(benchmark, queries=queries, gallery=gallery), note
 
 
-def without_missing(benchmark: Benchmark, share: float) -> tuple[Benchmark, str, dict[str, str]]:
-    """The benchmark without the images that are missing, empty or no pictures, if they are at most `share` of all.
+def without_missing(benchmark: Benchmark, share: float, workers: int = 0) -> tuple[Benchmark, str, dict[str, str]]:
+    """The benchmark without the images that are missing or cannot be decoded, if they are at most `share` of all; of
+    one's own triplets, where some are always broken, a tenth.
 
     -> benchmark, what its protocol line must say (empty if nothing is missing), image -> what is wrong with it.
-    With share 0 nothing is looked at and nothing left out: whoever measures then stops at a missing image."""
-    if not share:
+    Of others with share 0 nothing is looked at and nothing left out: whoever measures then stops at a missing image."""
+    own = benchmark.dataset == "jsonl"
+    if not share and not own:
         return benchmark, "", {}
     names = names_of(benchmark)
-    faults = unreadable(names, benchmark.images, decode=False)
+    faults = unreadable(names, benchmark.images, workers)
     if not faults:
         return benchmark, "", {}
     first = f"{len(faults):,} of {len(names):,} images are missing or unreadable, first {next(iter(faults.values()))}"
-    if len(faults) > share * len(names):
-        raise UserError(f"{benchmark.title}: {first}; that is more than --missing {share} allows")
+    if len(faults) > max(share, OWN_MISSING if own else 0) * len(names):
+        most = f"--missing {share} allows" if share else "a tenth: correct --images, or go on by a larger --missing"
+        raise UserError(f"{benchmark.title}: {first}; that is more than {most}")
     if any(query.target is None for query in benchmark.queries):
         raise UserError(f"{benchmark.title}: {first}; its server wants every query, so --missing cannot help")
     benchmark, note = without(benchmark, faults)
-    return benchmark, f"{note}, not comparable with the full protocol", faults
+    return benchmark, note if own else f"{note}, not comparable with the full protocol", faults
 
 
-def all_without_missing(benchmarks: list[Benchmark], share: float, listing: str) -> tuple[list[Benchmark], str]:
+def all_without_missing(
+    benchmarks: list[Benchmark], share: float, listing: str, workers: int = 0
+) -> tuple[list[Benchmark], str]:
     """without_missing of each; their notes in one line; what is missing goes into the file `listing`."""
     kept, notes, faults = [], [], {}
     for benchmark in benchmarks:
-        benchmark, note, missing = without_missing(benchmark, share)
+        benchmark, note, missing = without_missing(benchmark, share, workers)
         kept.append(benchmark)
         notes += [note] * bool(note)
         faults |= missing
-    if share:
+    if share or any(benchmark.dataset == "jsonl" for benchmark in benchmarks):
         write_faults(faults.values(), listing)
+    if faults:
+        say(f"{len(faults):,} pictures cannot be read, all in {listing}: {'; '.join(notes)}")
     return kept, "; ".join(notes)
-
-
-def without_unreadable(benchmark: Benchmark, listing: str, workers: int = 0) -> tuple[Benchmark, str]:
-    """For one's own pictures: the benchmark without those that cannot be decoded, all of which `listing` names."""
-    faults = unreadable(names_of(benchmark), benchmark.images, workers)
-    write_faults(faults.values(), listing)
-    benchmark, note = without(benchmark, faults)
-    if note:
-        say(f"{len(faults):,} pictures cannot be read, all in {listing}: {note}")
-    return benchmark, note
 
 
 def check_benchmarks(

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from common.annotations import Benchmark, Triplet, join_captions, names_of, read_triplets, training_triplets
+from common.annotations import (
+    OWN_MISSING,
+    Benchmark,
+    Triplet,
+    join_captions,
+    names_of,
+    read_triplets,
+    training_triplets,
+)
 from common.console import UserError, rank_size, say, warn
 from common.images import ImageStore, check_report, leave_out, unreadable
 from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
@@ -280,7 +288,7 @@ def drop_missing(
     since some are always broken, and all are in that file."""
     names = sorted({name for item in items for name in names_of(item)})
     if images.own and listing:
-        most, faults = 0.1, faults_of(names, images, workers)
+        most, faults = OWN_MISSING, faults_of(names, images, workers)
         leave_out(names, faults, listing, f"pictures of the {what}")
     else:
         most, faults = 0.001, dict.fromkeys(images.missing(names))

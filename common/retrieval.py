@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common.annotations import Benchmark, all_without_missing, read_benchmarks, read_own
-from common.batches import chunks
+from common.annotations import Benchmark, all_without_missing, names_of, read_benchmarks, read_own
+from common.batches import chunks, faults_of
 from common.console import UserError, say
 from common.copies import note_of_copies
 from common.encoding import Compute, encode
@@ -433,15 +433,20 @@ def read_validation(
     return Validation(benchmarks, f"{protocol_of(dataset, protocol, True, unusual)}: {'; '.join(counts)}")
 
 
-def begin_validation(validation: Validation, split: str, share: float, out: str) -> Validation:
-    """Says what will be measured; UserError for a missing gallery image: a run must not find out after hours.
+def begin_validation(validation: Validation, split: str, share: float, out: str, workers: int = 0) -> Validation:
+    """Says what will be measured; UserError for an image that is missing or cannot be decoded: a run must not find out
+    after hours. All are decoded, by the ranks together.
 
     share: of its images that may be missing; they are left out, in out/missing.txt, and the protocol says so."""
-    benchmarks, note = all_without_missing(validation.benchmarks, share, f"{out}/missing.txt")
+    benchmarks, note = all_without_missing(validation.benchmarks, share, f"{out}/missing.txt", workers)
     for benchmark in benchmarks:
-        if missing := benchmark.images.missing(benchmark.gallery):
+        names = names_of(benchmark)
+        if missing := benchmark.images.missing(names):
             remedy = "add them, list all with --check, or go on without them by --missing SHARE"
             raise UserError(f"--val_split {split}: {len(missing):,} images missing: {first_of(missing)}; {remedy}")
+        if benchmark.dataset != "jsonl" and (faults := faults_of(names, benchmark.images, workers)):
+            remedy = "replace them, or go on without them by --missing SHARE"
+            raise UserError(f"--val_split {split}: {len(faults):,} images: {next(iter(faults.values()))}; {remedy}")
     notes = filter(None, (validation.says, note, *map(note_of_copies, benchmarks)))
     validation = Validation(benchmarks, "; ".join(notes))
     if validation.benchmarks:
@@ -450,12 +455,16 @@ def begin_validation(validation: Validation, split: str, share: float, out: str)
 
 
 def validate(model: torch.nn.Module, validation: Validation, compute: Compute) -> dict[str, float]:
-    """Recall in percent, of FashionIQ the mean of its categories; "score" is the mean by which steps are compared:
-    R@1, 5 and 10 of CIRR and of one's own, R@10 and 50 of FashionIQ [ours]."""
+    """Recall in percent, of FashionIQ the mean of its categories and that of each; "score" is the mean by which steps
+    are compared: R@1, 5 and 10 of CIRR and of one's own, R@10 and 50 of FashionIQ [ours]."""
     found = [evaluate(model, benchmark, compute) for benchmark in validation.benchmarks]
     mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
     chosen = ("R@10", "R@50") if validation.benchmarks[0].dataset == "fashioniq" else ("R@1", "R@5", "R@10")
-    return {"score": sum(mean[name] for name in chosen) / len(chosen)} | mean
+    score = {"score": sum(mean[name] for name in chosen) / len(chosen)}
+    if len(found) == 1:
+        return score | mean
+    each = zip(validation.benchmarks, found, strict=True)
+    return score | mean | {f"{benchmark.category} {name}": one[name] for benchmark, one in each for name in one}
 
 
 def protocol_of(dataset: str, protocol: str, keep_reference: bool, more: tuple[str, ...]) -> str:

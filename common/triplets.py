@@ -98,7 +98,7 @@ def split_paths(path: str | os.PathLike) -> list[str]:
 
 def _plain(record: dict, where: str, number: int) -> Triplet:
     """A record in this project's own words, or in those of the VDG release."""
-    key = "delta" if "delta" in record else "caption"
+    key = "caption" if "caption" in record and "delta" not in record else "delta"
     if not isinstance(record.get(key), list):
         field_of(record, key, str, where)
     delta, *others = _spoken(record[key], key, where)

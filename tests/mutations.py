@@ -360,8 +360,8 @@ VARIANTS = (
     Variant(
         "missing images dropped by eval_cir.main()",
         "eval_cir.py",
-        'all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt")',
-        'all_without_missing(benchmarks, MISSING or 1.0, f"{OUT}/missing.txt")',
+        'all_without_missing(benchmarks, MISSING, f"{OUT}/missing.txt", WORKERS)',
+        'all_without_missing(benchmarks, MISSING or 1.0, f"{OUT}/missing.txt", WORKERS)',
         (f"{FAULTS}::test_evaluation_stops_at_one_missing_gallery_image_before_a_model_loads",),
     ),
     Variant(

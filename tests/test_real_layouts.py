@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import mixed
 import pytest
+from test_field import drawn_cirr
 from test_real_pictures import run_stage
 
 import eval_cir
@@ -24,14 +26,13 @@ from common.annotations import (
     read_own,
     training_triplets,
     without_missing,
-    without_unreadable,
 )
 from common.batches import draw as draw_items
 from common.batches import drop_missing, human_deltas, human_items
 from common.console import UserError
 from common.exports import write_cirr_captions, write_exports
 from common.images import ImageStore
-from common.retrieval import index, read_validation
+from common.retrieval import begin_validation, index, read_validation
 from common.triplets import held_out, read_triplets
 
 
@@ -516,12 +517,62 @@ def test_unreadable_pictures_of_one_s_own_are_left_out(own, tmp_path, capsys):
     os.truncate(broken, 90)
     gone.unlink()
     shutil.copy(Path(folder, "0/0.png"), Path(folder, "0/extra.png"))
-    benchmark, note = without_unreadable(read_own(path, folder), f"{tmp_path}/out/unreadable.txt")
+    (benchmark,), note = all_without_missing([read_own(path, folder)], 0, f"{tmp_path}/out/missing.txt")
     assert len(benchmark.queries) == 60 - 6 and len(benchmark.gallery) == 39  # 40, less two, and the copy
     assert note == "jsonl all: 6 of 60 queries and 1 of 40 gallery images left out"
-    lines = (tmp_path / "out/unreadable.txt").read_text().splitlines()
+    lines = (tmp_path / "out/missing.txt").read_text().splitlines()
     assert len(lines) == 2 and "21.png" in lines[0] + lines[1] and "'1/22' not found" in lines[0] + lines[1]
     assert "2 pictures cannot be read" in capsys.readouterr().out
+    for i in range(23, 33):
+        Path(folder, f"{i % 3}/{i}.png").unlink()
+    with pytest.raises(UserError, match="more than a tenth: correct --images, or go on by a larger --missing"):
+        all_without_missing([read_own(path, folder)], 0, f"{tmp_path}/out/missing.txt")
+    _, note = all_without_missing([read_own(path, folder)], 0.5, f"{tmp_path}/out/missing.txt")
+    assert " of 60 queries" in note
+
+
+def test_what_a_run_would_find_broken_after_hours_stops_it_at_its_start(tmp_path):
+    """A truncated picture of a published val split, and a query whose reference is gone."""
+    root = drawn_cirr(tmp_path / "cirr")
+    validation = read_validation("cirr", str(root), "val", "")
+    benchmark = validation.benchmarks[0]
+    begin_validation(validation, "val", 0, f"{tmp_path}/out")
+    path = Path(benchmark.images.path(benchmark.gallery[-1]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(UserError, match=f"--val_split val: 1 images: .*{path.name}.*; replace them, or go on"):
+        begin_validation(validation, "val", 0, f"{tmp_path}/out", 2)
+    path.write_bytes(whole)
+    Path(benchmark.images.path(benchmark.queries[0].reference)).unlink()
+    benchmark = read_validation("cirr", str(root), "val", "").benchmarks[0]
+    asked = replace(benchmark, gallery=tuple(n for n in benchmark.gallery if n != benchmark.queries[0].reference))
+    with pytest.raises(UserError, match="--val_split val: 1 images missing"):
+        begin_validation(validation._replace(benchmarks=[asked]), "val", 0, f"{tmp_path}/out")
+
+
+def test_a_broken_picture_of_one_s_own_stops_no_validation(own, tmp_path, capsys):
+    path, folder = own
+    (Path(folder) / "0" / "extra.png").write_bytes(b"no picture")
+    validation = read_validation("jsonl", path, "held", folder, hold_out=10)
+    found = begin_validation(validation, "held", 0, f"{tmp_path}/out")
+    assert "0 of 10 queries and 1 of 41 gallery images left out" in found.says
+    assert len(found.benchmarks[0].gallery) == 40
+
+
+def test_a_picture_that_leads_to_itself_is_no_triplet(own, tmp_path, capsys):
+    """It is excluded from its own gallery, so that it could never be found."""
+    path, folder = own
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    lines[3]["target"] = lines[3]["reference"]
+    lines[5]["delta"] = " "
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(read_own(path, folder).queries) == 59
+    said = capsys.readouterr().out
+    assert "1 of 60 triplets lead from a picture to itself" in said and "1 queries have no text" in said
+    assert len(training_triplets("jsonl", path, "", images=folder)[0]) == 59
+    Path(path).write_text(json.dumps(lines[3]) + "\n")
+    with pytest.raises(UserError, match="wanted a target that is another picture"):
+        read_own(path, folder)
 
 
 # ---- what is trained on ----
