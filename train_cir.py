@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from common import batches, cir_model, memory, ranks
+from common import batches, cir_model, files, memory, ranks
 from common.augment import Augmentation
 from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
@@ -117,6 +117,8 @@ DTYPE = "auto"  # compute: auto = bf16 on cuda, fp32 on CPU; weights, similariti
 CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # count triplets and images, name what is missing, stop
 
+# may change at a resume: the triplets' hash and the list of their pictures say whether they are the same
+_FREE = {"ROOT", "IMAGES", "PSEUDO", "PSEUDO_IMAGES", "SAME_PAIRS"}
 _CLIP, _BLIP = "openai/clip-vit-large-patch14", "Salesforce/blip-itm-large-coco"
 _HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP, "qformer": "Salesforce/blip2-itm-vit-g"}
 
@@ -297,13 +299,13 @@ def load_cir(folder: str, device: str | torch.device = "cpu", backbone: str = ""
 # ---- Algorithm 3: losses of the rows of this rank against those of all ranks ----
 
 
-def matching() -> bool:
-    return TDM and MODEL == "blip_tdm"
+def matching(model: CirModel) -> bool:
+    return TDM and hasattr(model, "match")
 
 
-def gather_batch(x: Tensor, c: Tensor, tokens: Tensor) -> Everyone | None:
+def gather_batch(model: CirModel, x: Tensor, c: Tensor, tokens: Tensor) -> Everyone | None:
     """None where no loss asks for it: the patch tokens of all ranks are large."""
-    if not matching() and not BIDIRECTIONAL:
+    if not matching(model) and not BIDIRECTIONAL:
         return None
     return Everyone(*(ranks.gather_parts(rows.detach(), BATCH) for rows in (x, c, tokens)))
 
@@ -322,7 +324,7 @@ def contrastive_loss(model: CirModel, x: Tensor, c: Tensor, batch: Batch, bank: 
 
 def matching_loss(model: BlipTdm, everyone: Everyone, batch: Batch, noise, compute: Compute) -> Tensor:
     """Eq. 3, L_tdm: this rank's share of the mean over all pairs. Negatives are drawn in fp32, outside autocast."""
-    if not matching():
+    if not matching(model):
         return model.tau.new_zeros(())
     negatives = draw_negatives(everyone.x, everyone.c, batch.targets, model.tau.item(), noise)
     with compute.autocast():
@@ -441,7 +443,7 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
 
 def resume(model: CirModel, optimizer, constants: dict, sources: list[Source]) -> tuple[int, dict | None]:
     """-> steps done, and the best measured one so far, from the newest training state in OUT."""
-    if not (found := resume_state(OUT, constants, batches.pictures_of(sources))):
+    if not (found := resume_state(OUT, constants, batches.pictures_of(sources), files.MAY_CHANGE | _FREE)):
         return 0, None
     start, state = found
     put_trained(model, state["weights"], OUT)
@@ -450,11 +452,11 @@ def resume(model: CirModel, optimizer, constants: dict, sources: list[Source]) -
     return start, state["best"]
 
 
-def summed(tcc: Tensor, tdm: Tensor, rev: Tensor) -> dict[str, float]:
+def summed(model: CirModel, tcc: Tensor, tdm: Tensor, rev: Tensor) -> dict[str, float]:
     """The losses of all ranks, for the log."""
     tcc, tdm, rev = (all_sum(share) for share in (tcc, tdm, rev))
     losses = {"loss": float(tcc + tdm + BIDIRECTIONAL * rev), "tcc": float(tcc)}
-    losses |= {"tdm": float(tdm)} if matching() else {}
+    losses |= {"tdm": float(tdm)} if matching(model) else {}
     return losses | ({"rev": float(rev)} if BIDIRECTIONAL else {})
 
 
@@ -537,7 +539,7 @@ def main() -> None:
         tcc = contrastive_loss(model, x, c, batch, bank)
 
         # Eq. 3 and [Bi]: their negatives may be any rank's, so all ranks draw the same
-        everyone = gather_batch(x, c, target)
+        everyone = gather_batch(model, x, c, target)
         noise = ranks.seeded_generator("step", SEED, batch.step, 0)
         tdm = matching_loss(model, everyone, batch, noise, compute)
         rev = reversed_loss(model, reference, everyone, batch, noise, compute)
@@ -556,7 +558,7 @@ def main() -> None:
         done = batch.step + 1
         last = done == steps
         if last or done % LOG_EVERY == 0:
-            record = summed(tcc, tdm, rev)
+            record = summed(model, tcc, tdm, rev)
             record |= {"lr": rate, "norm": norm, "tau": model.tau.item()}
             record["images"] = images.encoded_by_all()
             record |= ranks.pace(began, done - start, steps - done, len(batch.draws))

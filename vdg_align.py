@@ -70,7 +70,7 @@ PLAN = False  # only print the memory that the run would hold on cards of 80, 40
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 
-_FREE = {"BATCH", "ACCUMULATE", "IMAGES", "CHECKPOINT"}  # may change at a resume, as long as a step keeps its items
+_FREE = {"BATCH", "ACCUMULATE", "CHAT", "IMAGES", "CHECKPOINT"}  # may change at a resume: a step keeps its items
 
 
 # ---- vision: ViT + Q-Former (frozen) + projection (trained) [S3.1] ----

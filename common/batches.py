@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -166,6 +167,7 @@ def complete_sources(
         names = _names_with_negatives if bank else _names
         items = drop_missing(source.items, names, source.images, f"{what} triplets", listing, workers)
         complete.append(source._replace(items=items))
+    complete = one_name_each(complete, bank)
     fewest = min(len(source.items) for source in complete if source.items)
     if fewest < batch * ranks:
         raise UserError(f"{fewest} triplets are fewer than {batch} on each of {ranks} ranks: lower --batch")
@@ -174,6 +176,23 @@ def complete_sources(
     if not bank and (a_step < 2 or len(targets) < 2):
         raise UserError("every step has one target, and no negative to tell it from: nothing is learned; raise --batch")
     return complete
+
+
+def one_name_each(sources: list[Source], bank: bool) -> list[Source]:
+    """The same, where several names lead to one file, in one stream or in both, each time by the first of them: a
+    picture is no negative of itself, and is encoded once. bank: negatives are there, and renamed as well."""
+    first: dict[str, tuple[int, str]] = {}
+
+    def named(image: tuple[int, str]) -> tuple[int, str]:
+        return first.setdefault(os.path.realpath(sources[image[0]].images.path(image[1])), image)
+
+    renamed = []
+    for source in sources:
+        items = [item._replace(reference=named(item.reference), target=named(item.target)) for item in source.items]
+        if bank:
+            items = [item._replace(negatives=tuple(map(named, item.negatives))) for item in items]
+        renamed.append(source._replace(items=items))
+    return renamed
 
 
 def draw(items: list[Item], stream: int, step: int, batch: int, seed: int) -> list[Draw]:
@@ -204,8 +223,11 @@ def images_of(sources: list[Source], negatives: bool = False) -> list[tuple[int,
 
 
 def pictures_of(sources: list[Source]) -> list[tuple[ImageStore, list[str]]]:
-    """Each source's images and the names that are trained on, for resume_state."""
-    return [(source.images, [name for item in source.items for name in _names(item)]) for source in sources]
+    """Each source's images and the names of them that are trained on, for resume_state."""
+    names: dict[int, list[str]] = {stream: [] for stream in range(len(sources))}
+    for stream, name in (image for source in sources for item in source.items for image in item[:2]):
+        names[stream].append(name)
+    return [(source.images, names[stream]) for stream, source in enumerate(sources)]
 
 
 def texts_of(sources: list[Source]) -> list[str]:

@@ -219,11 +219,16 @@ def start_from(model: CirModel, checkpoint: str) -> None:
     if build.get("start"):
         start_from(model, locate(build["start"], checkpoint, "--start_from", beside=beside.get("start", "")))
     tensors = load_tensors(checkpoint, "model.safetensors")
+    if bool(build.get("directions")) != model.directed:
+        has = "with" if build.get("directions") else "without"
+        raise UserError(
+            f"--start_from {checkpoint} was trained {has} --bidirectional: take both with it, or both without"
+        )
     if not stands_on(model, config, tensors):
         remedy = "leave --backbone out, or name the one it was trained on, and --pad as there"
         raise UserError(f"--start_from {checkpoint} stands on other frozen weights than {model.source} holds: {remedy}")
     own = {name: p for name, p in model.named_parameters() if name in tensors}
-    copy_weights(own, tensors, f"--start_from {checkpoint} (both with --bidirectional, or both without)")
+    copy_weights(own, tensors, f"--start_from {checkpoint}")
 
 
 def stands_on(model: CirModel, config: dict, held: Container[str] | None = None) -> bool:

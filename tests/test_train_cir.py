@@ -537,8 +537,46 @@ def test_stage_two_starts_from_stage_one(world, zoo, tmp_path):
     state = model.state_dict()
     assert all(torch.equal(state[name], first[name]) for name in first if "directions" not in name)
     assert all(torch.equal(state[name], saved[name]) for name in saved)
-    with pytest.raises(UserError, match="do not fit"):  # stage I had directions, this has none
+    with pytest.raises(UserError, match="was trained with --bidirectional: take both with it"):
         train(arguments(world, zoo, tmp_path / "x", "combiner", start_from=tmp_path / "one", pseudo="", steps=1))
+    train(arguments(world, zoo, tmp_path / "plain", "sum", **how | {"bidirectional": 0}))
+    with pytest.raises(UserError, match="was trained without --bidirectional: take both with it, or both without"):
+        train(arguments(world, zoo, tmp_path / "x", "combiner", start_from=tmp_path / "plain", **how))
+
+
+def test_a_picture_is_one_whatever_leads_to_it(world, tmp_path):
+    """Human and pseudo triplets of one folder, and a link: no picture is a negative of itself."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(world / "aux", folder)
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "link.png").symlink_to(names[0])
+    lines = [[(names[0], names[1]), (names[2], names[3])], [(names[3], "link.png"), (names[4], names[0])]]
+    files = []
+    for i, pairs in enumerate(lines):
+        files.append(tmp_path / f"{i}.jsonl")
+        text = (json.dumps({"reference": a, "target": b, "delta": "is red"}) + "\n" for a, b in pairs)
+        files[-1].write_text("".join(text))
+    human = batches.human_source("jsonl", str(files[0]), "train", str(folder))
+    sources = batches.complete_sources(
+        [human, batches.pseudo_source(str(files[1]), str(folder))], 2, 1, str(tmp_path), 0
+    )
+    one = (0, names[0])
+    assert [item[:2] for item in sources[1].items] == [((0, names[3]), one), ((1, names[4]), one)]
+    assert batches.images_of(sources) == [*((0, name) for name in names[:4]), (1, names[4])]
+    assert [len(set(found)) for _, found in batches.pictures_of(sources)] == [4, 1]
+
+
+def test_a_run_goes_on_where_its_data_lie_now(world, zoo, tmp_path):
+    """Hashes of the triplets and the list of pictures say that they are the same; another file is refused."""
+    moved = tmp_path / "moved"
+    shutil.copytree(world, moved)
+    train(arguments(world, zoo, tmp_path / "run", "combiner", steps=2))
+    first = arguments(moved, zoo, tmp_path / "run", "combiner", steps=2)
+    train(first)
+    lines = (moved / "pseudo.jsonl").read_text().splitlines(keepends=True)
+    (moved / "pseudo.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="TRIPLETS_SHA256"):
+        train(first)
 
 
 def test_a_start_brings_its_own_backbone_and_all_before_it(world, zoo, tmp_path, monkeypatch):
