@@ -503,6 +503,7 @@ def main() -> None:
     torch.manual_seed(SEED)  # the start of a Combiner, of [FORWARD] and [BACKWARD]
     model = build_cir(**settings, tau=TAU, learn_tau=LEARN_TAU).to(world.device).train()
     model.say_too_long(batches.texts_of(sources))
+    model.say_too_long([query.delta for benchmark in validation.benchmarks for query in benchmark.queries])
     optimizer = make_optimizer(model)
 
     # resume: what is drawn is a function of (seed, step), so weights and optimiser are the whole state

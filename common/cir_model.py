@@ -92,7 +92,7 @@ class CirModel(nn.Module):
 
     def say_too_long(self, texts: list[str]) -> None:
         """One line if any text is cut."""
-        if cut := self.too_long(texts):
+        if texts and (cut := self.too_long(texts)):
             say(f"{len(cut):,} of {len(texts):,} deltas lose what exceeds {self.length} tokens: {cut[0][:60]!r}")
 
     def train(self, mode: bool = True) -> "CirModel":

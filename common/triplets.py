@@ -99,6 +99,11 @@ def split_paths(path: str | os.PathLike) -> list[str]:
 def _plain(record: dict, where: str, number: int) -> Triplet:
     """A record in this project's own words, or in those of the VDG release."""
     key = "caption" if "caption" in record and "delta" not in record else "delta"
+    if absent := [name for name in ("reference", "target", key) if name not in record]:
+        found = ", ".join(map(shown, record)) or "nothing"
+        raise UserError(
+            f'{where}: has no "{absent[0]}" (found {found}); --keys says where it stands under another name'
+        )
     if not isinstance(record.get(key), list):
         field_of(record, key, str, where)
     delta, *others = _spoken(record[key], key, where)

@@ -158,7 +158,8 @@ class Colours(torch.nn.Module):
         super().__init__()
         self.frozen, self.seen = torch.nn.Dropout(), 0
         self.frozen.eval()
-        self.preprocess = SMALL
+        self.preprocess, self.asked = SMALL, []
+        self.say_too_long = self.asked.extend
 
     def image(self, pixels):
         self.seen += len(pixels)

@@ -559,6 +559,13 @@ def test_a_broken_picture_of_one_s_own_stops_no_validation(own, tmp_path, capsys
     assert len(found.benchmarks[0].gallery) == 40
 
 
+def test_a_record_without_its_parts_names_the_flag_that_finds_them(tmp_path):
+    path = jsonl(tmp_path / "other.jsonl", [{"reference": "a", "target": "b", "text": "red"}])
+    with pytest.raises(UserError, match='has no "delta" .found .reference., .target., .text..; --keys says where'):
+        read_triplets(path)
+    assert read_triplets(path, "delta=text")[0].delta == "red"
+
+
 def test_a_picture_that_leads_to_itself_is_no_triplet(own, tmp_path, capsys):
     """It is excluded from its own gallery, so that it could never be found."""
     path, folder = own

@@ -12,6 +12,7 @@ import transformers
 import zoo as writer
 from safetensors.torch import load_file, save_file
 
+import eval_cir
 import train_cir
 from common import batches, retrieval
 from common.annotations import Triplet, read_triplets
@@ -23,7 +24,7 @@ from common.images import ImageStore, open_image
 from kernels import negatives
 
 WORDS = ["make it red", "has two dogs", "remove the hat and add a ball", "is blue", "more of them", "a cat instead"]
-DEFAULTS = constants_of(vars(train_cir))
+DEFAULTS, EVALUATED = constants_of(vars(train_cir)), constants_of(vars(eval_cir))
 
 
 @pytest.fixture(autouse=True)
@@ -644,10 +645,28 @@ def test_too_few_triplets_are_refused(world, zoo, tmp_path):
         train(arguments(world, zoo, tmp_path / "c", "combiner", pseudo=tmp_path / "empty.jsonl"))
 
 
-def test_texts_that_are_cut_are_counted(world, zoo, tmp_path, capsys):
-    train(arguments(world, zoo, tmp_path, "combiner", steps=1, text_length=8))
+def test_texts_that_are_cut_are_counted(world, zoo, tmp_path, capsys, monkeypatch):
+    """In training, in its validation, and where the checkpoint is asked."""
+    train(arguments(world, zoo, tmp_path, "combiner", steps=1, text_length=8, val_split="val"))
     said = capsys.readouterr().out
-    assert "exceeds 8 tokens" in said and "lose" in said
+    assert said.count("lose what exceeds 8 tokens") == 2
+    flags = [
+        "--checkpoint",
+        tmp_path,
+        "--root",
+        world / "cirr",
+        "--split",
+        "val",
+        "--official",
+        "false",
+        "--workers",
+        "0",
+    ]
+    for name, value in EVALUATED.items():
+        monkeypatch.setattr(eval_cir, name, value)  # afterwards they are what they were
+    override(vars(eval_cir), [*map(str, flags), "--device", "cpu", "--out", str(tmp_path / "eval")])
+    eval_cir.main()
+    assert "lose what exceeds 8 tokens" in capsys.readouterr().out
 
 
 def test_a_learned_temperature_goes_where_its_gradient_says_and_stays_in_its_bounds(world, zoo, tmp_path):
