@@ -45,7 +45,11 @@ def flags(zoo, tmp_path_factory) -> list[str]:
     stage("vdg_align", *models, *files, *how, "--out", str(folder / "aligned"))
     names = draw(folder / "images", 9, seed=1)
     triplets = [
-        {"reference": names[i % 9], "target": names[(i * 2 + 1) % 9], "delta": "make it red" + " and long" * (i % 3)}
+        {
+            "reference": names[i % 9],
+            "target": names[(i + 1 + i % 3) % 9],
+            "delta": "make it red" + " and long" * (i % 3),
+        }
         for i in range(12)
     ]
     (folder / "triplets.jsonl").write_text("".join(json.dumps(t) + "\n" for t in triplets))
