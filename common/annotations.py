@@ -326,6 +326,7 @@ def read_benchmarks(
 
 
 def say_silent(benchmark: Benchmark) -> None:
+    """One line if any query has no text."""
     if silent := [query.id for query in benchmark.queries if not query.delta.strip()]:
         first = f"{len(silent):,} queries have no text, first {shown(silent[0])}"
         say(f"{benchmark.title}: {first}; they are asked by their image alone")

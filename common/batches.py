@@ -224,10 +224,8 @@ def images_of(sources: list[Source], negatives: bool = False) -> list[tuple[int,
 
 def pictures_of(sources: list[Source]) -> list[tuple[ImageStore, list[str]]]:
     """Each source's images and the names of them that are trained on, for resume_state."""
-    names: dict[int, list[str]] = {stream: [] for stream in range(len(sources))}
-    for stream, name in (image for source in sources for item in source.items for image in item[:2]):
-        names[stream].append(name)
-    return [(source.images, names[stream]) for stream, source in enumerate(sources)]
+    named = [image for source in sources for item in source.items for image in (item.reference, item.target)]
+    return [(source.images, [name for s, name in named if s == stream]) for stream, source in enumerate(sources)]
 
 
 def texts_of(sources: list[Source]) -> list[str]:
