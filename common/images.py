@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -74,8 +75,9 @@ class ImageStore:
 
     `roots`: a folder, several joined by os.pathsep ("a:b"), or a list; the first that has the picture wins. `table`:
     name -> path below a root, as in CIRR's split files. Under each root a name is tried as the table says, as it is,
-    and with each of EXTENSIONS, in capitals too. `own`: pictures of one's own, not a benchmark's, of which some are
-    always too large (they are read small) or broken (batches.drop_missing leaves them out).
+    and with each of EXTENSIONS, in capitals and in place of its own too. `own`: pictures of one's own, not a
+    benchmark's, of which some are always too large (they are read small) or broken (batches.drop_missing leaves them
+    out).
     """
 
     def __init__(
@@ -108,10 +110,12 @@ class ImageStore:
 
     def _candidates(self, name: str) -> list[tuple[str, tuple[str, ...]]]:
         """Paths below a root with the suffixes that may follow them; without any, the path as it is."""
-        candidates = [(name, ()), (name, EXTENSIONS)]
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in EXTENSIONS:
-            candidates.append((stem, (suffix.lower(),)))  # x.jpg that is called x.JPG
+        candidates = []
+        for spelled in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
+            candidates += [(spelled, ()), (spelled, EXTENSIONS)]  # macOS takes letters and their accents apart
+            stem, suffix = os.path.splitext(spelled)
+            if suffix.lower() in EXTENSIONS:  # x.png that is called x.PNG, or was converted to x.jpg
+                candidates += [(stem, (suffix.lower(),)), (stem, EXTENSIONS)]
         if name in self.table:
             entry = os.path.normpath(safe_name(self.table[name])).replace(os.sep, "/")  # CIRR: ./train/34/x.png
             *folders, file = entry.split("/")

@@ -227,6 +227,25 @@ def test_links_in_the_root_are_followed(tmp_path):
     assert list_images(root) == ["folder/x.png", "in.png", "out.png", "y.png"]
 
 
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("re\u0301sume\u0301.png", "r\u00e9sum\u00e9.png"),  # NFD on the disk, NFC in the file, and the other way round
+        ("r\u00e9sum\u00e9.png", "re\u0301sume\u0301"),
+        ("a/x.jpg", "a/x.png"),  # converted
+        ("re\u0301sume\u0301.JPG", "r\u00e9sum\u00e9.webp"),
+    ],
+)
+def test_a_picture_spelled_or_converted_otherwise_is_found(tmp_path, file, name):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    store = ImageStore(tmp_path)
+    assert store.find(name) == str(tmp_path / file) and store.relative(name) == f"./{file}"
+    assert store.find(f"2{name}") is None
+    (tmp_path / name).touch()  # the name as it is goes before all others
+    assert ImageStore(tmp_path).find(name) == str(tmp_path / name)
+
+
 def test_list_images(tmp_path):
     for name in ("b.JPG", "a/z.png", "a/b/c.webp", "a.jpeg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
