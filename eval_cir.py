@@ -41,7 +41,7 @@ from common.annotations import (
     require_official,
 )
 from common.audit import Audited, audit, audit_tables, ways_alone
-from common.cir_model import find_again, one_vector, read_settings, trained_on
+from common.cir_model import find_again, one_vector, read_settings
 from common.console import UserError, run, say
 from common.copies import note_of_copies
 from common.encoding import Compute, encode
@@ -89,6 +89,7 @@ from common.retrieval import (
 )
 from common.sessions import read_sessions, session_hits
 from common.submission import score, write_submission
+from common.trained_on import note_of_seen
 from train_cir import build_cir, load_cir
 
 # ---- what is evaluated ----
@@ -527,6 +528,7 @@ def main() -> None:
     chosen = ""
     if QUERIES:
         benchmarks, chosen = select_queries(benchmarks, QUERIES)
+    seen = note_of_seen(CHECKPOINT, benchmarks)
     if REVERSED:
         benchmarks = [reversed_queries(benchmark, REVERSE_TEXT) for benchmark in benchmarks]
     indices = [index(benchmark, KEEP_REFERENCE) for benchmark in benchmarks]
@@ -536,7 +538,7 @@ def main() -> None:
             raise UserError(f"{benchmark.title} has no labels; use --split val")
         if at.target is None and (AUDIT or QUERIES):
             raise UserError(f"{benchmark.title} has no labels: --audit and --queries want --split val")
-    notes = [note, *map(note_of_copies, benchmarks), trained_on(CHECKPOINT, DATASET, ROOT, SPLIT, HOLD_OUT)]
+    notes = [note, *map(note_of_copies, benchmarks), seen]
     protocol = "; ".join(filter(None, (protocol_text(), *notes, chosen)))
     lock_folder(OUT)
     system = load_system(world.device)

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 train_cir.py --model combiner --root data/cirr --images data/img_raw --out out/clip
 
 Reads triplets (CIRR, FashionIQ, jsonl), pseudo.jsonl of gen_deltas.py and a CLIP, SigLIP, BLIP or BLIP-2.
-Writes OUT/model.safetensors (trained weights only), OUT/config.json, OUT/log.jsonl, OUT/last/ (to resume).
+Writes OUT/model.safetensors (trained weights only), OUT/config.json, OUT/log.jsonl, OUT/last/ (to resume) and
+OUT/trained_on.safetensors (hashes of the triplets: evaluation says how many of its queries are among them).
 """
 
 from common.flags import early_help
@@ -13,7 +14,6 @@ early_help(__name__, __file__)  # answers --help before torch is imported
 
 import functools
 import math
-import time
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from common.towers import build_towers, text_proj_apart
+from common.trained_on import FILE, pairs_of
 from common.vision import absorb_attention, fuse_attention, in_compute_dtype, in_eights
 from kernels.contrastive import l_tcc_ranks
 from kernels.max_similarity import l_tcc_max_ranks
@@ -470,8 +471,17 @@ def measure(model: CirModel, validation: Validation, step: int, best: dict | Non
     return {"score": recalls["score"], "step": step, "weights": get_trained(model) if KEEP_BEST else None}
 
 
-def save_model(model: CirModel, settings: dict, steps: int, best: dict | None, protocol: str, constants: dict) -> None:
-    """Writes OUT/model.safetensors, of the best measured step or the last, and OUT/config.json, in which tau stands."""
+def save_model(
+    model: CirModel,
+    settings: dict,
+    steps: int,
+    best: dict | None,
+    protocol: str,
+    constants: dict,
+    sources: list[Source],
+) -> None:
+    """Writes OUT/model.safetensors, of the best measured step or the last, OUT/config.json, in which tau stands, and
+    OUT/trained_on.safetensors."""
     kept = best if best and KEEP_BEST else {"step": steps, "weights": get_trained(model)}
     weights = dict(kept["weights"])
     tau = weights.pop("tau", model.tau).item()
@@ -479,7 +489,8 @@ def save_model(model: CirModel, settings: dict, steps: int, best: dict | None, p
     config |= {"step": kept["step"], "tau": tau, "constants": constants}
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": protocol, "score": best["score"], "step": best["step"]}
-    save_folder(OUT, {"model.safetensors": weights}, {"config.json": config})
+    pairs = pairs_of(sources, settings.get("start", ""))
+    save_folder(OUT, {FILE: pairs, "model.safetensors": weights}, {"config.json": config})
     say(f"wrote {OUT}/model.safetensors: {MODEL} after step {kept['step']}")
 
 
@@ -523,7 +534,7 @@ def main() -> None:
 
     # Algorithm 3: each step draws B triplets of D and B' of D', over all ranks
     draw = functools.partial(draw_batch, sources, batch=BATCH, seed=SEED, world=world)
-    began = time.perf_counter()
+    watch = ranks.Stopwatch()
     bar = progress(images.follow(range(start, steps), draw, SEED), "training", steps, start)
     for batch, tokens in bar:
         # dropout and the rate are functions of the step
@@ -562,13 +573,14 @@ def main() -> None:
             record = summed(model, tcc, tdm, rev)
             record |= {"lr": rate, "norm": norm, "tau": model.tau.item()}
             record["images"] = images.encoded_by_all()
-            record |= ranks.pace(began, done - start, steps - done, len(batch.draws))
+            record |= ranks.pace(watch.seconds(), done - start, steps - done, len(batch.draws))
             log.write(step=done, **record)
             bar.set_postfix(loss=record["loss"])
 
         # validate, and keep the best step
         if VAL_SPLIT and (last or done % VAL_EVERY == 0):
-            best = measure(model, validation, done, best, compute, log)
+            with watch.paused():
+                best = measure(model, validation, done, best, compute, log)
 
         # save, and stop where a signal asks for it
         stop = any_rank(stop_requested()) and not last
@@ -579,7 +591,7 @@ def main() -> None:
             say(f"stopped after step {done} of {steps}; the same command goes on from there")
             raise SystemExit(143)
 
-    save_model(model, settings, steps, best, validation.says, constants)
+    save_model(model, settings, steps, best, validation.says, constants, sources)
     ranks.barrier()
 
 

@@ -13,7 +13,6 @@ early_help(__name__, __file__)  # answers --help before torch is imported
 
 import math
 import os
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -285,10 +284,9 @@ def stop_if_not_finite(step: int, loss: float, norm: float, share: float, names:
     )
 
 
-def pace(began: float, steps: int, left: int, per_step: int, tokens: int, world: World) -> dict[str, float]:
-    """For the log: since `began` (time.time()) this rank made `steps` of all ranks' per_step items, with so many tokens
-    of its own; `left` steps are to come."""
-    seconds = time.time() - began
+def pace(seconds: float, steps: int, left: int, per_step: int, tokens: int, world: World) -> dict[str, float]:
+    """For the log: in so many seconds this rank made `steps` of all ranks' per_step items, with so many tokens of its
+    own; `left` steps are to come."""
     return {
         "items_per_s": round(steps * per_step / seconds, 2),
         "tokens_per_s": round(ranks.all_sum(tokens) / seconds),  # on all ranks, none of them padding
@@ -419,7 +417,7 @@ def main() -> None:
     # Algorithm 1
     steps = batches.training_steps([[i] for i in range(len(captions))], EPOCHS, per_step, SEED, world, start)
     loaded = load_steps(captions, images, vision, steps, world)
-    log, began, seen = Log(OUT, start), time.time(), 0
+    log, watch, seen = Log(OUT, start), ranks.Stopwatch(), 0
     bar = progress(loaded, "align", total, start)
     for (step, epoch, items), inputs in bar:
         # a rank that could not read its images stops all
@@ -462,7 +460,7 @@ def main() -> None:
 
         # a line of the log
         done = step + 1
-        speed = pace(began, done - start, total - done, per_step, seen, world)
+        speed = pace(watch.seconds(), done - start, total - done, per_step, seen, world)
         log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
         bar.set_postfix(loss=loss)
 

@@ -16,7 +16,6 @@ early_help(__name__, __file__)  # answers --help before torch is imported
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -532,7 +531,7 @@ def main() -> None:
     of_held = encode_held_out(held, images, vision, world)
     steps = batches.training_steps(groups_of(triplets, TREE), EPOCHS, per_step, SEED, world, start)
     loaded = load_steps(triplets, images, vision, steps, world)
-    log, began, seen = Log(OUT, start), time.time(), 0
+    log, watch, seen = Log(OUT, start), ranks.Stopwatch(), 0
     bar = progress(loaded, "tune", total, start)
     for (step, epoch, items), inputs in bar:
         # a rank that could not read its images stops all
@@ -574,13 +573,14 @@ def main() -> None:
 
         # a line of the log
         done = step + 1
-        speed = pace(began, done - start, total - done, per_step, seen, world)
+        speed = pace(watch.seconds(), done - start, total - done, per_step, seen, world)
         log.write(step=done, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, **speed)
         bar.set_postfix(loss=loss)
 
         # after an epoch the held-out triplets: their loss, and deltas to look at
         if held and done % per_epoch == 0:
-            found, said = measure_held_out(model, held, of_held, triplets, world)
+            with watch.paused():
+                found, said = measure_held_out(model, held, of_held, triplets, world)
             log.write(step=done, epoch=epoch, **found)
             held_out.write_page(OUT, held, said, images, SHOW)
 

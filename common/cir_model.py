@@ -155,22 +155,6 @@ def places_of(backbone: str, start: str, usual: str) -> dict[str, str]:
     return {"backbone": found or usual, "start": located(start)}
 
 
-def trained_on(checkpoint: str, dataset: str, root: str, split: str, hold_out: float) -> str:
-    """For the protocol line, where a checkpoint was trained on the very queries that are asked; else empty.
-
-    hold_out: of one's own triplets; of fewer held out than in training each is among those."""
-    known = checkpoint and os.path.isfile(f"{checkpoint}/config.json")  # what is absent stops where it is loaded
-    constants = read_settings(checkpoint).get("constants", {}) if known else {}
-    if not constants.get("TRIPLETS") or constants.get("DATASET") != dataset:
-        return ""
-    seen = constants.get("SPLIT") == split
-    if dataset == "jsonl":
-        kept = constants.get("HOLD_OUT", 0)
-        held = 0 < hold_out <= kept and (hold_out < 1) == (kept < 1)
-        seen = os.path.realpath(constants.get("ROOT", "")) == os.path.realpath(root) and not held
-    return "the checkpoint was trained on these queries" if seen else ""
-
-
 # ---- what of it trains ----
 
 

@@ -9,10 +9,7 @@ from common.console import rank_size
 from common.files import read_jsonl, write_text
 from common.hub import card_name
 from common.images import ImageStore
-
-
-def plain_text(text: str) -> str:
-    return " ".join(text.lower().split())
+from common.triplets import plain_text
 
 
 def count_flags(said: list[tuple[str, list[str]]], known: Iterable[str]) -> dict[str, int]:

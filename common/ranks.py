@@ -10,7 +10,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -245,9 +246,24 @@ class Log:
             append_line(self.path, record)
 
 
-def pace(began: float, done: int, left: int, items: int) -> dict[str, float]:
-    """For the log: since `began` (time.perf_counter()) there were `done` steps of `items`; `left` are to come."""
-    seconds = time.perf_counter() - began
+class Stopwatch:
+    """Seconds of training: what else takes time is measured in paused()."""
+
+    def __init__(self):
+        self._began = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - since
+
+
+def pace(seconds: float, done: int, left: int, items: int) -> dict[str, float]:
+    """For the log: in so many seconds there were `done` steps of `items`; `left` are to come."""
     return {"items_per_s": round(done * items / seconds, 2), "eta_s": round(seconds / done * left)}
 
 

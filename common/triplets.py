@@ -194,6 +194,11 @@ def _pooled(did: object, paths_of: dict[str, str], where: str) -> str:
     return paths_of[did]
 
 
+def plain_text(text: str) -> str:
+    """A text as it is compared: in lower case, with one space between words."""
+    return " ".join(text.lower().split())
+
+
 def names_of(triplets: Iterable[Triplet]) -> list[str]:
     """Every image of the pairs, once, sorted."""
     return sorted({name for triplet in triplets for name in (triplet.reference, triplet.target)})

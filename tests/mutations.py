@@ -379,6 +379,20 @@ VARIANTS = (
         (f"{FAULTS}::test_a_submission_has_no_byte_to_spare",),
     ),
     Variant(
+        "pairs are known by their texts alone",
+        "common/trained_on.py",
+        '        yield _hash("files", *map(os.path.realpath, found))\n',
+        "        pass\n",
+        ("test_real_layouts.py::test_held_out_queries_that_training_saw_by_another_way_are_counted",),
+    ),
+    Variant(
+        "what a checkpoint started from is forgotten",
+        "common/trained_on.py",
+        "keys = _read(start) if start else set()",
+        "keys = set()",
+        ("test_real_layouts.py::test_held_out_queries_that_training_saw_by_another_way_are_counted",),
+    ),
+    Variant(
         "copies count as pictures of their own",
         "eval_cir.py",
         "*map(note_of_copies, benchmarks), ",

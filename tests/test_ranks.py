@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed import init_process_group
 
+from common import ranks as ranks_module
 from common.console import UserError, rank_size, run
 from common.files import (
     read_jsonl,
@@ -36,6 +38,15 @@ from common.ranks import (
 )
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_stopwatch_leaves_out_what_is_paused(monkeypatch):
+    now = iter([100.0, 103.0, 110.0, 112.0])  # begins, pauses after 3 s for 7, is asked after 2 more
+    monkeypatch.setattr(ranks_module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    watch = ranks_module.Stopwatch()
+    with watch.paused():
+        pass
+    assert watch.seconds() == 5.0
 
 
 def gather_rank(x, weights, sizes):

@@ -33,6 +33,7 @@ from common.console import UserError
 from common.exports import write_cirr_captions, write_exports
 from common.images import ImageStore
 from common.retrieval import begin_validation, index, read_validation
+from common.trained_on import note_of_seen, pairs_of
 from common.triplets import held_out, read_triplets
 
 
@@ -486,14 +487,49 @@ def test_a_report_on_what_was_trained_on_says_so(own, zoo, tmp_path, monkeypatch
         capsys.readouterr()
         run_stage(eval_cir, **how, checkpoint=tmp_path / "cir", hold_out=hold_out, show=2, out=tmp_path / "out")
         said, report = capsys.readouterr().out, json.loads((tmp_path / "out/metrics.json").read_text())
-        assert ("the checkpoint was trained on these queries" in said) == (hold_out == 0)
-        assert ("the checkpoint was trained on these queries" in report["protocol"]) == (hold_out == 0)
+        seen = "the checkpoint was trained on the pairs of 48 of these 60 queries"
+        assert (seen in said) == (seen in report["protocol"]) == ("trained on" in said) == (hold_out == 0)
         assert f"wrote {tmp_path}/out/metrics.json, found.jsonl and index.html" in said
     run_stage(eval_cir, **how, checkpoint=tmp_path / "cir", check="true")
     with pytest.raises(UserError, match="wanted a finished checkpoint of train_cir.py"):
         run_stage(eval_cir, **how, checkpoint=tmp_path / "nowhere", check="true")
     with pytest.raises(UserError, match="--backbone .*: no config.json"):
         run_stage(eval_cir, **how, baseline="sum", backbone=tmp_path, check="true")
+
+
+def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo, tmp_path, capsys, monkeypatch):
+    """Ten are held out. --pseudo brings four of their pairs back, by other texts; a model that starts from that one has
+    seen them too; and a part of the triplets is known in a copy of both file and pictures."""
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
+    path, folder = own
+    held = read_own(path, folder, hold_out=10).queries
+    pairs = list(dict.fromkeys((q.reference, q.target) for q in held))[:2]
+    back = [{"reference": a, "target": b, "delta": "generated"} for a, b in pairs] * 4  # a batch wants several
+    way = [{"reference": b, "target": a, "delta": q.delta} for q in held for a, b in [(q.reference, q.target)]]
+    pseudo = jsonl(tmp_path / "pseudo.jsonl", back + way)  # the other way round is another query
+    how = {"dataset": "jsonl", "root": path, "images": folder, "device": "cpu", "workers": 0, "hold_out": 10}
+    train = {"model": "sum", "backbone": zoo / "clip", "batch": 4, "steps": 1}
+    run_stage(train_cir, **how, **train, pseudo=pseudo, pseudo_images=folder, out=tmp_path / "one")
+    del train["backbone"]
+    run_stage(train_cir, **how, **train, start_from=tmp_path / "one", out=tmp_path / "two")
+
+    copy, part = tmp_path / "copy", tmp_path / "part.jsonl"
+    shutil.copytree(folder, copy)
+    shown = [q for q in read_own(path, folder).queries if int(q.delta.split()[1]) < 20]
+    jsonl(part, [{"reference": q.reference, "target": q.target, "delta": f" {q.delta.title()}"} for q in shown])
+    elsewhere = {"root": part, "images": copy, "hold_out": 0}
+    seen = sum((q.reference, q.target) in pairs for q in held)
+    trained = sum((q.reference, q.target) not in {(h.reference, h.target) for h in held} for q in shown)
+    for checkpoint, other, count, of in (("one", {}, seen, 10), ("two", {}, seen, 10), ("two", elsewhere, trained, 20)):
+        given = how | other
+        asked = read_own(str(given["root"]), str(given["images"]), hold_out=given["hold_out"])
+        note = note_of_seen(str(tmp_path / checkpoint), [asked])
+        assert note == f"the checkpoint was trained on the pairs of {count} of these {of} queries"
+    capsys.readouterr()
+    os.remove(tmp_path / "one/trained_on.safetensors")
+    assert "is not known" in note_of_seen(str(tmp_path / "one"), [read_own(path, folder)])
+    assert pairs_of([], str(tmp_path / "one"))["pairs"].numel() == 0
+    assert "has no trained_on.safetensors" in capsys.readouterr().out
 
 
 def test_the_gallery_of_one_s_own_triplets(own, tmp_path):

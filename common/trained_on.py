@@ -1,0 +1,72 @@
+"""Which pairs a checkpoint was trained on, as hashes: whoever measures it hears of queries that it has seen.
+
+A pair is known by its two files, whatever the text, and by the names of its pictures with the text, wherever they lie:
+a copy of the triplets, a part of them, or pictures that moved hide nothing. The hashes tell no names and no texts."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from common.annotations import Benchmark
+from common.batches import Source
+from common.console import say
+from common.files import load_tensors
+from common.images import ImageStore
+from common.triplets import plain_text
+
+FILE = "trained_on.safetensors"  # beside model.safetensors: {"pairs": (N,) int64, sorted}
+
+
+def _keys(reference: str, target: str, texts: tuple[str, ...], places: tuple[ImageStore, ImageStore]) -> Iterator[int]:
+    """The hashes by which a triplet is known; places: where the two pictures lie."""
+    found = [store.find(name) for store, name in zip(places, (reference, target), strict=True)]
+    if all(found):
+        yield _hash("files", *map(os.path.realpath, found))
+    stems = [os.path.splitext(os.path.basename(name))[0] for name in (reference, target)]
+    for text in texts:
+        yield _hash("words", *stems, plain_text(text))
+
+
+def _hash(*parts: str) -> int:
+    digest = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
+def pairs_of(sources: list[Source], start: str = "") -> dict[str, torch.Tensor]:
+    """The content of FILE: all triplets of the sources, and those of the checkpoint `start` that training began from.
+
+    Its texts are all that may be drawn."""
+    stores = [source.images for source in sources]
+    keys = _read(start) if start else set()
+    if keys is None:
+        say(f"{start} has no {FILE}: of what this checkpoint was trained on only the present triplets will be known")
+        keys = set()
+    for item in (item for source in sources for item in source.items):
+        (one, reference), (two, target) = item.reference, item.target
+        texts = tuple(text for group in item.deltas for text in group)
+        keys.update(_keys(reference, target, texts, (stores[one], stores[two])))
+    return {"pairs": torch.tensor(sorted(keys), dtype=torch.int64)}
+
+
+def _read(checkpoint: str) -> set[int] | None:
+    if not os.path.isfile(os.path.join(checkpoint, FILE)):
+        return None
+    return set(load_tensors(checkpoint, FILE)["pairs"].tolist())
+
+
+def note_of_seen(checkpoint: str, benchmarks: list[Benchmark]) -> str:
+    """For the protocol line: how many of the queries lead along a pair that the checkpoint was trained on; empty where
+    none does, or where their targets are hidden."""
+    queries = [(query, b.images) for b in benchmarks for query in b.queries if query.target is not None]
+    if not checkpoint or not queries:
+        return ""
+    known, seen = _read(checkpoint), 0
+    if known is None:
+        return f"what the checkpoint was trained on is not known: it has no {FILE}"
+    for query, images in queries:
+        targets = dict.fromkeys([query.target, *(query.extra or {}).get("truths", ())])
+        keys = (key for name in targets for key in _keys(query.reference, name, (query.delta,), (images, images)))
+        seen += any(key in known for key in keys)
+    return f"the checkpoint was trained on the pairs of {seen:,} of these {len(queries):,} queries" if seen else ""
