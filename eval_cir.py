@@ -10,7 +10,7 @@
 
 Reads a CIR checkpoint of train_cir.py (or a plain --baseline), the annotations under ROOT and every image that they
 name: no number comes from fewer queries or gallery images than the protocol says. Writes OUT/metrics.json,
-OUT/found.jsonl (each query, the rank of the right image, the first ten) and OUT/index.html (the hardest queries with
+OUT/found.jsonl (each query, the rank of the right image, the first TOP) and OUT/index.html (the hardest queries with
 what was found); where targets are hidden, the server's files instead. `--check` only counts queries, gallery and
 images; `--score` needs neither a model nor images. `--filter` writes OUT/pseudo.jsonl, OUT/cirr/ and OUT/report.json.
 
@@ -36,6 +36,7 @@ from common.annotations import (
     Benchmark,
     all_without_missing,
     check_benchmarks,
+    note_of_targets,
     read_benchmarks,
     read_own,
     require_official,
@@ -125,7 +126,7 @@ AUDIT = False  # also rank by image alone and by text alone, and measure over th
 REFERENCE = ""  # picture to start from
 TEXT = ""  # what to change
 GALLERY = ""  # folder searched, its features are kept beside it; jsonl, sessions: .txt or .json of names, "" = all
-TOP = 10  # pictures named and shown
+TOP = 10  # pictures named and shown; of a benchmark: named in OUT/found.jsonl, 10 at least
 
 # ---- pseudo triplets worth keeping ----
 FILTER = ""  # OUT of gen_deltas.py: keep those of its triplets whose target the checkpoint finds [ours]
@@ -306,34 +307,40 @@ class Result(NamedTuple):
     benchmark: Benchmark
     at: Indices
     ranks: Ranks
-    top: torch.Tensor  # (N, 10) columns of the first ten
+    best: torch.Tensor  # (N,) rank of the right image, of several the best
+    top: Shortlist  # (N, TOP) the first, and their scores
     alone: dict[str, torch.Tensor]  # --audit: way -> (N,) rank by half of the query; else empty
 
-    def place(self, i: int) -> int | None:
-        """Rank of the i-th query's right image; None: it is not in the gallery."""
-        rank = int(self.ranks.target[i])
-        return None if rank == NEVER else rank
+
+def place_of(rank: torch.Tensor) -> int | None:
+    """A rank as it is written; None: the right image is not in the gallery."""
+    return None if rank == NEVER else int(rank)
 
 
 def found_lines(result: Result) -> list[dict]:
-    """Lines of OUT/found.jsonl: what was asked, the right image's rank (null: not in the gallery), the first ten."""
+    """Lines of OUT/found.jsonl: what was asked, the right image's rank (null: not in the gallery), the first TOP with
+    their cosines, which a re-ranking does not leave in order."""
     lines = []
     for i, query in enumerate(result.benchmark.queries):
         line = {"id": query.id, "reference": query.reference, "delta": query.delta, "target": query.target}
-        line["rank"] = result.place(i)
+        line["rank"] = place_of(result.best[i])
         if result.ranks.subset is not None:
             line["subset_rank"] = int(result.ranks.subset[i])
         if result.alone:
-            places = {way: int(ranks[i]) for way, ranks in result.alone.items()}
-            line["alone"] = {way: None if place == NEVER else place for way, place in places.items()}
-        line["top"] = [result.at.names[j] for j in result.top[i].tolist()]
+            line["alone"] = {way: place_of(ranks[i]) for way, ranks in result.alone.items()}
+        if query.truths:
+            ranks = result.ranks.truths[i, : len(query.truths)]
+            line |= {"targets": query.truths, "ranks": [place_of(rank) for rank in ranks]}
+        line["top"] = [result.at.names[j] for j in result.top.columns[i].tolist()]
+        if not RERANK:
+            line["scores"] = [round(score, 4) for score in result.top.scores[i].tolist()]
         lines.append(line)
     return lines
 
 
 def sections_of(result: Result, show: int) -> list[tuple]:
     """Two sections of retrieval panels, hardest first: the hardest queries, then a spread over the rest."""
-    order = sorted(range(len(result.top)), key=lambda i: -int(result.ranks.target[i]))
+    order = sorted(range(len(result.best)), key=lambda i: -int(result.best[i]))
     hard, rest = order[: show // 2], order[show // 2 :]
     count = min(show - show // 2, len(rest))
     spread = [rest[i * len(rest) // count] for i in range(count)]
@@ -347,7 +354,8 @@ def sections_of(result: Result, show: int) -> list[tuple]:
 def panel_of(result: Result, i: int) -> pages.Html:
     """The i-th query: what was asked, the first ten, the right one."""
     images, at, query = result.benchmark.images, result.at, result.benchmark.queries[i]
-    columns, target, rank = result.top[i].tolist(), int(at.target[i]), result.place(i)
+    columns, target, rank = result.top.columns[i, :10].tolist(), int(at.target[i]), place_of(result.best[i])
+    right = [n for n, j in enumerate(columns) if at.names[j] in (query.truths or (query.target,))]
     note = f"the right one is at rank {rank:,} of {at.gallery:,}" if rank else "the right one is not in the gallery"
     if result.ranks.subset is not None:
         note += f", {int(result.ranks.subset[i])} of 5 in its subset"
@@ -355,7 +363,7 @@ def panel_of(result: Result, i: int) -> pages.Html:
         (images.path(query.reference), query.reference),
         query.delta,
         [(images.path(at.names[j]), f"{n} · {at.names[j]}") for n, j in enumerate(columns, 1)],
-        right=columns.index(target) if target in columns else None,
+        right=right[0] if right else None,
         note=note,
         answer=(images.path(query.target), f"right · {query.target}") if target >= 0 else None,
     )
@@ -374,7 +382,7 @@ def report(results: list[Result], system: System, protocol: str) -> None:
     """Prints the table with its protocol; writes OUT/metrics.json, OUT/found.jsonl and OUT/index.html."""
     parts = []
     for result in results:
-        counts = {"queries": len(result.top), "gallery": result.at.gallery}
+        counts = {"queries": len(result.best), "gallery": result.at.gallery}
         parts.append({"category": result.benchmark.category, **counts, "metrics": numbers_of(result)})
     metrics = mean_recalls([part["metrics"] for part in parts], DATASET)
     if DATASET == "icir":  # the mean over all queries is not that of the instances
@@ -538,7 +546,7 @@ def main() -> None:
             raise UserError(f"{benchmark.title} has no labels; use --split val")
         if at.target is None and (AUDIT or QUERIES):
             raise UserError(f"{benchmark.title} has no labels: --audit and --queries want --split val")
-    notes = [note, *map(note_of_copies, benchmarks), seen]
+    notes = [note, *map(note_of_copies, benchmarks), *map(note_of_targets, benchmarks), seen]
     protocol = "; ".join(filter(None, (protocol_text(), *notes, chosen)))
     lock_folder(OUT)
     system = load_system(world.device)
@@ -564,9 +572,10 @@ def main() -> None:
             write_submission(OUT, benchmark, queries, images, at, first)
         elif world.rank == 0:
             ranks = measure(queries, images, at, first)
-            shown = shortlist(queries, images, at, 10, first).columns
+            shown = shortlist(queries, images, at, max(10, TOP), first)
             by_half = [best_rank(measure(half, images, at)) for half in alone]
-            results.append(Result(benchmark, at, ranks, shown, dict(zip(halves, by_half, strict=True))))
+            of_half = dict(zip(halves, by_half, strict=True))
+            results.append(Result(benchmark, at, ranks, best_rank(ranks), shown, of_half))
     if results:  # on rank 0
         report(results, system, protocol)
     barrier()

@@ -102,7 +102,7 @@ ROTATE = 10.0  # degrees, each way [ours]
 VIEWS = 0  # 0 = fresh augmentation each time [S6.1]; K = K views an image, encoded once, a copy a machine [ours]: speed
 
 # ---- validation ----
-VAL_SPLIT = ""  # split of DATASET under ROOT whose recall is measured while training; empty: none
+VAL_SPLIT = ""  # split whose recall is measured while training (jsonl: "held", or another file); empty: none
 JOIN = "forward"  # FashionIQ's captions there, or "reverse", as in eval_cir.py; training draws both and each alone
 MISSING = 0.0  # largest share of its pictures that may be missing; counted, in OUT/missing.txt, the protocol marked
 VAL_EVERY = 500  # steps between two measurements; the last step is always measured
@@ -402,7 +402,7 @@ def read_sources() -> list[Source]:
 
 def complete_data(sources: list[Source], validation: Validation, size: int, workers: int) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
-    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT, workers)
+    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT, workers, sources)
     sources = batches.complete_sources(sources, BATCH, size, OUT, workers, BANK)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)

@@ -27,6 +27,7 @@ from common.triplets import (
     read_triplets,
     records_of,
     require_unique,
+    several_of,
     split_paths,
     texts_of,
 )
@@ -199,8 +200,8 @@ def read_circo(root: str, split: str, images: str | Sequence[str] | None = None)
     """CIRCO: annotations/{val,test}.json over COCO's 123,403 unlabelled images of 2017, all of which is the gallery.
 
     `root` holds annotations/ and COCO2017_unlabeled/ as its authors lay them out. An image is named by its twelve
-    digits. A query's delta is its relative caption; extra holds "truths", all right answers, the
-    target first, and "aspects", the semantic aspects of the query.
+    digits. A query's delta is its relative caption, truths are all right answers, the target
+    first; extra holds "aspects", the semantic aspects of the query.
     """
     coco = os.path.join(root, "COCO2017_unlabeled")
     listing, info = _annotation(coco, "annotations", "image_info_unlabeled2017.json")
@@ -226,9 +227,9 @@ def read_circo(root: str, split: str, images: str | Sequence[str] | None = None)
         aspects = record.get("semantic_aspects", [])
         if not isinstance(aspects, list) or not all(isinstance(aspect, str) for aspect in aspects):
             raise UserError(f'{where}: "semantic_aspects" is {shown(aspects)}, wanted a list of words')
-        extra = {"truths": truths, "shared_concept": record.get("shared_concept", ""), "aspects": tuple(aspects)}
+        extra = {"shared_concept": record.get("shared_concept", ""), "aspects": tuple(aspects)}
         delta, id = field_of(record, "relative_caption", str, where), field_of(record, "id", int, where)
-        queries.append(Triplet(reference, target, delta, id, extra=extra))
+        queries.append(Triplet(reference, target, delta, id, truths=truths, extra=extra))
     require_unique((query.id for query in queries), path, "id")
     return Benchmark(
         "circo", split, None, tuple(queries), gallery, open_store(images, [os.path.join(coco, "unlabeled2017")])
@@ -383,6 +384,8 @@ def training_triplets(
     elif dataset == "jsonl":
         triplets = without_selves(read_triplets(root, keys, pool), root)
         trained, held = held_out(triplets, hold_out)
+        if several := sum(bool(t.truths) for t in triplets):
+            say(f"{root}: {several:,} of {len(triplets):,} triplets have several targets: the first is trained on")
         if held:
             more = len(triplets) - len(trained) - len(held)
             say(f"{root}: {len(held):,} of {len(triplets):,} triplets are held out, {more:,} more share their images")
@@ -401,10 +404,12 @@ def training_triplets(
 # ---- one's own triplets as a benchmark ----
 def without_selves(triplets: list[Triplet], path: str) -> list[Triplet]:
     """Those that lead from a picture to another one; says how many do not, UserError where none does."""
-    kept = [t for t in triplets if t.target != t.reference]
-    if len(kept) < len(triplets):
-        first = next(t.id for t in triplets if t.target == t.reference)
-        what = f"{len(triplets) - len(kept):,} of {len(triplets):,} triplets lead from a picture to itself, first id"
+    kept, selves = [], []
+    for t in triplets:
+        (selves if t.reference in (t.target, *t.truths) else kept).append(t)
+    if selves:
+        first = selves[0].id
+        what = f"{len(selves):,} of {len(triplets):,} triplets lead from a picture to itself, first id"
         if not kept:
             raise UserError(f"{path}: {what} {shown(first)}; wanted a target that is another picture")
         say(f"{path}: {what} {shown(first)}: left out")
@@ -442,15 +447,22 @@ def read_own(
     known = set(names)
     queries = []
     for t in triplets:
-        reference, target = (gallery_name(name, known, store) for name in (t.reference, t.target))
-        queries.append(replace(t, reference=reference, target=target))
-    stray = [t.target for t in queries if t.target not in known and store.find(t.target)]
+        reference, target, *truths = (gallery_name(name, known, store) for name in (t.reference, t.target, *t.truths))
+        queries.append(replace(t, reference=reference, target=target, truths=several_of(truths)))
+    answers = [name for t in queries for name in t.truths or (t.target,)]
+    stray = [name for name in answers if name not in known and store.find(name)]
     if stray:
         where = gallery or ", ".join(store.roots)
         raise UserError(f"{path}: {len(stray):,} targets are not in the gallery {where}, first {shown(stray[0])}")
     benchmark = Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
     say_silent(benchmark)
     return benchmark
+
+
+def note_of_targets(benchmark: Benchmark) -> str:
+    """What the protocol line must say of one's own queries that have several targets; empty where there are none."""
+    several = sum(bool(query.truths) for query in benchmark.queries) if benchmark.dataset == "jsonl" else 0
+    return f"of {several:,} queries that have several targets the best ranked one counts in R@K" if several else ""
 
 
 def gallery_name(name: str, known: Container[str], store: ImageStore) -> str:
@@ -476,8 +488,7 @@ def gallery_names(gallery: str, store: ImageStore) -> list[str]:
 # ---- pictures of a benchmark ----
 def images_of(query: Triplet) -> list[str]:
     """Every image without which a query cannot be measured: reference, target, img_set, all right answers."""
-    truths = (query.extra or {}).get("truths", ())
-    names = (query.reference, query.target, *(query.members or ()), *truths)
+    names = (query.reference, query.target, *(query.members or ()), *query.truths)
     return [name for name in names if name is not None]
 
 

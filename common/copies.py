@@ -46,7 +46,7 @@ def _note_of_queries(benchmark: Benchmark) -> str:
 
 def _asked(query) -> Hashable:
     """All of a query but its id."""
-    return query.reference, query.target, query.delta, query.members, (query.extra or {}).get("truths")
+    return query.reference, query.target, query.delta, query.members, query.truths
 
 
 def _start(path: str) -> bytes:

@@ -60,7 +60,7 @@ def read_icir(root: str, images: str | None = None, official: bool = True) -> li
         if not row.text or not truths:
             text = f"{shown(row.text)} of {shown(row.instance)}"
             raise UserError(f"{folder}/query_files.csv, line {i + 1}: the database has no image of {text}")
-        query = Triplet(row.image, truths[0], row.text, f"{row.instance}-{i}", extra={"truths": truths})
+        query = Triplet(row.image, truths[0], row.text, f"{row.instance}-{i}", truths=truths)
         asked.setdefault(row.instance, []).append(query)
     return [Benchmark("icir", "", one, tuple(asked[one]), tuple(galleries[one]), store) for one in asked]
 

@@ -1,6 +1,7 @@
 """Which queries are asked: all of a benchmark, those that a file lists, or all the other way round."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 from common.annotations import Benchmark
@@ -31,13 +32,17 @@ def read_ids(file: str) -> list[str]:
 def select_queries(benchmarks: list[Benchmark], file: str) -> tuple[list[Benchmark], str]:
     """The benchmarks with only those queries that the file lists, and what the protocol line says of it.
 
-    The galleries stay whole. UserError for an id that no benchmark has; a category of which none is listed is dropped.
+    The galleries stay whole. UserError for an id that no query has, or several have; a category of which none is listed
+    is dropped.
     """
     wanted = set(read_ids(file))
     known = [str(query.id) for benchmark in benchmarks for query in benchmark.queries]
     if strange := sorted(wanted - set(known)):
         first = f"{len(strange):,} of {len(wanted):,} ids are not queries of {benchmarks[0].title}"
         raise UserError(f"--queries {file}: {first}, first {shown(strange[0])}; ids look like {shown(known[0])}")
+    if twice := [id for id, count in Counter(known).items() if count > 1 and id in wanted]:
+        first = f"{len(twice):,} ids name several queries of {benchmarks[0].title}, first {shown(twice[0])}"
+        raise UserError(f"--queries {file}: {first}; give each query an id of its own")
     kept = []
     for benchmark in benchmarks:
         queries = tuple(query for query in benchmark.queries if str(query.id) in wanted)
@@ -58,5 +63,6 @@ def reversed_queries(benchmark: Benchmark, text_file: str) -> Benchmark:
         if delta is None:
             raise UserError(f"{text_file}: no reverse_delta for {q.reference} -> {q.target}; make it for all")
         extra = {key: value for key, value in (q.extra or {}).items() if key != "target_soft"}  # of forward queries
-        queries.append(dataclasses.replace(q, reference=q.target, target=q.reference, delta=delta, extra=extra))
+        there = {"reference": q.target, "target": q.reference, "truths": ()}
+        queries.append(dataclasses.replace(q, delta=delta, extra=extra, **there))
     return dataclasses.replace(benchmark, queries=tuple(queries))

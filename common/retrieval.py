@@ -4,19 +4,21 @@ Rank of a target = 1 + the gallery images with a higher score + those with an eq
 order. Scores are cosines in float32 (TF32 off). A target outside the gallery is never found."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from common.annotations import Benchmark, all_without_missing, names_of, read_benchmarks, read_own
-from common.batches import chunks, faults_of
+from common.annotations import Benchmark, all_without_missing, names_of, note_of_targets, read_benchmarks, read_own
+from common.batches import Source, chunks, faults_of
 from common.console import UserError, say
 from common.copies import note_of_copies
 from common.encoding import Compute, encode
 from common.images import ImageStore, shown
 from common.ranks import gather_objects
+from common.trained_on import note_of_overlap
 from common.triplets import Triplet
 from kernels.max_similarity import max_scores
 
@@ -96,7 +98,7 @@ class Indices:
     target: torch.Tensor | None  # (N,), -1 not among names; None: hidden
     others: torch.Tensor | None  # (N, 5) the other members of img_set, in the order of names
     excluded: torch.Tensor | None  # (N,), -1 outside the gallery
-    truths: torch.Tensor | None = None  # (N, G) all right answers, -1 where a query has fewer (CIRCO)
+    truths: torch.Tensor | None = None  # (N, G) all right answers, -1 where a query has fewer; None: one each
     soft: torch.Tensor | None = None  # (N, G) images of target_soft, -1 where a query has fewer (CIRR)
     soft_values: torch.Tensor | None = None  # (N, G) what each is worth, from -1 to 1; 0 where a query has fewer
 
@@ -160,8 +162,8 @@ def index(benchmark: Benchmark, keep_reference: bool) -> Indices:
     excluded = None if kept else torch.tensor(inside)
     reference = torch.tensor([place[q.reference] for q in benchmark.queries])
     truths = None
-    if benchmark.dataset in ("circo", "sessions", "icir") and target is not None:
-        rows = [[place[name] for name in q.extra["truths"]] for q in benchmark.queries]
+    if any(q.truths for q in benchmark.queries) and target is not None:
+        rows = [[place[name] for name in q.truths or (q.target,)] for q in benchmark.queries]
         truths = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
     soft = soft_values = None
     if others is not None and target is not None and (given := soft_targets(benchmark.queries)):
@@ -305,7 +307,7 @@ class Ranks(NamedTuple):
 
     target: torch.Tensor  # (N,) in the gallery; NEVER if it is not there
     subset: torch.Tensor | None = None  # CIRR: (N,) among the other members of img_set
-    truths: torch.Tensor | None = None  # CIRCO: (N, G) of all right answers, -1 where a query has fewer
+    truths: torch.Tensor | None = None  # (N, G) of all right answers, -1 where a query has fewer; None: one each
     soft: torch.Tensor | None = None  # CIRR: (N, G) of the soft targets among the other members of img_set
     soft_values: torch.Tensor | None = None  # CIRR: (N, G) what each of them is worth
 
@@ -355,12 +357,17 @@ def best_rank(ranks: Ranks) -> torch.Tensor:
 
 def recalls(ranks: Ranks, dataset: str = "") -> dict[str, float]:
     """Percent. CIRR: R@K, Rs@K, Avg = (R@5 + Rs@1) / 2, and Rs@K with soft targets where the split has them; CIRCO:
-    mAP@K, and R@K of the target; FashionIQ: R@10, 50; one's own ("jsonl"): R@1, 5, 10, 50."""
+    mAP@K, and R@K of the target; FashionIQ: R@10, 50; one's own ("jsonl"): R@1, 5, 10, 50 of the best ranked target,
+    and mAP@K where queries have several."""
+    maps = {}
     if ranks.truths is not None:
-        result = {f"mAP@{k}": 100.0 * average_precision(ranks.truths, k).double().mean().item() for k in CIRCO_KS}
-        return result | {f"R@{k}": recall(ranks.target, k) for k in CIRCO_KS}
+        maps = {f"mAP@{k}": 100.0 * average_precision(ranks.truths, k).double().mean().item() for k in CIRCO_KS}
+    if dataset == "jsonl":
+        return {f"R@{k}": recall(best_rank(ranks), k) for k in CIRR_KS} | maps
+    if maps:
+        return maps | {f"R@{k}": recall(ranks.target, k) for k in CIRCO_KS}
     if ranks.subset is None:
-        return {f"R@{k}": recall(ranks.target, k) for k in (CIRR_KS if dataset == "jsonl" else FASHIONIQ_KS)}
+        return {f"R@{k}": recall(ranks.target, k) for k in FASHIONIQ_KS}
     result = {f"R@{k}": recall(ranks.target, k) for k in CIRR_KS}
     result |= {f"Rs@{k}": recall(ranks.subset, k) for k in SUBSET_KS}
     result |= {"Avg": (result["R@5"] + result["Rs@1"]) / 2}
@@ -415,14 +422,16 @@ def read_validation(
 ) -> Validation:
     """The labelled benchmarks of --val_split, "" for none; UserError for a split that cannot be measured.
 
-    keys, pool, hold_out: of one's own triplets (read_own), whose split is "held"; join: of read_fashioniq."""
+    keys, pool, hold_out: of one's own triplets (read_own), whose split is "held" or another file; join: of
+    read_fashioniq."""
     if not split:
         return Validation([])
     if dataset == "jsonl":
-        if split != "held" or not hold_out:
-            raise UserError(f"--val_split {split}: of --dataset jsonl it is held, with --hold_out N triplets")
+        file = split != "held" or not hold_out
+        if file and not os.path.isfile(split):
+            raise UserError(f"--val_split {split}: of --dataset jsonl a file, or held, with --hold_out N triplets")
         protocol = "all pictures"
-        benchmarks = [read_own(root, images, hold_out=hold_out, keys=keys, pool=pool)]
+        benchmarks = [read_own(split if file else root, images, hold_out=0 if file else hold_out, keys=keys, pool=pool)]
     else:
         protocol = "original" if dataset == "fashioniq" else "split"
         benchmarks = read_benchmarks(dataset, root, split, "all", images, protocol, join)
@@ -433,9 +442,11 @@ def read_validation(
     return Validation(benchmarks, f"{protocol_of(dataset, protocol, True, unusual)}: {'; '.join(counts)}")
 
 
-def begin_validation(validation: Validation, split: str, share: float, out: str, workers: int = 0) -> Validation:
-    """Says what will be measured; UserError for an image that is missing or cannot be decoded: a run must not find out
-    after hours. All are decoded, by the ranks together.
+def begin_validation(
+    validation: Validation, split: str, share: float, out: str, workers: int = 0, sources: Sequence[Source] = ()
+) -> Validation:
+    """Says what will be measured, and how many of the queries the sources train on; UserError for an image that is
+    missing or cannot be decoded: a run must not find out after hours. All are decoded, by the ranks together.
 
     share: of its images that may be missing; they are left out, in out/missing.txt, and the protocol says so."""
     benchmarks, note = all_without_missing(validation.benchmarks, share, f"{out}/missing.txt", workers)
@@ -447,7 +458,8 @@ def begin_validation(validation: Validation, split: str, share: float, out: str,
         if benchmark.dataset != "jsonl" and (faults := faults_of(names, benchmark.images, workers)):
             remedy = "replace them, or go on without them by --missing SHARE"
             raise UserError(f"--val_split {split}: {len(faults):,} images: {next(iter(faults.values()))}; {remedy}")
-    notes = filter(None, (validation.says, note, *map(note_of_copies, benchmarks)))
+    notes = [note, *map(note_of_copies, benchmarks), *map(note_of_targets, benchmarks)]
+    notes = filter(None, (validation.says, *notes, note_of_overlap(list(sources), benchmarks)))
     validation = Validation(benchmarks, "; ".join(notes))
     if validation.benchmarks:
         say(f"validation on {split}, {validation.says}")

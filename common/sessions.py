@@ -5,10 +5,9 @@ import os
 
 from common.annotations import Benchmark, gallery_name, gallery_names, own_store
 from common.console import UserError
-from common.files import read_json, read_jsonl
 from common.images import shown
 from common.retrieval import Ranks, best_rank
-from common.triplets import Triplet, field_of, name_of, records_of
+from common.triplets import Triplet, field_of, name_of, read_records, records_of
 
 SESSION_KS = (1, 5, 10, 50)
 
@@ -16,17 +15,16 @@ SESSION_KS = (1, 5, 10, 50)
 def read_sessions(path: str, images: str | None = None, gallery: str = "") -> Benchmark:
     """{session_id, ground_truth_ids, turns: [{turn, reference_image_id, relative_caption}]}, a JSON list or one a line.
 
-    A query a turn, in order; extra holds "session", "turn" (from 1) and "truths", all right images, the first of them
+    A query a turn, in order; extra holds "session" and "turn" (from 1); truths are all right images, the first of them
     the target. Gallery: every picture of the folder, or the names in the file `gallery` (.txt or .json). UserError for
     turns that do not count 1, 2, 3, and for a right image outside the gallery: it could never be found."""
     if not os.path.isfile(path):
         raise UserError(f"--root {path or chr(34) * 2}: wanted a file of sessions, .json or .jsonl")
-    records = read_jsonl(path) if path.endswith(".jsonl") else read_json(path)
     store = own_store(path, images)
     names = gallery_names(gallery, store)
     known, queries, seen = set(names), [], set()
     in_gallery = functools.partial(gallery_name, known=known, store=store)
-    for where, record in records_of(path, records):
+    for where, record in read_records(path):
         session, turns = str(record.get("session_id")), field_of(record, "turns", list, where)
         if "session_id" not in record or session in seen:
             raise UserError(f'{where}: "session_id" {shown(session)} is missing or stands twice')
@@ -43,9 +41,9 @@ def read_sessions(path: str, images: str | None = None, gallery: str = "") -> Be
             if turn.get("turn", number) != number:
                 raise UserError(f"{at}: is turn {shown(turn['turn'])}, wanted {number}: turns count from 1, in order")
             reference = in_gallery(name_of(turn, "reference_image_id", at))
-            extra = {"session": session, "turn": number, "truths": truths}
+            extra = {"session": session, "turn": number}
             delta = field_of(turn, "relative_caption", str, at)
-            queries.append(Triplet(reference, truths[0], delta, f"{session}-{number}", extra=extra))
+            queries.append(Triplet(reference, truths[0], delta, f"{session}-{number}", truths=truths, extra=extra))
     return Benchmark("sessions", "all", None, tuple(queries), tuple(names), store)
 
 

@@ -102,7 +102,7 @@ def score_circo(path: str, benchmark: Benchmark) -> tuple[dict[str, float], dict
     lists = read_circo_submission(path, benchmark)
     if any(query.target is None for query in benchmark.queries):
         return {}, {}
-    rows = [_places(lists[str(q.id)], list(q.extra["truths"])) for q in benchmark.queries]
+    rows = [_places(lists[str(q.id)], list(q.truths)) for q in benchmark.queries]
     widest = max(map(len, rows))
     target = [_places(lists[str(q.id)], [q.target])[0] for q in benchmark.queries]
     truths = torch.tensor([row + [-1] * (widest - len(row)) for row in rows])

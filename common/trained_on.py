@@ -35,38 +35,51 @@ def _hash(*parts: str) -> int:
 
 
 def pairs_of(sources: list[Source], start: str = "") -> dict[str, torch.Tensor]:
-    """The content of FILE: all triplets of the sources, and those of the checkpoint `start` that training began from.
-
-    Its texts are all that may be drawn."""
-    stores = [source.images for source in sources]
-    keys = _read(start) if start else set()
+    """The content of FILE: all triplets of the sources, with all texts that may be drawn, and those of the checkpoint
+    `start` that training begins from."""
+    keys = _of_checkpoint(start) if start else set()
     if keys is None:
         say(f"{start} has no {FILE}: of what this checkpoint was trained on only the present triplets will be known")
         keys = set()
+    return {"pairs": torch.tensor(sorted(keys | _of_sources(sources)), dtype=torch.int64)}
+
+
+def _of_sources(sources: list[Source]) -> set[int]:
+    stores, keys = [source.images for source in sources], set()
     for item in (item for source in sources for item in source.items):
         (one, reference), (two, target) = item.reference, item.target
         texts = tuple(text for group in item.deltas for text in group)
         keys.update(_keys(reference, target, texts, (stores[one], stores[two])))
-    return {"pairs": torch.tensor(sorted(keys), dtype=torch.int64)}
+    return keys
 
 
-def _read(checkpoint: str) -> set[int] | None:
+def _of_checkpoint(checkpoint: str) -> set[int] | None:
+    """None: it does not say."""
     if not os.path.isfile(os.path.join(checkpoint, FILE)):
         return None
     return set(load_tensors(checkpoint, FILE)["pairs"].tolist())
 
 
-def note_of_seen(checkpoint: str, benchmarks: list[Benchmark]) -> str:
-    """For the protocol line: how many of the queries lead along a pair that the checkpoint was trained on; empty where
-    none does, or where their targets are hidden."""
+def _note(who: str, keys: set[int], benchmarks: list[Benchmark]) -> str:
+    """How many of the queries lead along a pair of `who`; empty where none does, or where their targets are hidden."""
     queries = [(query, b.images) for b in benchmarks for query in b.queries if query.target is not None]
-    if not checkpoint or not queries:
-        return ""
-    known, seen = _read(checkpoint), 0
-    if known is None:
-        return f"what the checkpoint was trained on is not known: it has no {FILE}"
+    seen = 0
     for query, images in queries:
-        targets = dict.fromkeys([query.target, *(query.extra or {}).get("truths", ())])
-        keys = (key for name in targets for key in _keys(query.reference, name, (query.delta,), (images, images)))
-        seen += any(key in known for key in keys)
-    return f"the checkpoint was trained on the pairs of {seen:,} of these {len(queries):,} queries" if seen else ""
+        targets = dict.fromkeys([query.target, *query.truths])
+        own = (key for name in targets for key in _keys(query.reference, name, (query.delta,), (images, images)))
+        seen += any(key in keys for key in own)
+    return f"{who} on the pairs of {seen:,} of these {len(queries):,} queries" if seen else ""
+
+
+def note_of_seen(checkpoint: str, benchmarks: list[Benchmark]) -> str:
+    """For the protocol line of a checkpoint: how many of the queries it was trained on; empty where on none."""
+    if not checkpoint or all(query.target is None for b in benchmarks for query in b.queries):
+        return ""
+    if (keys := _of_checkpoint(checkpoint)) is None:
+        return f"what the checkpoint was trained on is not known: it has no {FILE}"
+    return _note("the checkpoint was trained", keys, benchmarks)
+
+
+def note_of_overlap(sources: list[Source], benchmarks: list[Benchmark]) -> str:
+    """For the protocol line of a validation: the same of what is trained on now."""
+    return _note("the model trains", _of_sources(sources), benchmarks) if benchmarks else ""

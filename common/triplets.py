@@ -24,6 +24,7 @@ class Triplet:
     id: int | str | None = None
     members: tuple[str, ...] | None = None  # CIRR's image set, as listed: the reference and the target are among them
     alternatives: tuple[str, ...] = ()  # FashionIQ: its two raw captions; a list of texts: those after the first
+    truths: tuple[str, ...] = ()  # all right answers, the target among them, where a query has several
     extra: dict | None = None
 
 
@@ -59,6 +60,11 @@ def texts_of(values: object, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def read_records(path: str) -> Iterable[tuple[str, dict]]:
+    """records_of a file of one record a line, or of a .json list."""
+    return records_of(path, read_jsonl(path) if path.lower().endswith((".jsonl", ".ndjson")) else read_json(path))
+
+
 def require_unique(values: Iterable, path: str, what: str) -> None:
     seen = set()
     for value in values:
@@ -69,21 +75,20 @@ def require_unique(values: Iterable, path: str, what: str) -> None:
 
 # ---- triplets ----
 def read_triplets(path: str | os.PathLike, keys: str = "", pool: str = "") -> list[Triplet]:
-    """Triplets of one file or of several ("a.jsonl,b.jsonl"), .jsonl or a .json list.
+    """Triplets of one file or of several ("a.jsonl,b.jsonl"), .jsonl, .ndjson or a .json list.
 
     Without `keys` a record is {"reference", "target", "delta", ...}; the VDG release has "caption" for "delta". Of a
     list of texts the first that says something is the delta, the others are the alternatives ([human, generated] in the
-    release). Other keys are kept in `extra`.
+    release). Of a list of targets the first is the target, and all are `truths`. Other keys are kept in `extra`.
 
     keys: where other files have them, "reference=q_img,target=t_img,delta=q_text,negatives=hns" (MegaPairs); a part of
-    a list or of an object stands behind a dot, "reference=query-image.1" (LaSCo). Of a list of targets the first is
-    taken. `negatives` become extra["negatives"], names of images.
+    a list or of an object stands behind a dot, "reference=query-image.1" (LaSCo). `negatives` become
+    extra["negatives"], names of images.
     pool: file or files of {"did", "img_path"} (M-BEIR), in which targets and negatives are ids."""
     places, paths_of = parse_keys(keys), read_pool(pool)
     triplets = []
     for file in split_paths(path):
-        records = read_jsonl(file) if file.endswith(".jsonl") else read_json(file)
-        for where, record in records_of(file, records):
+        for where, record in read_records(file):
             number = len(triplets)
             one = _triplet(record, where, places, paths_of, number) if places else _plain(record, where, number)
             triplets.append(one)
@@ -108,9 +113,25 @@ def _plain(record: dict, where: str, number: int) -> Triplet:
         field_of(record, key, str, where)
     delta, *others = _spoken(record[key], key, where)
     names = tuple(safe_name(name, f"{where}: member") for name in record.get("members") or ())
-    reference, target = name_of(record, "reference", where), name_of(record, "target", where)
+    reference = name_of(record, "reference", where)
+    targets = record["target"] if isinstance(record["target"], list) else [name_of(record, "target", where)]
+    truths = _names(targets, "target", where)
     extra = {k: v for k, v in record.items() if k not in ("reference", "target", "members", "id", key)}
-    return Triplet(reference, target, delta, record.get("id", number), names or None, tuple(others), extra)
+    more = {"alternatives": tuple(others), "truths": several_of(truths), "extra": extra}
+    return Triplet(reference, truths[0], delta, record.get("id", number), names or None, **more)
+
+
+def _names(values: list, key: str, where: str) -> tuple[str, ...]:
+    """A list of image names, one at least."""
+    if not values:
+        raise UserError(f'{where}: "{key}" names no image')
+    return tuple(safe_name(value, f'{where}: "{key}"') for value in values)
+
+
+def several_of(targets: Iterable[str]) -> tuple[str, ...]:
+    """Triplet.truths: each once; of a query with one right answer none."""
+    targets = tuple(dict.fromkeys(targets))
+    return targets if len(targets) > 1 else ()
 
 
 def _spoken(value: object, key: str, where: str) -> tuple[str, ...]:
@@ -156,22 +177,21 @@ def value_at(record: dict, key: str, where: str) -> object:
 def _triplet(record: dict, where: str, places: dict[str, str], paths_of: dict[str, str], number: int) -> Triplet:
     """A record whose parts stand where `places` says."""
 
-    def images(part: str) -> list[str]:
+    def images(part: str) -> tuple[str, ...]:
         value = value_at(record, places[part], where)
         names = value if isinstance(value, list) else [value]
         if paths_of and part != "reference":  # M-BEIR names a query's image by its path, its answers by ids
             names = [_pooled(name, paths_of, where) for name in names]
-        return [safe_name(name, f'{where}: "{places[part]}"') for name in names]
+        return _names(names, places[part], where)
 
-    reference, target = images("reference"), images("target")
-    if not reference or not target:
-        raise UserError(f"{where}: names no image as reference or none as target")
+    reference, targets = images("reference"), images("target")
     delta, *others = _spoken(value_at(record, places["delta"], where), places["delta"], where)
     extra = {k: v for k, v in record.items() if k not in places.values()}
     if "negatives" in places:
-        extra["negatives"] = tuple(images("negatives"))
+        extra["negatives"] = images("negatives")
     id = value_at(record, places["id"], where) if "id" in places else record.get("id", number)
-    return Triplet(reference[0], target[0], delta, id, None, tuple(others), extra)
+    more = {"alternatives": tuple(others), "truths": several_of(targets), "extra": extra}
+    return Triplet(reference[0], targets[0], delta, id, **more)
 
 
 def read_pool(pool: str) -> dict[str, str]:

@@ -395,8 +395,8 @@ VARIANTS = (
     Variant(
         "copies count as pictures of their own",
         "eval_cir.py",
-        "*map(note_of_copies, benchmarks), ",
-        "",
+        "*map(note_of_copies, benchmarks), *map(note_of_t",
+        "*map(note_of_t",
         (
             f"{FAULTS}::test_names_that_share_one_picture_are_said_or_stop",
             f"{FAULTS}::test_queries_repeated_under_new_ids_are_said_or_stop",

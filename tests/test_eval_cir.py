@@ -655,7 +655,7 @@ def test_circo(monkeypatch, tmp_path, capsys):
         rankings.append(sorted(at, key=lambda name: -float(c @ at[name][1][0])))  # noqa: B023
     for k in (5, 10, 25, 50):
         pairs = list(zip(rankings, benchmark.queries, strict=True))
-        wanted = 100 * np.mean([circos_own(order, q.extra["truths"], k) for order, q in pairs])
+        wanted = 100 * np.mean([circos_own(order, q.truths, k) for order, q in pairs])
         assert found[f"mAP@{k}"] == pytest.approx(wanted, abs=1e-4)
         assert found[f"R@{k}"] == pytest.approx(100 * np.mean([q.target in order[:k] for order, q in pairs]))
     assert "unlabelled images, the reference kept in it" in capsys.readouterr().out

@@ -121,6 +121,17 @@ def test_only_listed_queries_are_measured(tmp_path):
     assert [len(one.queries) for one in kept] == [3] and "3 of 21" in note
 
 
+def test_an_id_of_several_queries_chooses_none(tmp_path):
+    benchmark = random_cirr(0)[0]
+    first, second, third, *others = benchmark.queries
+    twice = dataclasses.replace(benchmark, queries=(first, dataclasses.replace(second, id=third.id), third, *others))
+    (tmp_path / "ids").write_text(json.dumps([first.id, third.id]))
+    with pytest.raises(UserError, match=f"--queries .*: 1 ids name several queries .* first '{third.id}';"):
+        select_queries([twice], str(tmp_path / "ids"))
+    (tmp_path / "ids").write_text(json.dumps([first.id]))
+    assert len(select_queries([twice], str(tmp_path / "ids"))[0][0].queries) == 1
+
+
 @pytest.mark.parametrize(
     "text, words",
     [("[3, 99]", "1 of 2 ids are not queries"), ("3\n3", "stand twice"), ("", "lists no query"), ("[]", "no query")]

@@ -109,7 +109,7 @@ def test_an_image_that_stands_twice_is_searched_once(tmp_path, capsys):
     path.write_text(path.read_text() + "icir/database/temple-9.png,at night,temple\n")
     temple = read_icir(str(tmp_path / "icir"), official=False)[0]
     assert len(temple.gallery) == 15 and "1 lines name an image of their instance again" in capsys.readouterr().out
-    assert temple.queries[0].extra["truths"][-1] == "icir/database/temple-9.png"
+    assert temple.queries[0].truths[-1] == "icir/database/temple-9.png"
 
 
 @pytest.mark.parametrize(

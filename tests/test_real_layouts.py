@@ -31,7 +31,8 @@ from common.batches import draw as draw_items
 from common.batches import drop_missing, human_deltas, human_items
 from common.console import UserError
 from common.exports import write_cirr_captions, write_exports
-from common.images import ImageStore
+from common.files import read_json, read_jsonl
+from common.images import ImageStore, list_images
 from common.retrieval import begin_validation, index, read_validation
 from common.trained_on import note_of_seen, pairs_of
 from common.triplets import held_out, read_triplets
@@ -530,6 +531,66 @@ def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo,
     assert "is not known" in note_of_seen(str(tmp_path / "one"), [read_own(path, folder)])
     assert pairs_of([], str(tmp_path / "one"))["pairs"].numel() == 0
     assert "has no trained_on.safetensors" in capsys.readouterr().out
+
+
+def test_a_query_may_have_several_targets(own, zoo, tmp_path, capsys):
+    """R@K of the best ranked one and mAP@K, against the whole ranking that found.jsonl lists; training takes the first.
+    A name of several stands once, and one without suffix is the gallery's."""
+    path, folder = own
+    records = read_triplets(path)[:20]
+    also = [f"{(i + 7) % 20 % 3}/{(i + 7) % 20}" for i in range(20)]  # another of the twenty references
+    lines = []
+    for i, (r, name) in enumerate(zip(records, also, strict=True)):
+        targets = [r.target, f"{name}.png", name] if i % 2 else r.target
+        lines.append({"reference": r.reference, "target": targets, "delta": r.delta})
+    file = jsonl(tmp_path / "several.JSONL", lines)
+    how = {"dataset": "jsonl", "root": file, "images": folder, "baseline": "sum", "backbone": zoo / "clip", "top": 39}
+    run_stage(eval_cir, **how, out=tmp_path / "out", workers=0, show=20, device="cpu")
+    report, found = read_json(tmp_path / "out/metrics.json"), read_jsonl(tmp_path / "out/found.jsonl")
+    assert "; of 10 queries that have several targets the best ranked one counts in R@K" in report["protocol"]
+
+    places = []
+    for i, (line, record) in enumerate(zip(found, records, strict=True)):
+        right = {f"{record.target}.png"} | ({f"{also[i]}.png"} if i % 2 else set())
+        assert len(set(line["top"])) == 39 and line["scores"] == sorted(line["scores"], reverse=True)
+        places.append(sorted(line["top"].index(name) + 1 for name in right))
+        assert line["rank"] == places[-1][0] and (sorted(line["ranks"]) == places[-1] if i % 2 else "ranks" not in line)
+    for k in (1, 5, 10, 50):
+        assert report["metrics"][f"R@{k}"] == pytest.approx(5 * sum(place[0] <= k for place in places))
+    for k in (5, 10, 25, 50):
+        kept = [[(n + 1) / at for n, at in enumerate(place) if at <= k] for place in places]
+        wanted = [sum(hits) / min(len(place), k) for hits, place in zip(kept, places, strict=True)]
+        assert report["metrics"][f"mAP@{k}"] == pytest.approx(100 * sum(wanted) / 20)
+
+    capsys.readouterr()
+    trained, _ = training_triplets("jsonl", file, "", images=folder)
+    assert [t.target for t in trained] == [r.target for r in records]
+    assert "10 of 20 triplets have several targets: the first is trained on" in capsys.readouterr().out
+    with pytest.raises(UserError, match='"target" names no image'):
+        read_triplets(jsonl(tmp_path / "none.ndjson", [{"reference": "a", "target": [], "delta": "b"}]))
+    with pytest.raises(UserError, match="2 targets are not in the gallery"):
+        read_own(file, folder, put(tmp_path / "names.txt", "\n".join(list_images(folder)[:-1])))
+
+
+def test_training_is_validated_on_another_file(own, zoo, tmp_path, monkeypatch):
+    """The score of the step kept is what eval_cir.py finds on that file."""
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
+    path, folder = own
+    lines = Path(path).read_text().splitlines(keepends=True)  # 40 to 59 are texts of pairs that 0 to 19 have
+    train, other = put(tmp_path / "train.jsonl", "".join(lines[:15])), put(tmp_path / "val.jsonl", "".join(lines[40:]))
+    how = {"dataset": "jsonl", "images": folder, "device": "cpu", "workers": 0}
+    asked = {"model": "sum", "backbone": zoo / "clip", "batch": 4, "steps": 2, "val_split": other, "val_every": 1}
+    run_stage(train_cir, **how, root=train, **asked, out=tmp_path / "cir")
+    measured = [r for r in read_jsonl(tmp_path / "cir/log.jsonl") if "val" in r]
+    assert [r["step"] for r in measured] == [1, 2] and all(r["val"] == other for r in measured)
+    run_stage(eval_cir, **how, root=other, checkpoint=tmp_path / "cir", out=tmp_path / "out", show=0)
+    found = read_json(tmp_path / "out/metrics.json")["metrics"]
+    best = max(measured, key=lambda r: r["score"])
+    assert {name: best[name] for name in found} == pytest.approx(found)
+    protocol = read_json(tmp_path / "cir/config.json")["val"]["protocol"]
+    assert protocol.endswith("; the model trains on the pairs of 15 of these 20 queries")
+    with pytest.raises(UserError, match="--val_split gone.jsonl: of --dataset jsonl a file, or held"):
+        run_stage(train_cir, **how, root=train, **asked | {"val_split": "gone.jsonl"}, out=tmp_path / "none")
 
 
 def test_the_gallery_of_one_s_own_triplets(own, tmp_path):
