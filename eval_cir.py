@@ -11,8 +11,9 @@
 Reads a CIR checkpoint of train_cir.py (or a plain --baseline), the annotations under ROOT and every image that they
 name: no number comes from fewer queries or gallery images than the protocol says. Writes OUT/metrics.json,
 OUT/found.jsonl (each query, the rank of the right image, the first TOP) and OUT/index.html (the hardest queries with
-what was found); where targets are hidden, the server's files instead. `--check` only counts queries, gallery and
-images; `--score` needs neither a model nor images. `--filter` writes OUT/pseudo.jsonl, OUT/cirr/ and OUT/report.json.
+what was found); where targets are hidden, the server's files and OUT/submission.json, which names their model.
+`--check` only counts queries, gallery and images; `--score` needs neither a model nor images. `--filter` writes
+OUT/pseudo.jsonl, OUT/cirr/ and OUT/report.json.
 
 Rank of a target = 1 + the gallery images with a higher score + those with an equal score earlier in the gallery's own
 order. Scores are cosines in float32 (TF32 off). A target outside the gallery is never found.
@@ -178,6 +179,8 @@ def load_system(device: torch.device) -> System:
         model = load_cir(CHECKPOINT, device, BACKBONE)
         if RERANK and not hasattr(model, "match"):
             raise UserError("--rerank wants a checkpoint of --model blip_tdm: only it has a tdm head")
+        if RERANK and not read_settings(CHECKPOINT).get("constants", {}).get("TDM", True):
+            raise UserError("--rerank wants a trained tdm head: this checkpoint was trained with --tdm false")
         return System(model, CHECKPOINT, file_sha256(os.path.join(CHECKPOINT, "model.safetensors")))
     if RERANK:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
@@ -569,7 +572,9 @@ def main() -> None:
 
         # rank: numbers where the targets are known, else the server's files
         if world.rank == 0 and at.target is None:
-            write_submission(OUT, benchmark, queries, images, at, first)
+            origin = {"dataset": DATASET, "split": benchmark.split, "protocol": protocol}
+            origin |= {"checkpoint": system.name, "sha256": system.sha256}
+            write_submission(OUT, benchmark, queries, images, at, origin, first)
         elif world.rank == 0:
             ranks = measure(queries, images, at, first)
             shown = shortlist(queries, images, at, max(10, TOP), first)

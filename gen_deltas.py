@@ -42,7 +42,7 @@ import vdg_align
 import vdg_tune
 from common import memory
 from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
-from common.batches import ahead, chunks, gather_dealt, rank_batches, stop_together
+from common.batches import ahead, chunks, gather_dealt, rank_batches, say_check, stop_together
 from common.browse import write_pages
 from common.console import UserError, progress, run, say, warn
 from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, prompt_pieces, row_key, start_engine
@@ -59,7 +59,7 @@ from common.files import (
 )
 from common.flags import at_least, override
 from common.hub import read_stage
-from common.images import ImageStore, check_report, load_bytes, safe_name, shown
+from common.images import ImageStore, load_bytes, safe_name, shown
 from common.llama import llm_shape
 from common.notes import respected
 from common.ranks import (
@@ -528,10 +528,7 @@ def main() -> None:
     pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED)
     names = names_of(pairs)
     if CHECK:
-        report, ok = check_report(names, data.images, CHECK_DECODE, WORKERS)
-        say(f"{len(pairs):,} pairs; {report}")
-        if not ok:
-            raise UserError("images are missing or unreadable; complete the folder or correct --images")
+        say_check(names, data.images, f"{len(pairs):,} pairs", OUT, CHECK_DECODE, WORKERS)
         digest_of(VDG)  # UserError where there is none yet
         return
     check_images(names, data.images)

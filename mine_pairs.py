@@ -488,7 +488,7 @@ def check_flags() -> None:
 
 def check_pictures(names: list[str], images: ImageStore) -> None:
     """Counts; UserError for pictures that cannot be read, for a wrong EXCLUDE, and where its names leave none."""
-    report, ok = check_report(names, images, CHECK_DECODE, WORKERS)
+    report, ok = check_report(names, images, CHECK_DECODE, WORKERS, f"{OUT}/unreadable.txt")
     stems, _ = excluded(EXCLUDE)
     by_name = sum(stem(name) in stems for name in names)
     if by_name == len(names):

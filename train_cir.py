@@ -504,7 +504,7 @@ def main() -> None:
     sources = read_sources()
     validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT, JOIN)
     if CHECK:
-        return batches.check_items(sources, validation.benchmarks, CHECK_DECODE)
+        return batches.check_items(sources, validation.benchmarks, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt")
     lock_folder(OUT, "cir")
     sources, validation = complete_data(sources, validation, world.size, compute.workers)
     epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)

@@ -389,7 +389,8 @@ def main() -> None:
         return memory.say(options)
     captions, images = read_captions()
     if CHECK:
-        return batches.say_check((caption.image for caption in captions), images, f"{len(captions):,} captions")
+        names, what = [caption.image for caption in captions], f"{len(captions):,} captions"
+        return batches.say_check(names, images, what, OUT, workers=WORKERS)
     captions = check_captions(captions, images)
     per_step = BATCH * ACCUMULATE * world.size  # captions
     total = EPOCHS * math.ceil(len(captions) / per_step)  # steps

@@ -321,7 +321,7 @@ def read_aligned() -> dict:
 
 def check_data(triplets: list[Triplet], images: ImageStore) -> None:
     """--check: UserError where an image is missing, or what training begins with."""
-    batches.say_check(names_of(triplets), images, f"{len(triplets):,} triplets", CHECK_DECODE, WORKERS)
+    batches.say_check(names_of(triplets), images, f"{len(triplets):,} triplets", OUT, CHECK_DECODE, WORKERS)
     read_stage(ALIGNED, "align", LLM, VISION)
 
 

@@ -21,7 +21,7 @@ from common.annotations import (
     training_triplets,
 )
 from common.console import UserError, rank_size, say, warn
-from common.images import ImageStore, check_report, leave_out, unreadable
+from common.images import ImageStore, check_report, leave_out, report_of, unreadable, write_faults
 from common.ranks import Log, World, any_rank, gather_objects, seeded_rng
 from common.triplets import with_text
 
@@ -323,17 +323,22 @@ def drop_missing(
     return kept
 
 
-def check_items(sources: list[Source], benchmarks: list[Benchmark], decode: bool = False) -> None:
-    """Prints what there is to train on and to measure; UserError if an image is missing or unreadable."""
-    reports = [check_report(names_of(benchmark), benchmark.images, decode) for benchmark in benchmarks]
+def check_items(sources: list[Source], benchmarks: list[Benchmark], decode: bool, workers: int, listing: str) -> None:
+    """Prints what there is to train on and to measure; UserError if an image is missing or unreadable, all of which
+    are in the file `listing` then."""
+    parts = [(f"{b.title}: {len(b.queries):,} queries", names_of(b), b.images) for b in benchmarks]
     for source, what in zip(sources, _STREAMS, strict=True):
         if source.items:
-            names = [name for item in source.items for name in _names(item)]
-            text, ok = check_report(names, source.images, decode)
-            reports.append((f"{what}: {len(source.items):,} triplets; {text}", ok))
-    say("\n".join(text for text, _ in reports))
-    if not all(ok for _, ok in reports):
-        raise UserError("images missing or unreadable, see above; fetch them or fix --images / --pseudo_images")
+            names = dict.fromkeys(name for item in source.items for name in _names(item))
+            parts.append((f"{what}: {len(source.items):,} triplets", list(names), source.images))
+    lines = []
+    for what, names, images in parts:
+        faults = unreadable(names, images, workers, decode)
+        say(f"{what}; {report_of(len(names), faults, images)}")
+        lines += faults.values()
+    write_faults(lines, listing)
+    if lines:
+        raise UserError(f"{len(lines):,} images missing or unreadable, all in {listing}; fetch them or fix --images")
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
@@ -439,11 +444,14 @@ def stop_if_not_finite(value: float, batch: Batch, log: Log) -> None:
         )
 
 
-def say_check(names: Iterable[str], images: ImageStore, what: str, decode: bool = False, workers: int = 0) -> None:
-    """The answer to --check, `what` in front; UserError where an image is missing or unreadable. decode: every one."""
-    report, well = check_report(names, images, decode, workers)
+def say_check(
+    names: Iterable[str], images: ImageStore, what: str, out: str, decode: bool = False, workers: int = 0
+) -> None:
+    """The answer to --check, `what` in front; UserError where an image is missing or unreadable, with all of them in
+    out/missing.txt. decode: every one."""
+    report, well = check_report(names, images, decode, workers, f"{out}/missing.txt")
     if not well:
-        raise UserError(f"{what}; {report}")
+        raise UserError(f"{what}; {report}; complete the folder or correct --images")
     say(f"{what}; {report}")
 
 

@@ -8,7 +8,7 @@ import torch
 from common import pages
 from common.annotations import Benchmark, read_submission, require_ids
 from common.console import UserError, say
-from common.files import read_json, write_text
+from common.files import file_sha256, read_json, write_json, write_text
 from common.images import shown
 from common.retrieval import (
     CIRR_KS,
@@ -28,23 +28,34 @@ from common.retrieval import (
 
 
 def write_submission(
-    folder: str, benchmark: Benchmark, queries: torch.Tensor, images: torch.Tensor, at: Indices, first=None
+    folder: str,
+    benchmark: Benchmark,
+    queries: torch.Tensor,
+    images: torch.Tensor,
+    at: Indices,
+    origin: dict,
+    first=None,
 ) -> None:
     """CIRR: OUT/recall.json (50 names a query) and OUT/recall_subset.json (3 names), checked after writing. CIRCO:
-    OUT/circo.json (50 image ids a query)."""
+    OUT/circo.json (50 image ids a query). The servers' formats have no room for the origin, which model answered by
+    which protocol: it stands in OUT/submission.json with the hashes of the files."""
     if benchmark.dataset == "circo":
         top = shortlist(queries, images, at, 50, first).columns.tolist()
         ids = {str(q.id): [int(at.names[i]) for i in row] for q, row in zip(benchmark.queries, top, strict=True)}
-        path = os.path.join(folder, "circo.json")
-        _write_compact(path, ids)
-        read_circo_submission(path, benchmark)
+        paths = [os.path.join(folder, "circo.json")]
+        _write_compact(paths[0], ids)
+        read_circo_submission(paths[0], benchmark)
         where = "https://circo.micc.unifi.it"
     else:
+        paths = []
         for metric, lists in _cirr_lists(benchmark, queries, images, at, first).items():
-            path = os.path.join(folder, metric + ".json")
+            paths.append(path := os.path.join(folder, metric + ".json"))
             _write_compact(path, {"version": "rc2", "metric": metric} | lists)
             read_submission(path, benchmark, metric)
         where = "https://cirr.cecs.anu.edu.au"
+    hashes = {os.path.basename(path): file_sha256(path) for path in paths}
+    write_json(os.path.join(folder, "submission.json"), origin | {"files": hashes}, indent=1)
+    say(f"{benchmark.title}, {origin['protocol']}\n{origin['checkpoint']}: sha256 {origin['sha256']}")
     say(f"{benchmark.title} has no labels: the server at {where} answers the files with the numbers")
 
 

@@ -388,7 +388,7 @@ VARIANTS = (
     Variant(
         "what a checkpoint started from is forgotten",
         "common/trained_on.py",
-        "keys = _read(start) if start else set()",
+        "keys = _of_checkpoint(start) if start else set()",
         "keys = set()",
         ("test_real_layouts.py::test_held_out_queries_that_training_saw_by_another_way_are_counted",),
     ),

@@ -350,7 +350,14 @@ def test_hidden_split_writes_the_servers_files(monkeypatch, tmp_path, capsys):
         order.remove(query.reference)
         assert full[str(query.id)][:10] == order[:10] and len(full[str(query.id)]) == 50
         assert subset[str(query.id)] == [name for name in order if name in query.members][:3]
-    assert "has no labels" in capsys.readouterr().out and not (tmp_path / "out" / "metrics.json").exists()
+    said = capsys.readouterr().out
+    assert "has no labels" in said and not (tmp_path / "out" / "metrics.json").exists()
+    origin = json.loads((tmp_path / "out/submission.json").read_text())
+    assert origin["protocol"] in said and 'protocol "split"' in origin["protocol"] and origin["split"] == "test1"
+    assert origin["sha256"] == hashlib.sha256(b"weights").hexdigest() and origin["sha256"] in said
+    assert origin["files"].keys() == {"recall.json", "recall_subset.json"}
+    for name, digest in origin["files"].items():
+        assert digest == hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
 
 
 # ---- the server's files ----
@@ -496,7 +503,7 @@ def test_full_size_submission_fits_the_limit(shared, tmp_path):
     whole = torch.Generator().manual_seed(0)
     queries = torch.randn(len(benchmark.queries), 8, generator=whole)
     images = torch.randn(len(at.names), 8, generator=whole)
-    write_submission(str(tmp_path), benchmark, queries, images, at)
+    write_submission(str(tmp_path), benchmark, queries, images, at, {"protocol": "", "checkpoint": "", "sha256": ""})
     record = read_json(tmp_path / "recall.json")
     assert len(record) == 4148 + 2
     (tmp_path / "recall.json").write_text(json.dumps(record, indent=2))

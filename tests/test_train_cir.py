@@ -510,7 +510,7 @@ def test_hard_negatives_of_a_file_are_in_the_bank_alone(world, zoo, tmp_path, mo
         batches.complete_sources([source, batches.Source()], 2, 1, str(tmp_path), 0, bank=True)
 
 
-def test_ablations_and_frozen_text(world, zoo, tmp_path):
+def test_ablations_and_frozen_text(world, zoo, tmp_path, monkeypatch):
     """no concat: L(B) + L(B') of the same batch; a frozen text encoder keeps its weights."""
     for name, more in (("with", {}), ("without", {"concat": False}), ("human", {"pseudo": ""})):
         train(arguments(world, zoo, tmp_path / name, "combiner", steps=1, seed=0, **more))
@@ -521,6 +521,10 @@ def test_ablations_and_frozen_text(world, zoo, tmp_path):
     train(arguments(world, zoo, tmp_path / "blip", steps=1, train_text=False, tdm=False))
     saved = load_file(tmp_path / "blip" / "model.safetensors")
     assert saved and not any(name.startswith("backbone.text_encoder") for name in saved)
+    for name, value in {"CHECKPOINT": str(tmp_path / "blip"), "RERANK": 5}.items():
+        monkeypatch.setattr(eval_cir, name, value)
+    with pytest.raises(UserError, match="--rerank wants a trained tdm head: .* --tdm false"):
+        eval_cir.load_system(torch.device("cpu"))
     with pytest.raises(UserError, match="trains nothing"):
         train(arguments(world, zoo, tmp_path / "x", "sum", train_text=False))
     with pytest.raises(UserError, match="no triplet has a reverse_delta"):
@@ -726,7 +730,7 @@ def test_wrong_flags_are_one_line(world, zoo, tmp_path):
     with pytest.raises(UserError, match="--val_split test1: its targets are hidden"):
         train(arguments(world, zoo, tmp_path, "combiner", root=root, images=world / "img_raw", val_split="test1"))
     pairs = world / "pseudo.jsonl"
-    with pytest.raises(UserError, match="of --dataset jsonl it is held, with --hold_out N"):
+    with pytest.raises(UserError, match="of --dataset jsonl a file, or held, with --hold_out N"):
         train(arguments(world, zoo, tmp_path, dataset="jsonl", root=pairs, images=world / "aux", val_split="val"))
 
 
@@ -827,7 +831,11 @@ def test_missing_images_stop_and_check_reports(world, zoo, tmp_path, capsys):
         train(arguments(world, zoo, tmp_path / "out", pseudo=tmp_path / "bad.jsonl"))
     with pytest.raises(UserError, match="images missing"):
         train([*arguments(world, zoo, tmp_path / "out", pseudo=tmp_path / "bad.jsonl"), "--check"])
-    assert "gone.png" in capsys.readouterr().out
+    assert "auxiliary: 6 triplets; images: 2 expected, 1 present" in capsys.readouterr().out
+    (lost,) = (tmp_path / "out/missing.txt").read_text().splitlines()
+    assert "'gone.png' not found" in lost
+    train([*arguments(world, zoo, tmp_path / "out", val_split="val"), "--check"])
+    assert "cirr val: 6 queries; images: " in capsys.readouterr().out and not (tmp_path / "out/missing.txt").exists()
     train([*arguments(world, zoo, tmp_path / "none"), "--check"])
     assert "human: 24 triplets" in capsys.readouterr().out and not (tmp_path / "none").exists()
     items = [Item((1, "3-000.png"), (1, "3-001.png"), (("x",),))] * 1999

@@ -174,7 +174,8 @@ def test_a_submission_has_no_byte_to_spare(tmp_path):
     benchmark = read_cirr(drawn / "cirr", "test1")
     at = index(benchmark, True)
     features = torch.randn(len(at.names), 4, generator=torch.manual_seed(0))
-    write_submission(str(tmp_path), benchmark, features[: len(benchmark.queries)], features, at)
+    origin = {"protocol": "", "checkpoint": "", "sha256": ""}
+    write_submission(str(tmp_path), benchmark, features[: len(benchmark.queries)], features, at, origin)
     for name in ("recall.json", "recall_subset.json"):
         text = (tmp_path / name).read_text()
         assert text == json.dumps(json.loads(text), separators=(",", ":")) and not set(" \n\t") & set(text)
