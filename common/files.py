@@ -1,12 +1,14 @@
-"""Files that survive a kill and are believed only when whole: JSON, jsonl, checkpoints, a run's state, its lock.
+"""Files that survive a kill and are believed only when whole: JSON, jsonl, CSV, checkpoints, a run's state, its lock.
 
 It owns what our files say and when they are believed; common/disk.py owns how they get onto the disk."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -154,6 +156,31 @@ def read_jsonl(path: str | Path, limit: int = JSON_LIMIT, memory: int | None = N
             records.append(_parse(_fits(line, f"{path} line {number}", JSON_MEMORY), f"{path} line {number}"))
             if not isinstance(records[-1], dict):
                 raise UserError(f"{path} line {number}: wanted a JSON object, found {type(records[-1]).__name__}")
+    return records
+
+
+def read_csv(path: str | Path, limit: int = JSON_LIMIT) -> list[dict[str, str]]:
+    """The rows of a table as records, named by its first line; blank lines skipped. UTF-8, with or without a byte order
+    mark. Between fields stands what the first line has most of: a comma, a semicolon or a tab.
+
+    UserError for a row with more or fewer fields than the first line."""
+    try:
+        text = _read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save it as CSV in UTF-8") from None
+    between = max(",;\t", key=text.partition("\n")[0].count)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=between, strict=True)
+    records = []
+    try:
+        if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
+            raise UserError(f"{path}: its first line names a column twice")
+        for row in table:
+            if None in row or None in row.values():  # DictReader's name for what is too much, and for what is absent
+                wanted = f"wanted {len(table.fieldnames)} fields; a text that holds {between!r} stands in quotes"
+                raise UserError(f"{path}, line {table.line_num}: {wanted}")
+            records.append(row)
+    except csv.Error as fault:
+        raise UserError(f"{path}, line {table.reader.line_num}: {fault}") from None
     return records
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.console import UserError, say
-from common.files import read_json, read_jsonl
+from common.files import read_csv, read_json, read_jsonl
 from common.images import safe_name, shown
 
 PARTS = ("reference", "target", "delta", "negatives", "id")  # of a triplet, which --keys may find under other names
@@ -61,8 +61,9 @@ def texts_of(values: object, where: str) -> tuple[str, ...]:
 
 
 def read_records(path: str) -> Iterable[tuple[str, dict]]:
-    """records_of a file of one record a line, or of a .json list."""
-    return records_of(path, read_jsonl(path) if path.lower().endswith((".jsonl", ".ndjson")) else read_json(path))
+    """records_of a file: .jsonl or .ndjson, .csv or .tsv, and any other as a JSON list."""
+    readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": read_csv, ".tsv": read_csv}
+    return records_of(path, readers.get(os.path.splitext(path)[1].lower(), read_json)(path))
 
 
 def require_unique(values: Iterable, path: str, what: str) -> None:
@@ -75,7 +76,7 @@ def require_unique(values: Iterable, path: str, what: str) -> None:
 
 # ---- triplets ----
 def read_triplets(path: str | os.PathLike, keys: str = "", pool: str = "") -> list[Triplet]:
-    """Triplets of one file or of several ("a.jsonl,b.jsonl"), .jsonl, .ndjson or a .json list.
+    """Triplets of one file or of several ("a.jsonl,b.csv"), of any kind that read_records knows.
 
     Without `keys` a record is {"reference", "target", "delta", ...}; the VDG release has "caption" for "delta". Of a
     list of texts the first that says something is the delta, the others are the alternatives ([human, generated] in the
@@ -112,7 +113,8 @@ def _plain(record: dict, where: str, number: int) -> Triplet:
     if not isinstance(record.get(key), list):
         field_of(record, key, str, where)
     delta, *others = _spoken(record[key], key, where)
-    names = tuple(safe_name(name, f"{where}: member") for name in record.get("members") or ())
+    members = field_of(record, "members", list, where) if record.get("members") else ()
+    names = tuple(safe_name(name, f"{where}: member") for name in members)
     reference = name_of(record, "reference", where)
     targets = record["target"] if isinstance(record["target"], list) else [name_of(record, "target", where)]
     truths = _names(targets, "target", where)

@@ -20,6 +20,7 @@ from common.files import (
     load_state,
     load_tensors,
     lock_folder,
+    read_csv,
     read_json,
     read_jsonl,
     save_folder,
@@ -93,6 +94,35 @@ def test_read_json_wants_a_regular_file(tmp_path):
             read_json(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a,b\n1,"x, y"\n\n2,"say ""z"""\n',
+        '\ufeffa;b\r\n1;x, y\r\n2;"say ""z"""\r\n',  # as Excel writes it where a comma is decimal
+        'a\tb\n1\tx, y\n2\t"say ""z"""',
+    ],
+)
+def test_read_csv(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    assert read_csv(tmp_path / "a.csv") == [{"a": "1", "b": "x, y"}, {"a": "2", "b": 'say "z"'}]
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"a,b\n1,x, y\n", "line 2: wanted 2 fields; a text that holds ','"),
+        (b"a,b\n1\n", "line 2: wanted 2 fields"),
+        (b"a,b\n1,\xe9\n", "byte 6 is not UTF-8"),
+        (b'a,b\n1,"x\n', "line 2: unexpected end"),
+        (b"a,a\n1,2\n", "names a column twice"),
+    ],
+)
+def test_a_wrong_table_stops(tmp_path, data, words):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        read_csv(tmp_path / "a.csv")
 
 
 def test_read_jsonl(tmp_path):

@@ -533,6 +533,22 @@ def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo,
     assert "has no trained_on.safetensors" in capsys.readouterr().out
 
 
+def test_triplets_of_a_table_are_those_of_its_lines(own, tmp_path):
+    path, folder = own
+    wanted = read_triplets(path)
+    rows = [f'{t.target};"{t.delta}";{t.reference};more' for t in wanted]
+    table = put(tmp_path / "own.CSV", "\ufefftarget;delta;reference;note\r\n" + "\r\n".join(rows))
+    found = read_triplets(table)
+    assert [replace(t, extra={}) for t in found] == wanted and found[0].extra == {"note": "more"}
+    assert read_own(table, folder).gallery == read_own(path, folder).gallery
+    renamed = put(tmp_path / "own.tsv", Path(table).read_text().replace("delta", "says").replace(";", "\t"))
+    assert [t.delta for t in read_triplets(renamed, "delta=says")] == [t.delta for t in wanted]
+    with pytest.raises(UserError, match='record 0: has no "reference"'):
+        read_triplets(put(tmp_path / "headless.csv", "a,b,c\nd,e,f"))
+    with pytest.raises(UserError, match='"members" is .*, wanted list'):
+        read_triplets(jsonl(tmp_path / "m.jsonl", [{"reference": "a", "target": "b", "delta": "c", "members": "def"}]))
+
+
 def test_a_query_may_have_several_targets(own, zoo, tmp_path, capsys):
     """R@K of the best ranked one and mAP@K, against the whole ranking that found.jsonl lists; training takes the first.
     A name of several stands once, and one without suffix is the gallery's."""
