@@ -3,7 +3,9 @@
 A pair is known by its two files, whatever the text, and by the names of its pictures with the text, wherever they lie:
 a copy of the triplets, a part of them, or pictures that moved hide nothing. The hashes tell no names and no texts."""
 
+import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -19,14 +21,18 @@ from common.triplets import plain_text
 FILE = "trained_on.safetensors"  # beside model.safetensors: {"pairs": (N,) int64, sorted}
 
 
-def _keys(reference: str, target: str, texts: tuple[str, ...], places: tuple[ImageStore, ImageStore]) -> Iterator[int]:
-    """The hashes by which a triplet is known; places: where the two pictures lie."""
-    found = [store.find(name) for store, name in zip(places, (reference, target), strict=True)]
-    if all(found):
-        yield _hash("files", *map(os.path.realpath, found))
+def _keys(reference: str, target: str, texts: tuple[str, ...], files: tuple[str, str]) -> Iterator[int]:
+    """The hashes by which a triplet is known; files: of the two pictures, empty for one that is not there."""
+    if all(files):
+        yield _hash("files", *files)
     stems = [os.path.splitext(os.path.basename(name))[0] for name in (reference, target)]
     for text in texts:
         yield _hash("words", *stems, plain_text(text))
+
+
+def _file(store: ImageStore, name: str) -> str:
+    path = store.find(name)
+    return os.path.realpath(path) if path else ""
 
 
 def _hash(*parts: str) -> int:
@@ -45,11 +51,11 @@ def pairs_of(sources: list[Source], start: str = "") -> dict[str, torch.Tensor]:
 
 
 def _of_sources(sources: list[Source]) -> set[int]:
-    stores, keys = [source.images for source in sources], set()
+    file_of, keys = functools.cache(lambda stream, name: _file(sources[stream].images, name)), set()
     for item in (item for source in sources for item in source.items):
-        (one, reference), (two, target) = item.reference, item.target
         texts = tuple(text for group in item.deltas for text in group)
-        keys.update(_keys(reference, target, texts, (stores[one], stores[two])))
+        files = file_of(*item.reference), file_of(*item.target)
+        keys.update(_keys(item.reference[1], item.target[1], texts, files))
     return keys
 
 
@@ -66,8 +72,9 @@ def _note(who: str, keys: set[int], benchmarks: list[Benchmark]) -> str:
     seen = 0
     for query, images in queries:
         targets = dict.fromkeys([query.target, *query.truths])
-        own = (key for name in targets for key in _keys(query.reference, name, (query.delta,), (images, images)))
-        seen += any(key in keys for key in own)
+        file = _file(images, query.reference)
+        own = (_keys(query.reference, name, (query.delta,), (file, _file(images, name))) for name in targets)
+        seen += any(key in keys for key in itertools.chain(*own))
     return f"{who} on the pairs of {seen:,} of these {len(queries):,} queries" if seen else ""
 
 
