@@ -553,7 +553,7 @@ def main() -> None:
     protocol = "; ".join(filter(None, (protocol_text(), *notes, chosen)))
     lock_folder(OUT)
     system = load_system(world.device)
-    getattr(system.model, "model", system.model).say_too_long([q.delta for b in benchmarks for q in b.queries])
+    getattr(system.model, "model", system.model).say_losses([q.delta for b in benchmarks for q in b.queries])
     halves = halves_of(system, world.device) if AUDIT else {}
 
     results = []

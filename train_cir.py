@@ -30,7 +30,7 @@ from common.files import is_finished, load_tensors, lock_folder, save_folder, sa
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.qformer import QformerCir
 from common.ranks import all_sum, any_rank, stop_requested
-from common.resume import resume_state
+from common.resume import Pictures, resume_state
 from common.retrieval import Validation, begin_validation, read_validation, validate
 from common.towers import build_towers, text_proj_apart
 from common.trained_on import FILE, pairs_of
@@ -402,8 +402,8 @@ def read_sources() -> list[Source]:
 
 def complete_data(sources: list[Source], validation: Validation, size: int, workers: int) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
-    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT, workers, sources)
     sources = batches.complete_sources(sources, BATCH, size, OUT, workers, BANK)
+    validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT, workers, sources)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
         batches.say_backs(sources)
     return sources, validation
@@ -442,9 +442,9 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
     return rate
 
 
-def resume(model: CirModel, optimizer, constants: dict, sources: list[Source]) -> tuple[int, dict | None]:
+def resume(model: CirModel, optimizer, constants: dict, pictures: Pictures) -> tuple[int, dict | None]:
     """-> steps done, and the best measured one so far, from the newest training state in OUT."""
-    if not (found := resume_state(OUT, constants, batches.pictures_of(sources), files.MAY_CHANGE | _FREE)):
+    if not (found := resume_state(OUT, constants, pictures, files.MAY_CHANGE | _FREE)):
         return 0, None
     start, state = found
     put_trained(model, state["weights"], OUT)
@@ -513,15 +513,15 @@ def main() -> None:
     # model
     torch.manual_seed(SEED)  # the start of a Combiner, of [FORWARD] and [BACKWARD]
     model = build_cir(**settings, tau=TAU, learn_tau=LEARN_TAU).to(world.device).train()
-    model.say_too_long(batches.texts_of(sources))
-    model.say_too_long([query.delta for benchmark in validation.benchmarks for query in benchmark.queries])
+    model.say_losses(batches.texts_of(sources))
+    model.say_losses([query.delta for benchmark in validation.benchmarks for query in benchmark.queries])
     optimizer = make_optimizer(model)
 
     # resume: what is drawn is a function of (seed, step), so weights and optimiser are the whole state
     constants = constants_of(globals()) | {"RANKS": world.size}
-    constants["TRIPLETS_SHA256"] = batches.sources_sha256(sources)
+    constants |= batches.data_sha256(sources, validation.benchmarks)
     constants["FROZEN_SHA256"] = frozen_sha256(model)  # load_cir compares it
-    start, best = resume(model, optimizer, constants, sources)
+    start, best = resume(model, optimizer, constants, batches.pictures_of(sources, validation.benchmarks))
     if is_finished(OUT, "model.safetensors", start, steps):
         return
     log = ranks.Log(OUT, resume_step=start)

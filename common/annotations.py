@@ -402,6 +402,12 @@ def training_triplets(
 
 
 # ---- one's own triplets as a benchmark ----
+def held_of(root: str, keys: str = "", pool: str = "", hold_out: float = 0) -> list[Triplet]:
+    """What training_triplets leaves out for evaluation of one's own file."""
+    triplets = [t for t in read_triplets(root, keys, pool) if t.reference not in (t.target, *t.truths)]
+    return held_out(triplets, hold_out)[1]
+
+
 def without_selves(triplets: list[Triplet], path: str) -> list[Triplet]:
     """Those that lead from a picture to another one; says how many do not, UserError where none does."""
     kept, selves = [], []

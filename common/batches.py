@@ -15,6 +15,7 @@ from common.annotations import (
     OWN_MISSING,
     Benchmark,
     Triplet,
+    held_of,
     join_captions,
     names_of,
     read_triplets,
@@ -97,6 +98,7 @@ class Source(NamedTuple):
 
     images: ImageStore = ImageStore([])
     items: Sequence[Item] = ()  # none: nothing of this stream is trained on
+    held: Sequence[tuple[str, str]] = ()  # reference and target of what is held out: no stream may train on such a pair
 
 
 _STREAMS = ("human", "auxiliary")
@@ -124,7 +126,9 @@ def human_source(
         say(f"{root}: {len(triplets) - len(said):,} of {len(triplets):,} triplets have no text and are left out")
     if not said:
         raise UserError(f"{root} holds no triplet to train on")
-    return Source(store, human_items(said, dataset, same, same_deltas, alike=bool(keys)))
+    held = held_of(root, keys, pool, hold_out) if dataset == "jsonl" and hold_out else []
+    pairs = [(t.reference, t.target) for t in held]
+    return Source(store, human_items(said, dataset, same, same_deltas, alike=bool(keys)), pairs)
 
 
 def pseudo_source(file: str, images: str, keys: str = "", pool: str = "") -> Source:
@@ -167,7 +171,7 @@ def complete_sources(
         names = _names_with_negatives if bank else _names
         items = drop_missing(source.items, names, source.images, f"{what} triplets", listing, workers)
         complete.append(source._replace(items=items))
-    complete = one_name_each(complete, bank)
+    complete = without_held(one_name_each(complete, bank))
     fewest = min(len(source.items) for source in complete if source.items)
     if fewest < batch * ranks:
         raise UserError(f"{fewest} triplets are fewer than {batch} on each of {ranks} ranks: lower --batch")
@@ -176,6 +180,24 @@ def complete_sources(
     if not bank and (a_step < 2 or len(targets) < 2):
         raise UserError("every step has one target, and no negative to tell it from: nothing is learned; raise --batch")
     return complete
+
+
+def without_held(sources: list[Source]) -> list[Source]:
+    """The same without the items that lead along a pair which is held out, by whatever names or text."""
+    held = set()
+    for source in sources:
+        held |= {tuple(os.path.realpath(source.images.find(name) or name) for name in pair) for pair in source.held}
+    if not held:
+        return sources
+    file_of = functools.cache(lambda stream, name: os.path.realpath(sources[stream].images.path(name)))
+    kept = []
+    for source, what in zip(sources, _STREAMS, strict=True):
+        items = [item for item in source.items if (file_of(*item.reference), file_of(*item.target)) not in held]
+        if len(items) < len(source.items):
+            lost = f"{len(source.items) - len(items):,} of {len(source.items):,} {what} triplets"
+            say(f"{lost} are of pairs that --hold_out keeps for evaluation: left out")
+        kept.append(source._replace(items=items))
+    return kept
 
 
 def one_name_each(sources: list[Source], bank: bool) -> list[Source]:
@@ -222,10 +244,11 @@ def images_of(sources: list[Source], negatives: bool = False) -> list[tuple[int,
     return sorted(named | {image for item in items for image in (item.reference, item.target)})
 
 
-def pictures_of(sources: list[Source]) -> list[tuple[ImageStore, list[str]]]:
-    """Each source's images and the names of them that are trained on, for resume_state."""
+def pictures_of(sources: list[Source], benchmarks: Sequence[Benchmark] = ()) -> list[tuple[ImageStore, list[str]]]:
+    """Each source's images and the names of them that are trained on, and each benchmark's, for resume_state."""
     named = [image for source in sources for item in source.items for image in (item.reference, item.target)]
-    return [(source.images, [name for s, name in named if s == stream]) for stream, source in enumerate(sources)]
+    trained = [(source.images, [name for s, name in named if s == stream]) for stream, source in enumerate(sources)]
+    return trained + [(benchmark.images, names_of(benchmark)) for benchmark in benchmarks]
 
 
 def texts_of(sources: list[Source]) -> list[str]:
@@ -242,9 +265,14 @@ def say_backs(sources: list[Source]) -> None:
     say(f"{sum(have):,} of {len(have):,} triplets have a reverse_delta; the others have no reversed loss")
 
 
-def sources_sha256(sources: list[Source]) -> str:
-    """A hash of all triplets: a resumed run must find those that it began with."""
-    return hashlib.sha256(json.dumps([source.items for source in sources]).encode()).hexdigest()
+def data_sha256(sources: list[Source], benchmarks: Sequence[Benchmark] = ()) -> dict[str, str]:
+    """Hashes of all triplets, and of the queries and galleries that validate: a resumed run must find those that it
+    began with, or the best step would be the best of two different measurements."""
+    hashes = {"TRIPLETS_SHA256": hashlib.sha256(json.dumps([source.items for source in sources]).encode()).hexdigest()}
+    if benchmarks:
+        asked = repr([(benchmark.queries, benchmark.gallery) for benchmark in benchmarks])
+        hashes["VALIDATION_SHA256"] = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashes
 
 
 class Batch(NamedTuple):

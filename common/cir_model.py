@@ -6,7 +6,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
-from common.console import UserError, say
+from common.console import UserError, say, warn
 from common.files import load_tensors, read_saved_json, tensors_sha256
 from common.hub import locate, located, near
 from common.images import Preprocess
@@ -90,10 +90,21 @@ class CirModel(nn.Module):
         rows = self.tokenizer(texts, split_special_tokens=True).input_ids
         return [text for text, ids in zip(texts, rows, strict=True) if len(ids) > self.length]
 
-    def say_too_long(self, texts: list[str]) -> None:
-        """One line if any text is cut."""
-        if texts and (cut := self.too_long(texts)):
+    def unknown(self, texts: list[str]) -> list[str]:
+        """The texts that hold a token of which the vocabulary knows nothing, such as an emoji in BERT's."""
+        one, ends = self.tokenizer.unk_token_id, (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        if one is None or one in ends:  # CLIP's knows every byte
+            return []
+        rows = self.tokenizer(texts, split_special_tokens=True).input_ids
+        return [text for text, ids in zip(texts, rows, strict=True) if one in ids]
+
+    def say_losses(self, texts: list[str]) -> None:
+        """A line each if texts are cut, or hold what the tokenizer does not know."""
+        if cut := self.too_long(texts) if texts else []:
             say(f"{len(cut):,} of {len(texts):,} deltas lose what exceeds {self.length} tokens: {cut[0][:60]!r}")
+        if strange := self.unknown(texts) if texts else []:
+            what = f"{len(strange):,} of {len(texts):,} deltas hold words or signs that the text encoder does not know"
+            warn(f"{what}, which all look alike to it: {strange[0][:60]!r}")
 
     def train(self, mode: bool = True) -> "CirModel":
         super().train(mode)

@@ -130,6 +130,9 @@ class SiglipTowers(TwoTowers):
     def too_long(self, texts: list[str]) -> list[str]:
         return super().too_long(siglip_spelling(texts, self.punctuation))
 
+    def unknown(self, texts: list[str]) -> list[str]:
+        return super().unknown(siglip_spelling(texts, self.punctuation))
+
     def text(self, texts: list[str], device, backward: bool = False) -> Tensor:
         """-> the pooled feature, raw (B, d)."""
         ids, _ = self.tokenize(texts, device, backward)

@@ -159,7 +159,7 @@ class Colours(torch.nn.Module):
         self.frozen, self.seen = torch.nn.Dropout(), 0
         self.frozen.eval()
         self.preprocess, self.asked = SMALL, []
-        self.say_too_long = self.asked.extend
+        self.say_losses = self.asked.extend
 
     def image(self, pixels):
         self.seen += len(pixels)

@@ -15,6 +15,7 @@ from test_real_pictures import run_stage
 
 import eval_cir
 import train_cir
+from common import batches
 from common.annotations import (
     FASHIONIQ_CATEGORIES,
     all_without_missing,
@@ -499,20 +500,27 @@ def test_a_report_on_what_was_trained_on_says_so(own, zoo, tmp_path, monkeypatch
 
 
 def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo, tmp_path, capsys, monkeypatch):
-    """Ten are held out. --pseudo brings four of their pairs back, by other texts; a model that starts from that one has
-    seen them too; and a part of the triplets is known in a copy of both file and pictures."""
+    """Ten are held out. A checkpoint knows four of their pairs from another file, by other texts; a model that starts
+    from that one has seen them too; and a part of the triplets is known in a copy of both file and pictures."""
     monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
     path, folder = own
     held = read_own(path, folder, hold_out=10).queries
     pairs = list(dict.fromkeys((q.reference, q.target) for q in held))[:2]
     back = [{"reference": a, "target": b, "delta": "generated"} for a, b in pairs] * 4  # a batch wants several
     way = [{"reference": b, "target": a, "delta": q.delta} for q in held for a, b in [(q.reference, q.target)]]
-    pseudo = jsonl(tmp_path / "pseudo.jsonl", back + way)  # the other way round is another query
-    how = {"dataset": "jsonl", "root": path, "images": folder, "device": "cpu", "workers": 0, "hold_out": 10}
-    train = {"model": "sum", "backbone": zoo / "clip", "batch": 4, "steps": 1}
-    run_stage(train_cir, **how, **train, pseudo=pseudo, pseudo_images=folder, out=tmp_path / "one")
-    del train["backbone"]
-    run_stage(train_cir, **how, **train, start_from=tmp_path / "one", out=tmp_path / "two")
+    other = jsonl(tmp_path / "other.jsonl", back + way)  # the other way round is another query
+    how = {"dataset": "jsonl", "root": path, "images": folder, "hold_out": 10}
+    train = {
+        "dataset": "jsonl",
+        "images": folder,
+        "device": "cpu",
+        "workers": 0,
+        "model": "sum",
+        "batch": 4,
+        "steps": 1,
+    }
+    run_stage(train_cir, **train, root=other, backbone=zoo / "clip", out=tmp_path / "one")
+    run_stage(train_cir, **train, root=path, hold_out=10, start_from=tmp_path / "one", out=tmp_path / "two")
 
     copy, part = tmp_path / "copy", tmp_path / "part.jsonl"
     shutil.copytree(folder, copy)
@@ -531,6 +539,25 @@ def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo,
     assert "is not known" in note_of_seen(str(tmp_path / "one"), [read_own(path, folder)])
     assert pairs_of([], str(tmp_path / "one"))["pairs"].numel() == 0
     assert "has no trained_on.safetensors" in capsys.readouterr().out
+
+
+def test_no_stream_trains_on_a_pair_that_is_held_out(own, tmp_path, capsys):
+    """Generated texts of all pairs, under other names of the same pictures, beside human triplets of which ten are
+    held out, with the others of their pairs."""
+    path, folder = own
+    held = {(q.reference, q.target) for q in read_own(path, folder, hold_out=10).queries}
+    again = tmp_path / "again"
+    shutil.copytree(folder, again, copy_function=os.symlink)
+    everything = [(q.reference, q.target) for q in read_own(path, folder).queries]
+    file = jsonl(tmp_path / "pseudo.jsonl", [{"reference": a, "target": b, "delta": "new"} for a, b in everything])
+    sources = [batches.human_source("jsonl", path, "", folder, hold_out=10), batches.pseudo_source(file, str(again))]
+    human, auxiliary = batches.complete_sources(sources, 4, 1, str(tmp_path / "out"), 0)
+    assert len(human.items) == len(auxiliary.items) == 48 and len(held) == 4
+    for source in (human, auxiliary):
+        for item in source.items:
+            names = [os.path.relpath(os.path.realpath(sources[s].images.path(n)), folder) for s, n in item[:2]]
+            assert tuple(names) not in held
+    assert "12 of 60 auxiliary triplets are of pairs that --hold_out keeps" in capsys.readouterr().out
 
 
 def test_triplets_of_a_table_are_those_of_its_lines(own, tmp_path):

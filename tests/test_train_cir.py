@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import eval_cir
 import train_cir
 from common import batches, retrieval
-from common.annotations import Triplet, read_triplets
+from common.annotations import Triplet, read_cirr, read_triplets
 from common.batches import Item, draw, drop_missing, human_items, human_source, pseudo_source
 from common.console import UserError
 from common.files import read_json, write_json
@@ -207,6 +208,9 @@ def test_text_is_never_cut_silently_nor_ended_by_a_caption(zoo):
         ids, mask = model.tokenize(["a", "b " * 30, "c"], "cpu")
         assert ids.shape == (3, 12) and mask.sum(1).tolist()[1] == 12
         assert model.too_long(["a", "b " * 30, "c"]) == ["b " * 30]
+        assert model.unknown(["a", "a \U0001f534", "\u6362"]) == (
+            ["a \U0001f534", "\u6362"] if folder == "blip" else []
+        )
         model.length = 60
         plain, spelled = (model.tokenize([text], "cpu")[0] for text in ("a b", f"a {mark} b"))
         assert spelled.shape[1] > plain.shape[1] + 1  # letters, not one special token
@@ -582,6 +586,29 @@ def test_a_run_goes_on_where_its_data_lie_now(world, zoo, tmp_path):
     (moved / "pseudo.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match="TRIPLETS_SHA256"):
         train(first)
+
+
+def test_a_resume_measures_by_the_queries_that_it_began_with(world, zoo, tmp_path):
+    """Else the best step would be the best of two measurements."""
+    moved = tmp_path / "moved"
+    shutil.copytree(world, moved)
+    asked = arguments(moved, zoo, tmp_path / "run", "combiner", steps=2, val_split="val")
+    train(asked)
+    benchmark = read_cirr(str(moved / "cirr"), "val", str(moved / "img_raw"))
+    name = benchmark.gallery[3]
+    picture = Path(benchmark.images.path(name))
+    size = picture.stat().st_size
+    picture.write_bytes(picture.read_bytes() + b" ")
+    with pytest.raises(UserError, match=rf"of its pictures 1 changed, first '{name}' \({size} bytes then"):
+        train(asked)
+    picture.write_bytes(picture.read_bytes()[:-1])
+    train(asked)
+    captions = moved / "cirr/captions/cap.rc2.val.json"
+    records = read_json(captions)
+    records[0]["caption"] = "is another text"
+    write_json(captions, records)
+    with pytest.raises(UserError, match="VALIDATION_SHA256"):
+        train(asked)
 
 
 def test_a_start_brings_its_own_backbone_and_all_before_it(world, zoo, tmp_path, monkeypatch):
