@@ -389,7 +389,9 @@ def training_triplets(
         if held:
             more = len(triplets) - len(trained) - len(held)
             say(f"{root}: {len(held):,} of {len(triplets):,} triplets are held out, {more:,} more share their images")
-        return trained, own_store(root, images)
+        store = own_store(root, images)
+        store.require_one_each(sorted({name for t in trained for name in (t.reference, t.target)}))
+        return trained, store
     else:
         raise UserError(f'dataset is {shown(dataset)}, wanted "cirr", "fashioniq" or "jsonl"')
     triplets = [query for benchmark in benchmarks for query in benchmark.queries]
@@ -461,6 +463,7 @@ def read_own(
         where = gallery or ", ".join(store.roots)
         raise UserError(f"{path}: {len(stray):,} targets are not in the gallery {where}, first {shown(stray[0])}")
     benchmark = Benchmark("jsonl", part if hold_out else "all", None, tuple(queries), tuple(names), store)
+    store.require_one_each(names_of(benchmark))
     say_silent(benchmark)
     return benchmark
 

@@ -4,6 +4,7 @@ A name from a file never leaves the folders that were given. Links that lie in t
 followed wherever they lead: data sets are linked from other disks, and a snapshot of the hub is nothing but links."""
 
 import errno
+import filecmp
 import functools
 import hashlib
 import itertools
@@ -164,6 +165,15 @@ class ImageStore:
             return self.table[name]
         below = self._found[name][1] if self.find(name) else safe_name(name)
         return "./" + os.path.normpath(below).replace(os.sep, "/")
+
+    def require_one_each(self, names: Iterable[str]) -> None:
+        """UserError if one of the names is another picture in each of two roots: the first would be taken for both."""
+        alone = [ImageStore([root], self.table) for root in self.roots]
+        for name in names if len(alone) > 1 else ():
+            paths = [path for store in alone if (path := store.find(name))]
+            if other := next((path for path in paths[1:] if not filecmp.cmp(paths[0], path, shallow=False)), None):
+                text = f"{shown(name)} is one picture in {paths[0]} and another in {other}"
+                raise UserError(f"{text}; name a folder above both, and the pictures by their paths below it")
 
     def open(self, name: str, then: Callable[[Image.Image], Any] | None = None) -> Any:
         return open_image(self.path(name), self.large, then)

@@ -541,6 +541,25 @@ def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo,
     assert "has no trained_on.safetensors" in capsys.readouterr().out
 
 
+def test_a_name_of_two_pictures_stops_training_and_evaluation(own, tmp_path):
+    """Cameras count from 1 in each folder: the first folder's picture would be taken for both. A copy is no other."""
+    path, folder = own
+    one, two = tmp_path / "one", tmp_path / "two"
+    for i in range(6):
+        save(one / f"IMG_{i}.png", i)
+        save(two / f"IMG_{i if i < 4 else i + 2}.png", i if i < 3 else i + 40)
+    lines = [{"reference": f"IMG_{i}.png", "target": f"IMG_{i + 1}", "delta": "x"} for i in range(2)]
+    a, b = jsonl(tmp_path / "a.jsonl", lines), jsonl(tmp_path / "b.jsonl", [lines[0] | {"target": "IMG_6.png"}])
+    both = f"{one}{os.pathsep}{two}"
+    training_triplets("jsonl", f"{a},{b}", "", images=both)
+    c = jsonl(tmp_path / "c.jsonl", [lines[0] | {"target": "IMG_3"}])
+    words = rf"'IMG_3' is one picture in {one}/IMG_3.png and another in {two}/IMG_3.png; name a folder above both"
+    with pytest.raises(UserError, match=words):
+        training_triplets("jsonl", f"{a},{c}", "", images=both)
+    with pytest.raises(UserError, match="'IMG_3.png' is one picture in"):
+        read_own(a, both)
+
+
 def test_no_stream_trains_on_a_pair_that_is_held_out(own, tmp_path, capsys):
     """Generated texts of all pairs, under other names of the same pictures, beside human triplets of which ten are
     held out, with the others of their pairs."""
