@@ -43,7 +43,7 @@ from common.annotations import (
     require_official,
 )
 from common.audit import Audited, audit, audit_tables, ways_alone
-from common.cir_model import find_again, one_vector, read_settings
+from common.cir_model import find_again, inner, one_vector, read_settings
 from common.console import UserError, run, say
 from common.copies import note_of_copies
 from common.encoding import Compute, encode
@@ -173,6 +173,11 @@ class Baseline(torch.nn.Module):
         return {"image": image, "text": text, "sum": F.normalize(image + text, dim=1)}[self.what]
 
 
+def load_baseline(backbone: str, what: str, device: torch.device, pad: float = 0.0) -> Baseline:
+    kind = "blip_tdm" if backbone and model_kind(backbone, "--backbone") == "blip" else "sum"
+    return Baseline(build_cir(kind, backbone, pad=pad).eval().to(device), what)
+
+
 def load_system(device: torch.device) -> System:
     """The model of --checkpoint or --baseline; --rerank wants one with a trained tdm head."""
     if CHECKPOINT:
@@ -184,10 +189,9 @@ def load_system(device: torch.device) -> System:
         return System(model, CHECKPOINT, file_sha256(os.path.join(CHECKPOINT, "model.safetensors")))
     if RERANK:
         raise UserError("--rerank wants a checkpoint: a --baseline has no trained tdm head")
-    kind = "blip_tdm" if BACKBONE and model_kind(BACKBONE, "--backbone") == "blip" else "sum"
-    model = build_cir(kind, BACKBONE, pad=PAD).eval().to(device)
-    digest = tensors_sha256(model.named_parameters(), model.preprocess.described())
-    return System(Baseline(model, BASELINE), f"plain {model.source}, {BASELINE}", digest)
+    baseline = load_baseline(BACKBONE, BASELINE, device, PAD)
+    digest = tensors_sha256(baseline.model.named_parameters(), baseline.preprocess.described())
+    return System(baseline, f"plain {baseline.model.source}, {BASELINE}", digest)
 
 
 def halves_of(system: System, device: torch.device) -> dict[str, Way]:
@@ -553,7 +557,7 @@ def main() -> None:
     protocol = "; ".join(filter(None, (protocol_text(), *notes, chosen)))
     lock_folder(OUT)
     system = load_system(world.device)
-    getattr(system.model, "model", system.model).say_losses([q.delta for b in benchmarks for q in b.queries])
+    inner(system.model).say_losses([q.delta for b in benchmarks for q in b.queries])
     halves = halves_of(system, world.device) if AUDIT else {}
 
     results = []

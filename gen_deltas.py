@@ -36,7 +36,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 
 import vdg_align
 import vdg_tune
@@ -71,9 +70,9 @@ from common.ranks import (
     gather_objects,
     init_world,
     pick_dtype,
-    seeded_rng,
     stop_requested,
 )
+from common.seeds import seeded_rng
 from vdg_align import VisionProjector, vision_weights
 
 # ---- what is described ----
@@ -514,7 +513,6 @@ def check_images(names: list[str], images: ImageStore) -> None:
 
 
 def main() -> None:
-    transformers.logging.set_verbosity_error()
     world = init_world(DEVICE)
     check_flags()
     dtype = pick_dtype(DTYPE, world.device)

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, ResNetModel
 
@@ -51,7 +50,8 @@ from common.flags import at_least, override
 from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_bytes
 from common.memory import advise
 from common.pretrained import load_model, model_kind, read_config
-from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype, seeded_rng
+from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype
+from common.seeds import seeded_rng
 from kernels.similarity_topk import exact_dot, exact_topk
 from kernels.topk_blocks import topk_in_blocks
 
@@ -298,16 +298,6 @@ def load_embeddings(out: str) -> Tensor:
 
 
 # ---- subgroups ----
-class Rule(NamedTuple):
-    """What makes a subgroup: the constants of these names."""
-
-    top_k: int
-    max_score: float
-    min_gap: float
-    group: int
-    max_shared: int
-
-
 class Subgroup(NamedTuple):
     """Pictures that are alike, by their row in the embeddings."""
 
@@ -357,16 +347,18 @@ def nearest(embeddings: Tensor, rows: range, top_k: int, lot: int, device: torch
     yield rows, *exact_topk(queries, embeddings, top_k, itself, tile, searching)
 
 
-def candidates(neighbours: Iterable[tuple], rule: Rule) -> tuple[list[Subgroup], Counter]:
+def candidates(
+    neighbours: Iterable[tuple], max_score: float, min_gap: float, group: int
+) -> tuple[list[Subgroup], Counter]:
     """The subgroups of the anchors that find enough members, and why the others do not; neighbours: of nearest()."""
     found, discarded = [], Counter()
     for anchors, *both in neighbours:
         for anchor, scores, indices in zip(anchors, *(part.cpu().numpy() for part in both), strict=True):
             # near duplicates out, then members whose scores keep a distance
-            chosen = choose(scores, rule.max_score, rule.min_gap, rule.group - 1)
-            if len(chosen) == rule.group - 1:
+            chosen = choose(scores, max_score, min_gap, group - 1)
+            if len(chosen) == group - 1:
                 found.append(Subgroup([anchor, *indices[chosen].tolist()], [1.0, *scores[chosen].tolist()]))
-            elif (scores > rule.max_score).all():
+            elif (scores > max_score).all():
                 discarded["all neighbours are near duplicates"] += 1
             else:
                 discarded["too few neighbours left"] += 1
@@ -429,14 +421,12 @@ def pair_records(subgroups: list[Subgroup], names: list[str], embeddings: Tensor
     return records
 
 
-def write_results(
-    subgroups: list[dict], pairs: list[dict], counts: dict[str, int], rule: Rule, images: ImageStore
-) -> None:
+def write_results(subgroups: list[dict], pairs: list[dict], counts: dict[str, int], images: ImageStore) -> None:
     """subgroups.jsonl, pairs.jsonl, stats.json, and for the eye subgroups.png and subgroups.html."""
     write_jsonl(f"{OUT}/subgroups.jsonl", subgroups)
     write_jsonl(f"{OUT}/pairs.jsonl", pairs)
-    applied = rule._asdict() | {"grouping": GROUPING}
-    stats = {"counts": counts, "rule": applied, "encoder": ENCODER, "exclude": list(EXCLUDE)}
+    rule = {"top_k": TOP_K, "max_score": MAX_SCORE, "min_gap": MIN_GAP, "group": GROUP, "max_shared": MAX_SHARED}
+    stats = {"counts": counts, "rule": rule | {"grouping": GROUPING}, "encoder": ENCODER, "exclude": list(EXCLUDE)}
     write_json(f"{OUT}/stats.json", stats, indent=2)
     draw(subgroups, counts, images)
 
@@ -499,8 +489,6 @@ def check_pictures(names: list[str], images: ImageStore) -> None:
 
 
 def main() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     check_flags()
     if PLAN:
         return say_plan(PLAN)
@@ -526,10 +514,9 @@ def main() -> None:
         embeddings = embeddings.to(world.device)
 
     # S3.2: every picture is an anchor and looks for its subgroup; each rank searches for its share of them
-    rule = Rule(TOP_K, MAX_SCORE, MIN_GAP, GROUP, MAX_SHARED)
     anchors = range(len(names) * world.rank // world.size, len(names) * (world.rank + 1) // world.size)
     neighbours = nearest(embeddings, anchors, TOP_K, lot, world.device)
-    searched = gather_objects(candidates(neighbours, rule))  # in rank order, hence in anchor order
+    searched = gather_objects(candidates(neighbours, MAX_SCORE, MIN_GAP, GROUP))  # in rank order, hence in anchor order
 
     # one rank decides: whether a subgroup overlaps depends on all before it
     if world.rank == 0:
@@ -548,7 +535,7 @@ def main() -> None:
 
         counts |= {"anchors": len(names)} | {f"discarded: {reason}": n for reason, n in sorted(discarded.items())}
         counts |= {"subgroups": len(subgroups), "pairs": len(pairs)}
-        write_results(subgroups, pairs, counts, rule, images)
+        write_results(subgroups, pairs, counts, images)
         log.write(**counts)
     barrier()  # the process group lives as long as its first rank works
 

@@ -39,7 +39,7 @@ from PIL import Image
 
 from common.annotations import read_triplets
 from common.batches import chunks
-from common.cir_model import one_vector, read_settings
+from common.cir_model import inner, one_vector, read_settings
 from common.console import UserError, progress, run, say
 from common.encoding import Compute
 from common.files import (
@@ -54,17 +54,16 @@ from common.files import (
     write_jsonl,
 )
 from common.flags import at_least, override
-from common.gallery import Engine, Query, find, index_folder, inner, recall_of, stamp_of, vision_digest, vision_weights
+from common.gallery import Engine, Query, find, index_folder, recall_of, stamp_of, vision_digest, vision_weights
 from common.hub import located
 from common.images import ImageStore, shown
 from common.memory import advise
 from common.notes import Notes, is_held_out, note, read_notes
 from common.pixels import open_image
-from common.pretrained import model_kind
 from common.ranks import init_world
 from common.server import body_of, guarded, is_address, json_of, listen, number_of
-from eval_cir import Baseline
-from train_cir import build_cir, load_cir
+from eval_cir import load_baseline
+from train_cir import load_cir
 
 # ---- what is searched ----
 GALLERY = ""  # folder of the pictures, searched recursively
@@ -114,8 +113,8 @@ def load_model(checkpoint: str, backbone: str, device) -> tuple[torch.nn.Module,
         model = load_cir(checkpoint, device, backbone)
         one_vector(model, "search.py")
         return model, read_settings(checkpoint)
-    kind = "blip_tdm" if model_kind(backbone, "--backbone") == "blip" else "sum"
-    return Baseline(build_cir(kind, backbone).eval().to(device), "sum"), {"constants": {"MODEL": kind}}
+    baseline = load_baseline(backbone, "sum", device)
+    return baseline, {"constants": {"MODEL": "blip_tdm" if hasattr(baseline.model, "match") else "sum"}}
 
 
 def model_name(base: tuple[str, str], number: int) -> str:
@@ -212,7 +211,7 @@ def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[d
     if pseudo:
         write_jsonl(folder / "pseudo.jsonl", pseudo)
         given |= {"PSEUDO": folder / "pseudo.jsonl", "PSEUDO_IMAGES": site.engine.gallery.folder}
-    words = [word for name, value in given.items() for word in (f"--{name.lower()}={value}",)]
+    words = [f"--{name.lower()}={value}" for name, value in given.items()]
     return [sys.executable, str(Path(__file__).with_name("train_cir.py")), *words]
 
 
@@ -264,7 +263,8 @@ def teaching_status(site: Site) -> dict:
         log = site.out / f"teach-{answer['number']}" / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         if lines and lines[-1].startswith("{") and lines[-1].endswith("}"):
-            answer |= {key: value for key, value in json.loads(lines[-1]).items() if key in ("step", "loss", "eta_s")}
+            shown_keys = ("step", "loss", "seconds_left")
+            answer |= {key: value for key, value in json.loads(lines[-1]).items() if key in shown_keys}
         answer["steps"] = site.flags["TEACH_STEPS"]
     right = sum(mark["right"] for mark in marks)
     answer |= {"using": site.using, "right": right, "wrong": len(marks) - right}

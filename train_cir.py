@@ -20,9 +20,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from common import batches, cir_model, files, memory, ranks
+from common import batches, cir_model, files, memory, ranks, seeds, streams
 from common.augment import Augmentation
-from common.batches import Batch, Everyone, Source, draw_batch
 from common.cir_model import CirModel, frozen_sha256, get_trained, put_trained, trained_of
 from common.console import UserError, progress, run, say
 from common.encoding import Bank, Compute, TrainingImages
@@ -31,9 +30,10 @@ from common.flags import at_least, below, constants_of, one_of, override, within
 from common.qformer import QformerCir
 from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import Pictures, resume_state
-from common.retrieval import Validation, begin_validation, read_validation, validate
+from common.streams import Batch, Everyone, Source, draw_batch
 from common.towers import build_towers, text_proj_apart
 from common.trained_on import FILE, pairs_of
+from common.validation import Validation, begin_validation, read_validation, validate
 from common.vision import absorb_attention, fuse_attention, in_compute_dtype, in_eights
 from kernels.contrastive import l_tcc_ranks
 from kernels.max_similarity import l_tcc_max_ranks
@@ -120,8 +120,10 @@ CHECK = False  # count triplets and images, name what is missing, stop
 
 # may change at a resume: the triplets' hash and the list of their pictures say whether they are the same
 _FREE = {"ROOT", "IMAGES", "PSEUDO", "PSEUDO_IMAGES", "SAME_PAIRS"}
-_CLIP, _BLIP = "openai/clip-vit-large-patch14", "Salesforce/blip-itm-large-coco"
-_HUB = {"combiner": _CLIP, "sum": _CLIP, "blip_tdm": _BLIP, "qformer": "Salesforce/blip2-itm-vit-g"}
+_CLIP = "openai/clip-vit-large-patch14"
+# MODEL: BACKBONE, EPOCHS and BETA where these are left open [S6.1]
+_USUAL = {"combiner": (_CLIP, 10, 0.0), "sum": (_CLIP, 10, 0.0)}
+_USUAL |= {"blip_tdm": ("Salesforce/blip-itm-large-coco", 6, 0.5), "qformer": ("Salesforce/blip2-itm-vit-g", 10, 0.0)}
 
 
 # ---- models ----
@@ -268,9 +270,9 @@ def build_cir(
     """A model before CIR training, fp32 on the CPU; a new Combiner and directions draw from torch's generator.
 
     start: a checkpoint whose weights replace those of the same names, frozen or not."""
-    if model not in _HUB:
-        raise UserError(f"--model {model}: one of {', '.join(_HUB)}")
-    shared = (backbone or _HUB[model], text_length, train_text, directions)
+    if model not in _USUAL:
+        raise UserError(f"--model {model}: one of {', '.join(_USUAL)}")
+    shared = (backbone or _USUAL[model][0], text_length, train_text, directions)
     if model == "blip_tdm":
         built = BlipTdm(*shared, first_token, train_tdm_head)
     elif model == "qformer":
@@ -313,7 +315,7 @@ def gather_batch(model: CirModel, x: Tensor, c: Tensor, tokens: Tensor) -> Every
 
 def contrastive_loss(model: CirModel, x: Tensor, c: Tensor, batch: Batch, bank: Bank | None) -> Tensor:
     """Eq. 2, L_tcc: this rank's share."""
-    hardness = float(BETA) if BETA != "auto" else 0.5 if MODEL == "blip_tdm" else 0.0
+    hardness = _USUAL[MODEL][2] if BETA == "auto" else float(BETA)
     others = bank.without(batch.targets) if bank else None
     of_one = l_tcc_ranks if x.ndim == 2 else l_tcc_max_ranks  # a picture has several vectors
     loss = functools.partial(of_one, tau=model.tau, alpha=ALPHA, beta=hardness, bank=others)
@@ -355,7 +357,7 @@ def reversed_loss(
         return model.tau.new_zeros(())
     own = [batch.own[k] for k in rows]
     targets = torch.tensor(own)  # CLIP composes each text with every target: here is its own, the positive
-    if MODEL == "blip_tdm":
+    if not model.factorises:
         drawn = draw_candidates(everyone.x, everyone.c, batch.targets, model.tau.item(), REVERSED_NEGATIVES, noise)
         targets = drawn[own]  # BLIP with a few, as nothing factorises: its own target, then hard ones
     with compute.autocast():
@@ -376,13 +378,15 @@ def check_flags() -> None:
     if MODEL == "qformer" and (BIDIRECTIONAL or BANK):
         what = "--bidirectional: no direction token" if BIDIRECTIONAL else "--bank: its pictures have several vectors"
         raise UserError(f"--model qformer and {what}; leave it out, or take combiner, sum or blip_tdm")
-    at_least(globals(), TEXT_PROJ_LR=0)
     at_least(globals(), TAU=1e-4, ALPHA=1e-4, LR=0, WEIGHT_DECAY=0, BETAS=0, BIDIRECTIONAL=0, REVERSED_NEGATIVES=0)
-    at_least(globals(), TEXT_LENGTH=0, COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0, ROTATE=0, CROP_RATIO=0.01)
+    at_least(globals(), TEXT_PROJ_LR=0, TEXT_LENGTH=0, ROTATE=0, CROP_RATIO=0.01)
+    at_least(globals(), COMBINER_P=0, COMBINER_H=0, COMBINER_DROPOUT=0)
     below(globals(), COMBINER_DROPOUT=1, BETAS=1)
     within(globals(), FLIP=(0, 1), CROP_SCALE=(0, 1), JITTER=(0, 1), TRANSLATE=(0, 1))
-    one_of(globals(), MODEL=_HUB, REVERSED_TEXT=("token", "delta"))
+    one_of(globals(), MODEL=_USUAL, REVERSED_TEXT=("token", "delta"))
     one_of(globals(), FIRST_TOKEN=("enc", "cls"), JOIN=("forward", "reverse"))
+    if DTYPE in ("fp16", "float16"):
+        raise UserError("--dtype fp16: nothing here scales the loss, small gradients become 0; take bf16 or fp32")
     if BETA != "auto" and not str(BETA).replace(".", "", 1).isdecimal():
         raise UserError(f"--beta {BETA}: wanted a number from 0, or auto")
     if not TRIPLETS and not PSEUDO:
@@ -394,24 +398,24 @@ def read_sources() -> list[Source]:
     human = auxiliary = Source()
     if TRIPLETS:
         elsewhere = {"keys": KEYS, "pool": POOL, "hold_out": HOLD_OUT}
-        human = batches.human_source(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, SAME_DELTAS, **elsewhere)
+        human = streams.human_source(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, SAME_DELTAS, **elsewhere)
     if PSEUDO:
-        auxiliary = batches.pseudo_source(PSEUDO, PSEUDO_IMAGES, PSEUDO_KEYS, POOL)
+        auxiliary = streams.pseudo_source(PSEUDO, PSEUDO_IMAGES, PSEUDO_KEYS, POOL)
     return [human, auxiliary]
 
 
 def complete_data(sources: list[Source], validation: Validation, size: int, workers: int) -> tuple[list, Validation]:
     """What has its images; UserError if triplets are too few, lack what a flag asks for, or cannot be measured."""
-    sources = batches.complete_sources(sources, BATCH, size, OUT, workers, BANK)
+    sources = streams.complete_sources(sources, BATCH, size, OUT, workers, BANK)
     validation = begin_validation(validation, VAL_SPLIT, MISSING, OUT, workers, sources)
     if BIDIRECTIONAL and REVERSED_TEXT == "delta":
-        batches.say_backs(sources)
+        streams.say_backs(sources)
     return sources, validation
 
 
 def model_settings() -> dict:
     """The arguments of build_cir that stand in config.json."""
-    build = {"model": MODEL} | cir_model.places_of(BACKBONE, START_FROM, _HUB.get(MODEL, ""))
+    build = {"model": MODEL} | cir_model.places_of(BACKBONE, START_FROM, _USUAL[MODEL][0])
     build |= {"text_length": TEXT_LENGTH, "train_text": TRAIN_TEXT}
     build["directions"] = bool(BIDIRECTIONAL) and REVERSED_TEXT == "token"
     build |= {"pad": PAD} if PAD else {}
@@ -453,12 +457,9 @@ def resume(model: CirModel, optimizer, constants: dict, pictures: Pictures) -> t
     return start, state["best"]
 
 
-def summed(model: CirModel, tcc: Tensor, tdm: Tensor, rev: Tensor) -> dict[str, float]:
+def summed(**shares: Tensor) -> dict[str, float]:
     """The losses of all ranks, for the log."""
-    tcc, tdm, rev = (all_sum(share) for share in (tcc, tdm, rev))
-    losses = {"loss": float(tcc + tdm + BIDIRECTIONAL * rev), "tcc": float(tcc)}
-    losses |= {"tdm": float(tdm)} if matching(model) else {}
-    return losses | ({"rev": float(rev)} if BIDIRECTIONAL else {})
+    return {name: float(all_sum(share)) for name, share in shares.items()}
 
 
 def measure(model: CirModel, validation: Validation, step: int, best: dict | None, compute: Compute, log) -> dict:
@@ -472,13 +473,7 @@ def measure(model: CirModel, validation: Validation, step: int, best: dict | Non
 
 
 def save_model(
-    model: CirModel,
-    settings: dict,
-    steps: int,
-    best: dict | None,
-    protocol: str,
-    constants: dict,
-    sources: list[Source],
+    model: CirModel, settings: dict, steps: int, best: dict | None, protocol: str, constants: dict, sources: list
 ) -> None:
     """Writes OUT/model.safetensors, of the best measured step or the last, OUT/config.json, in which tau stands, and
     OUT/trained_on.safetensors."""
@@ -496,7 +491,7 @@ def save_model(
 
 def main() -> None:
     world = ranks.init_world(DEVICE)
-    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS).to_train()
+    compute = Compute.on(world.device, DTYPE, BATCH, WORKERS)
     check_flags()
 
     # data: what to train on and to measure, checked before a model loads
@@ -504,24 +499,24 @@ def main() -> None:
     sources = read_sources()
     validation = read_validation(DATASET, ROOT, VAL_SPLIT, IMAGES, KEYS, POOL, HOLD_OUT, JOIN)
     if CHECK:
-        return batches.check_items(sources, validation.benchmarks, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt")
+        return streams.check_items(sources, validation.benchmarks, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt")
     lock_folder(OUT, "cir")
     sources, validation = complete_data(sources, validation, world.size, compute.workers)
-    epochs = EPOCHS or (6 if MODEL == "blip_tdm" else 10)
-    steps = STEPS or epochs * batches.steps_an_epoch(sources, BATCH, world.size)
+    epochs = EPOCHS or _USUAL[MODEL][1]
+    steps = STEPS or epochs * streams.steps_an_epoch(sources, BATCH, world.size)
 
     # model
     torch.manual_seed(SEED)  # the start of a Combiner, of [FORWARD] and [BACKWARD]
     model = build_cir(**settings, tau=TAU, learn_tau=LEARN_TAU).to(world.device).train()
-    model.say_losses(batches.texts_of(sources))
+    model.say_losses(streams.texts_of(sources))
     model.say_losses([query.delta for benchmark in validation.benchmarks for query in benchmark.queries])
     optimizer = make_optimizer(model)
 
     # resume: what is drawn is a function of (seed, step), so weights and optimiser are the whole state
     constants = constants_of(globals()) | {"RANKS": world.size}
-    constants |= batches.data_sha256(sources, validation.benchmarks)
+    constants |= streams.data_sha256(sources, validation.benchmarks)
     constants["FROZEN_SHA256"] = frozen_sha256(model)  # load_cir compares it
-    start, best = resume(model, optimizer, constants, batches.pictures_of(sources, validation.benchmarks))
+    start, best = resume(model, optimizer, constants, streams.pictures_of(sources, validation.benchmarks))
     if is_finished(OUT, "model.safetensors", start, steps):
         return
     log = ranks.Log(OUT, resume_step=start)
@@ -538,7 +533,7 @@ def main() -> None:
     bar = progress(images.follow(range(start, steps), draw, SEED), "training", steps, start)
     for batch, tokens in bar:
         # dropout and the rate are functions of the step
-        ranks.seed_step(SEED, batch.step, world.rank)
+        seeds.seed_step(SEED, batch.step, world.rank)
         rate = set_rate(optimizer, batch.step, steps)
 
         # this rank's rows: x of the targets, c of the references with their deltas
@@ -552,7 +547,7 @@ def main() -> None:
 
         # Eq. 3 and [Bi]: their negatives may be any rank's, so all ranks draw the same
         everyone = gather_batch(model, x, c, target)
-        noise = ranks.seeded_generator("step", SEED, batch.step, 0)
+        noise = seeds.seeded_generator("step", SEED, batch.step, 0)
         tdm = matching_loss(model, everyone, batch, noise, compute)
         rev = reversed_loss(model, reference, everyone, batch, noise, compute)
 
@@ -562,7 +557,8 @@ def main() -> None:
         loss.backward()
         ranks.all_reduce_gradients(model.parameters())
         norm = ranks.gradient_norm(model.parameters())
-        batches.stop_if_not_finite(loss.item() + norm, batch, log)
+        remedy = "a lower --lr or a higher --tau"
+        batches.stop_if_not_finite(batch.step + 1, loss.item() + norm, batch.own_draws, log, remedy)
         optimizer.step()
         model.clamp_tau()
 
@@ -570,8 +566,8 @@ def main() -> None:
         done = batch.step + 1
         last = done == steps
         if last or done % LOG_EVERY == 0:
-            record = summed(model, tcc, tdm, rev)
-            record |= {"lr": rate, "norm": norm, "tau": model.tau.item()}
+            record = summed(loss=loss, tcc=tcc, tdm=tdm, rev=rev)
+            record |= {"lr": rate, "grad_norm": norm, "tau": model.tau.item()}
             record["images"] = images.encoded_by_all()
             record |= ranks.pace(watch.seconds(), done - start, steps - done, len(batch.draws))
             log.write(step=done, **record)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from common import batches, files, memory, ranks
+from common import batches, files, memory, ranks, seeds
 from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
 from common.flags import at_least, below, constants_of, override, within
@@ -158,7 +158,7 @@ def start_quietly(projection: nn.Linear, std: float, seed: int) -> None:
     An image token far larger than a word hardly changes from layer to layer (what the layers add is of a word's size),
     so nothing the LLM knows to do with words is done with it: on the embedded world captions came out well and
     comparisons did not. Drawn on the CPU by the seed alone: the same start on every device."""
-    draw = ranks.seeded_generator("projection", seed)
+    draw = seeds.seeded_generator("projection", seed)
     drawn = torch.empty(projection.weight.shape).normal_(std=std / projection.in_features**0.5, generator=draw)
     projection.weight.copy_(drawn)
     projection.bias.zero_()
@@ -260,7 +260,7 @@ def encode(vision: VisionProjector, images, names: list[str], views, batch: int,
         batches.stop_together(pictures)
         queries = vision.query_tokens[:0].to(vision.dtype) if pictures is None else vision.queries_of_bytes(pictures)
         k = len(views(chunk_of_rank[0][0]))
-        queries = ranks.gather_with_grad(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
+        queries = ranks.gather(queries.reshape(len(queries) // k, k, *queries.shape[1:]))
         found |= zip([name for chunk in chunk_of_rank for name in chunk], queries.cpu(), strict=True)
     return found
 
@@ -273,26 +273,10 @@ def share_start(weights: list[nn.Parameter], world: World) -> None:
             weight.copy_(ranks.all_sum(weight if world.rank == 0 else torch.zeros_like(weight)))
 
 
-def stop_if_not_finite(step: int, loss: float, norm: float, share: float, names: list[str]) -> None:
-    """All ranks, before the optimiser steps; loss and norm are of all ranks, share (of the loss) and names of this."""
-    if math.isfinite(loss + norm):
-        return
-    guilty = [name for part in ranks.gather_objects([] if math.isfinite(share) else names) for name in part]
-    raise UserError(
-        f"step {step}: loss {loss}, gradient norm {norm}; the last state saved is good; items: "
-        f"{', '.join(guilty[:16]) or 'any of this step'}; try a lower --lr, or look at these items"
-    )
-
-
 def pace(seconds: float, steps: int, left: int, per_step: int, tokens: int, world: World) -> dict[str, float]:
-    """For the log: in so many seconds this rank made `steps` of all ranks' per_step items, with so many tokens of its
-    own; `left` steps are to come."""
-    return {
-        "items_per_s": round(steps * per_step / seconds, 2),
-        "tokens_per_s": round(ranks.all_sum(tokens) / seconds),  # on all ranks, none of them padding
-        "memory": memory.peak(world.device),  # GiB on this rank
-        "seconds_left": round(seconds / steps * left),
-    }
+    """ranks.pace, this rank's tokens of all these steps a second, summed over ranks (none is padding), and GiB held."""
+    more = {"tokens_per_s": round(ranks.all_sum(tokens) / seconds), "memory": memory.peak(world.device)}
+    return ranks.pace(seconds, steps, left, per_step) | more
 
 
 # ---- this run: what main() calls, and main() alone, may read the constants ----
@@ -380,7 +364,6 @@ def save_result(vision: VisionProjector, tokenizer, steps: int, captions: int) -
 
 
 def main() -> None:
-    transformers.logging.set_verbosity_error()
     world = ranks.init_world(DEVICE)
     dtype = ranks.pick_dtype(DTYPE, world.device)
     check_flags()
@@ -454,8 +437,8 @@ def main() -> None:
         ranks.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
         loss = ranks.all_sum(share)
-        names = [caption.id for caption in mine]
-        stop_if_not_finite(step, loss, norm, share, names)
+        suspects = [] if math.isfinite(share) else [caption.id for caption in mine]
+        batches.stop_if_not_finite(step + 1, loss + norm, suspects, log, "a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
 

@@ -21,11 +21,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 import vdg_align
-from common import batches, files, held_out, memory, ranks
+from common import batches, files, held_out, memory, ranks, seeds
 from common.annotations import Triplet, training_triplets
 from common.augment import Crop
 from common.blip2 import write_blip2
@@ -38,8 +37,9 @@ from common.hub import near, read_stage
 from common.images import ImageStore, load_bytes, require_same_pixels
 from common.llama import answer_ids, empty_llm, llm_shape, load_llm, load_tokenizer, make_optimizer, read_llm
 from common.pretrained import copy_weights, read_config
-from common.ranks import Log, World, seeded_rng
+from common.ranks import Log, World
 from common.resume import resume_state
+from common.seeds import seeded_rng
 from common.tokenizer import require_same, tokenizer_sha256
 from common.triplets import groups_of, names_of
 from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
@@ -124,8 +124,8 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(down, self.lora_B.to(x.dtype)) * self.scale
 
 
-def add_lora(llm: nn.Module, rank: int, alpha: float, dropout: float, targets: tuple) -> dict[str, LoRALinear]:
-    """Wrap every linear of the LLM whose last name is in targets -> the new modules by name."""
+def add_lora(llm: nn.Module, rank: int, alpha: float, dropout: float, targets: tuple) -> None:
+    """Wrap every linear of the LLM whose last name is in targets."""
     names = [name for name, module in llm.named_modules() if name.split(".")[-1] in targets]
     absent = set(targets) - {name.split(".")[-1] for name in names}
     if absent or not names or rank < 1:
@@ -133,7 +133,6 @@ def add_lora(llm: nn.Module, rank: int, alpha: float, dropout: float, targets: t
         raise UserError(f"{what}: the LLM has no {', '.join(absent) or 'such'} module; look at --lora_targets")
     for name in names:
         llm.set_submodule(name, LoRALinear(llm.get_submodule(name), rank, alpha, dropout))
-    return lora_modules(llm)
 
 
 def lora_weights(llm: nn.Module) -> list[nn.Parameter]:
@@ -167,7 +166,7 @@ def adapter_tensors(llm: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinear]:
+def load_adapter(llm: nn.Module, folder: str, lora: dict) -> None:
     """Add the LoRA saved in a folder to the LLM; lora are the settings that it was trained with, from config.json.
 
     Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
@@ -180,9 +179,8 @@ def load_adapter(llm: nn.Module, folder: str, lora: dict) -> dict[str, LoRALinea
         here, there = (sorted(v, key=str) if isinstance(v, list) else v or None for v in (found.get(key), value))
         if here != there:
             raise UserError(f"{path}: {key} is {repr(here)[:80]}, config.json says {there!r}; copy both files again")
-    modules = add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
+    add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
     fill_lora(llm, files.load_tensors(folder, "adapter_model.safetensors"), folder)
-    return modules
 
 
 def fill_lora(llm: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
@@ -214,13 +212,13 @@ def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> li
 def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: str = "", vision: str = ""):
     """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict)."""
     config = read_stage(folder, "tune", llm, vision)
-    llm, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
+    model, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
     require_same(tokenizer, config, folder)
-    load_adapter(llm, folder, config["lora"])
-    vision = VisionProjector(config["vision"], llm.config.hidden_size, device, dtype)
-    require_same_pixels(vision.preprocess, config, folder, "--vision")
-    load_projection(vision, folder)
-    return vision, llm.requires_grad_(False).eval(), tokenizer, config
+    load_adapter(model, folder, config["lora"])
+    projector = VisionProjector(config["vision"], model.config.hidden_size, device, dtype)
+    require_same_pixels(projector.preprocess, config, folder, "--vision")
+    load_projection(projector, folder)
+    return projector, model.requires_grad_(False).eval(), tokenizer, config
 
 
 def write_merged(folder: str, out: str, kind: str, dtype: str, llm: str = "", vision: str = "") -> None:
@@ -354,8 +352,8 @@ def memory_options(aligned: dict, dtype: torch.dtype) -> dict[str, dict[str, flo
 
 def split_triplets(triplets: list[Triplet], images: ImageStore) -> tuple[list[Triplet], list[Triplet]]:
     """-> triplets to train on, triplets held out; the draw is a function of SEED."""
-    of = lambda t: (t.reference, t.target)  # noqa: E731
-    triplets = batches.drop_missing(triplets, of, images, "triplets", f"{OUT}/unreadable.txt", WORKERS)
+    listing = f"{OUT}/unreadable.txt"
+    triplets = batches.drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets", listing, WORKERS)
     batches.check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
     count = max(1, int(HELD_OUT * len(triplets))) if HELD_OUT else 0
     if len(triplets) <= count:
@@ -495,7 +493,6 @@ def save_result(model: Model, aligned: dict, trained: dict, world: World) -> Non
 
 
 def main() -> None:
-    transformers.logging.set_verbosity_error()
     world = ranks.init_world(DEVICE)
     dtype = ranks.pick_dtype(DTYPE, world.device)
     check_flags()
@@ -542,7 +539,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         llm.train()
-        ranks.seed_step(SEED, step, world.rank)
+        seeds.seed_step(SEED, step, world.rank)
 
         # this rank's triplets; Eq. 1 is a mean over the tokens of all ranks
         mine = [triplets[i] for i in items]
@@ -567,7 +564,8 @@ def main() -> None:
         ranks.all_reduce_gradients(weights)
         norm = nn.utils.clip_grad_norm_(weights, CLIP or math.inf).item()
         loss = ranks.all_sum(share)
-        vdg_align.stop_if_not_finite(step, loss, norm, share, [f"{t.reference} -> {t.target}" for t in mine])
+        suspects = [] if math.isfinite(share) else [(t.reference, t.target, t.delta) for t in mine]
+        batches.stop_if_not_finite(step + 1, loss + norm, suspects, log, "a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
 

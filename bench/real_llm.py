@@ -20,7 +20,6 @@ import measure  # noqa: F401  first: it puts the repository on the path
 
 from common.console import UserError, run, say
 from common.disk import open_as_umask_says
-from common.pretrained import quiet
 
 ENDS = ("<|im_start|>", "<|im_end|>")  # begin and end of a text
 
@@ -43,7 +42,6 @@ def read_gguf(folder: str, file: str):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    quiet()
     how = {"gguf_file": file, "trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **how)

@@ -94,7 +94,7 @@ def one_seed(args, truth: dict, out: Path, seed: int) -> tuple[dict, dict, dict,
     from common.encoding import Compute
     from common.gallery import Engine, Query, find, index_folder
     from common.notes import is_held_out, note, read_notes
-    from common.ranks import seeded_rng
+    from common.seeds import seeded_rng
 
     device, base = torch.device(args.device), (args.checkpoint, "" if args.checkpoint else args.backbone)
     model, settings = search.load_model(*base, device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 
 if TYPE_CHECKING:
     from common.images import Preprocess

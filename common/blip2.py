@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
 
-from common.console import UserError
+from common.console import UserError, reason_of
 from common.decode import prompt_parts
 from common.files import write_json, write_tensors, write_text
 from common.hub import card_name
@@ -128,8 +128,8 @@ def blip2_part(kind: type, config_kind: type, module: nn.Module, renamed) -> nn.
     try:
         built.load_state_dict(renamed(module.state_dict()), assign=True)
     except RuntimeError as fault:
-        what = " ".join(str(fault).split())[:200]
-        raise UserError(f"--format blip2: the weights are not Blip-2's ({what}); --format llama works") from None
+        why = reason_of(fault)
+        raise UserError(f"--format blip2: the weights are not Blip-2's ({why}); --format llama works") from None
     return built.eval()
 
 

@@ -37,6 +37,9 @@ class CirModel(nn.Module):
     the reference? (kernels/reversed.py); tau (): temperature of the losses, a parameter where it is learned."""
 
     directed = False
+    factorises = (
+        False  # reversed_loss composes each text with all targets at the price of a few: it takes no candidates
+    )
     vectors = 1  # of a picture in a gallery; with more, target gives (B, vectors, d) and the best of them counts
 
     def set_tau(self, tau: float, learned: bool) -> None:
@@ -118,10 +121,14 @@ class CirModel(nn.Module):
         return tokens, self.target(tokens)
 
 
+def inner(model: nn.Module) -> CirModel:
+    """The CIR model itself: eval_cir.py wraps a plain backbone, which then has no text or target of its own."""
+    return getattr(model, "model", model)
+
+
 def one_vector(model: nn.Module, what: str) -> None:
     """UserError where the model gives a picture several vectors, which `what` cannot use."""
-    count = getattr(getattr(model, "model", model), "vectors", 1)  # eval_cir.py wraps a plain backbone
-    if count > 1:
+    if (count := inner(model).vectors) > 1:
         raise UserError(f"{what} wants one vector a picture, --model qformer has {count}; take another checkpoint")
 
 

@@ -68,6 +68,11 @@ def _one_line(error: Exception) -> str:
     return printable(line) or type(error).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, on one line of 200 characters at most."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _disk(path: str) -> str:
     """ "disk mounted at /data, 0.0 of 250.0 GB free" for the disk that holds a path, there or not yet."""
     import shutil  # not above: --help is instant

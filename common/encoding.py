@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from common.augment import Ready
-from common.batches import Batch, Draw, Source, ahead, chunks, images_of, stop_together
+from common.batches import ahead, chunks, stop_together
 from common.console import UserError, progress, rank_size
 from common.decoders import fill_rows
 from common.images import ImageStore, load_bytes
-from common.ranks import all_sum, barrier, gather_objects, pick_dtype, seeded_rng
+from common.ranks import all_sum, barrier, gather_objects, pick_dtype
+from common.seeds import seeded_rng
+from common.streams import Batch, Draw, Source, images_of
 
 
 class Compute(NamedTuple):
@@ -29,12 +31,6 @@ class Compute(NamedTuple):
     def on(cls, device: torch.device, dtype: str, batch: int, workers: int) -> "Compute":
         """dtype: as the flag has it."""
         return cls(batch, device, pick_dtype(dtype, device), workers)
-
-    def to_train(self) -> "Compute":
-        """The same; UserError for fp16."""
-        if self.dtype == torch.float16:
-            raise UserError("--dtype fp16: nothing here scales the loss, small gradients become 0; take bf16 or fp32")
-        return self
 
     def autocast(self) -> torch.autocast:
         """The context in which the model runs; with fp32 it changes nothing."""

@@ -16,22 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from common.batches import ahead, chunks
-from common.console import UserError, progress, warn
+from common.cir_model import inner
+from common.console import UserError, progress, reason_of, warn
 from common.encoding import Compute
 from common.files import JsonlAppender, file_sha256, sync, tensors_sha256, write_jsonl, write_text
 from common.images import ImageStore, list_images
-from common.pixels import open_image, reason_of
+from common.pixels import open_image
 from common.retrieval import best, rank, recall, score_blocks
 
 _HEADER = 128  # bytes of a .npy header of a matrix: numpy leaves room in it for the rows to come
 
 
 # ---- model ----
-def inner(model: torch.nn.Module) -> torch.nn.Module:
-    """The CIR model itself: eval_cir.py wraps a plain backbone, which then has no text or target of its own."""
-    return getattr(model, "model", model)
-
-
 def vision_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a gallery feature depends on: training leaves it as it is, so an index outlives every teaching."""
     named = sorted(inner(model).named_parameters())

@@ -42,7 +42,7 @@ def has_file(source: str, name: str, flag: str = "") -> bool:
     return os.path.isfile(os.path.join(place, name)) if isinstance(place, str) else name in place.files
 
 
-def shown(source: str, flag: str) -> str:
+def named(source: str, flag: str) -> str:
     """The source as an error names it: with the flag that gave it."""
     return f"{flag} {source}".strip()
 
@@ -52,13 +52,13 @@ def _place(source: str, flag: str) -> str | Repository:
     if os.path.isdir(source):
         return source
     if os.path.exists(source):
-        raise UserError(f"{shown(source, flag)} is a file; the model's folder is wanted, or a hub id (owner/name)")
+        raise UserError(f"{named(source, flag)} is a file; the model's folder is wanted, or a hub id (owner/name)")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise UserError(f"{shown(source, flag)} cannot be read: no such folder, and no hub id (owner/name) either")
+        raise UserError(f"{named(source, flag)} cannot be read: no such folder, and no hub id (owner/name) either")
     try:
         return _ask_hub(source)
     except UserError as fault:
-        raise UserError(shown(str(fault), flag)) from None
+        raise UserError(named(str(fault), flag)) from None
 
 
 @functools.cache
@@ -106,10 +106,10 @@ def _download(source: str, name: str, commit: str | None, flag: str) -> str:
         return hf_hub_download(source, name, revision=commit)
     except GatedRepoError:
         remedy = f"accept them at https://huggingface.co/{source}, then `hf auth login`"
-        raise UserError(f"{shown(source, flag)}: its owner wants terms to be accepted; {remedy}") from None
+        raise UserError(f"{named(source, flag)}: its owner wants terms to be accepted; {remedy}") from None
     except (HTTPError, OSError) as fault:
         why = f"{name} could not be downloaded ({_first_line(fault)})"
-        raise UserError(f"{shown(source, flag)}: {why}; the same command goes on with it") from None
+        raise UserError(f"{named(source, flag)}: {why}; the same command goes on with it") from None
 
 
 def _first_line(fault: Exception) -> str:
@@ -121,7 +121,7 @@ def _refuse_pointer(path: str, flag: str) -> None:
     with open(path, "rb") as file:
         if file.read(len(_LFS)) == _LFS:
             remedy = f"run `git lfs pull` in {os.path.dirname(path) or '.'}, or download the model anew"
-            raise UserError(f"{shown(path, flag)} is a git-LFS pointer and not the file itself; {remedy}")
+            raise UserError(f"{named(path, flag)} is a git-LFS pointer and not the file itself; {remedy}")
 
 
 # ---- a model's place in a checkpoint that stands on it ----

@@ -31,8 +31,8 @@ def read_icir(root: str, images: str | None = None, official: bool = True) -> li
     """ROOT/{query,database}_files.csv, or in ROOT/annotations: lines of image,text,instance without a header.
 
     A path counts from ROOT's parent, as the authors' code reads it, or from ROOT, its first folder left out if need be.
-    A query's extra holds "truths", the target first of them. UserError with `official` for other counts than published,
-    and for a query without a right image."""
+    A query's truths are its right images, the target the first. UserError with `official` for other counts than
+    published, and for a query without a right image."""
     folder = next((place for place in (root, f"{root}/annotations") if os.path.isfile(f"{place}/query_files.csv")), "")
     if not folder:
         raise UserError(f"--root {root or chr(34) * 2}: no query_files.csv, here or in annotations/; it is i-CIR's")

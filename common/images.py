@@ -1,4 +1,4 @@
-"""Pictures: a name -> a safe path -> pixels, as the checkpoint wants them; and the augmentation of training.
+"""Pictures: a name -> a safe path -> pixels, as the checkpoint wants them.
 
 A name from a file never leaves the folders that were given. Links that lie in those folders are the user's own and are
 followed wherever they lead: data sets are linked from other disks, and a snapshot of the hub is nothing but links."""
@@ -24,11 +24,11 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
 
-from common.console import UserError, printable, progress, rank_size, say, warn
+from common.console import UserError, printable, progress, rank_size, reason_of, say, warn
 from common.decoders import Transform, cpus_of_rank, fill_rows
 from common.files import read_json, write_text
 from common.hub import checkpoint_file
-from common.pixels import MAX_PIXELS, check_image, open_image, reason_of, regular_file, verify_image
+from common.pixels import MAX_PIXELS, check_image, open_image, regular_file, verify_image
 
 # Suffixes that a picture may have, tried in this order behind a name that has none. HEIC is here to be counted.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".heic", ".heif")

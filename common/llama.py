@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from common.console import UserError
 from common.disk import warn_once
-from common.hub import has_file, shown
+from common.hub import has_file, named
 from common.pretrained import build_empty, read_config, read_exactly
 from common.tokenizer import read_tokenizer
 from kernels.decoding import rotate
@@ -64,7 +64,7 @@ def read_llm(name: str, llm: nn.Module, dtype: torch.dtype, device: torch.device
             yield key, tensor
     if head in both and not torch.equal(*both.values()):
         wanted = 'set "tie_word_embeddings" to false, or remove lm_head.weight'
-        raise UserError(f"{shown(name, flag)}: config.json ties lm_head to the embeddings, its files do not: {wanted}")
+        raise UserError(f"{named(name, flag)}: config.json ties lm_head to the embeddings, its files do not: {wanted}")
 
 
 def quantizer(llm: nn.Module, quantize: str, dtype: torch.dtype, device: torch.device | str):
@@ -120,17 +120,17 @@ def load_tokenizer(name: str, flag: str = "--llm"):
     """Tokenizer of a LLaMA folder or hub id; it must have the fast form, a start and an end token."""
     if not has_file(name, "tokenizer.json", flag):
         raise UserError(
-            f"{shown(name, flag)}: no tokenizer.json (tokenizer.model alone cannot be read); "
+            f"{named(name, flag)}: no tokenizer.json (tokenizer.model alone cannot be read); "
             "where sentencepiece is installed, AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
         )
     config = read_config(name, ("llama",), flag)
     tokenizer = read_tokenizer(name, config, config.vocab_size, flag)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"{shown(name, flag)}: its tokenizer_config.json sets no bos_token or no eos_token")
+        raise UserError(f"{named(name, flag)}: its tokenizer_config.json sets no bos_token or no eos_token")
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if tokenizer.eos_token_id not in ends:
         own = f"{tokenizer.eos_token} ({tokenizer.eos_token_id})"
-        warn_once(f"{shown(name, flag)}: texts end with the tokenizer's {own}, config.json says {config.eos_token_id}")
+        warn_once(f"{named(name, flag)}: texts end with the tokenizer's {own}, config.json says {config.eos_token_id}")
     return tokenizer
 
 

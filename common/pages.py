@@ -168,16 +168,14 @@ def figure(
     return Html(f'<figure class="{kind}">{seen}{below}</figure>')
 
 
-def strip(items: list, right: int | None = None, beside: str = "") -> Html:
+def strip(items: list, right: int | None = None) -> Html:
     """Thumbnails side by side: images or (image, label) pairs; the one at index `right` is framed."""
     pairs = [item if isinstance(item, tuple) else (item, "") for item in items]
-    cells = [figure(im, label, 200, "right" if i == right else "small", beside) for i, (im, label) in enumerate(pairs)]
+    cells = [figure(im, label, 200, "right" if i == right else "small") for i, (im, label) in enumerate(pairs)]
     return Html(f'<div class="strip">{"".join(cells)}</div>')
 
 
-def panel(
-    query, text: object, ranked: list, right: int | None = None, note: object = "", answer=None, beside: str = ""
-) -> Html:
+def panel(query, text: object, ranked: list, right: int | None = None, note: object = "", answer=None) -> Html:
     """One retrieval: the query picture and its text, then the ranked pictures, with the right one framed.
 
     query: image or (image, label). ranked: images or (image, label), best first; `right`: index of the right one among
@@ -190,8 +188,8 @@ def panel(
         items.append(answer)
     words = f'<p class="delta" dir="auto">{escape(text)}</p>' if text else ""
     below = f'<p class="note">{escape(note)}</p>' if note else ""
-    ask = f'<div class="ask">{figure(image, label, 300, "query", beside)}</div>'
-    return Html(f'<div class="panel">{ask}<div class="found">{words}{below}{strip(items, right, beside)}</div></div>')
+    ask = f'<div class="ask">{figure(image, label, 300, "query")}</div>'
+    return Html(f'<div class="panel">{ask}<div class="found">{words}{below}{strip(items, right)}</div></div>')
 
 
 def delta_panel(

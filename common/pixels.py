@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from common.console import UserError
+from common.console import UserError, reason_of
 
 # Pillow reads 40 more, some of them by running other programs (EPS); of an animation the first frame is taken
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -84,10 +84,6 @@ def regular_file(path: str | os.PathLike) -> str | os.PathLike:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise UserError(f"{path}: is not a regular file, wanted a picture ({', '.join(FORMATS)})")
     return path
-
-
-def reason_of(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error)) or type(error).__name__
 
 
 def _turn(pixels: int):

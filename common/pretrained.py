@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from common.console import UserError
+from common.console import UserError, reason_of
 from common.files import read_json
-from common.hub import checkpoint_file, has_file, shown
+from common.hub import checkpoint_file, has_file, named
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards beside NAME.index.json; the first wins
 _MOST_LAYERS, _LARGEST_SIZE = 1000, 2**20  # of any model read here: Llama 3 has 126 layers, 128,256 words
@@ -46,10 +46,15 @@ _SENSELESS = (
 )
 
 
+# no report, no bar and no advice from transformers: what matters is said in a line of ours
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
 # ---- weights ----
 def weight_files(source: str, prefixes: tuple[str, ...] = ("",), flag: str = "") -> list[str]:
     """Names of the files that hold the tensors under the prefixes; UserError where it is not clear which these are."""
-    name = shown(source, flag)
+    name = named(source, flag)
     for whole in _WEIGHTS:
         index = f"{whole}.index.json"
         if has_file(source, whole, flag) and has_file(source, index, flag):
@@ -84,10 +89,10 @@ def read_tensors(source: str, prefixes: tuple[str, ...] = ("",), flag: str = "")
     for file in weight_files(source, prefixes, flag):
         path = checkpoint_file(source, file, flag)
         if path is None:
-            raise UserError(f"{shown(source, flag)}: {file} is missing, which its index names; download it again")
+            raise UserError(f"{named(source, flag)}: {file} is missing, which its index names; download it again")
         for name, tensor in (_read_bin if file.endswith(".bin") else _read_safetensors)(path, prefixes):
             if name in seen:
-                raise UserError(f"{shown(source, flag)}: {seen[name]} and {file} both hold {name}; download it again")
+                raise UserError(f"{named(source, flag)}: {seen[name]} and {file} both hold {name}; download it again")
             seen[name] = file
             yield name, tensor
 
@@ -131,7 +136,7 @@ def _read_bin(path: str, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch
         why = "damaged, or it holds more than tensors, and nothing in it is run"
         raise UserError(f"{path}: {why}; download it again, or take safetensors") from None
     except (*_SENSELESS, EOFError, OSError, struct.error) as fault:
-        raise UserError(f"{path}: damaged ({_first_line(fault)}); download or copy it again") from None
+        raise UserError(f"{path}: damaged ({reason_of(fault)}); download or copy it again") from None
     tensors = isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
     if not tensors or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: wanted tensors by name; it holds something else")
@@ -153,7 +158,7 @@ def read_exactly(
     but what ends like `ignored`.
 
     UserError after the last tensor if one was missing: what was filled until then is not to be used."""
-    missing, name = set(shapes), shown(source, flag)
+    missing, name = set(shapes), named(source, flag)
     shapes = shapes | (optional or {})
     for key, tensor in read_tensors(source, prefixes, flag):
         if key not in shapes and key.endswith(ignored or "\n"):
@@ -167,19 +172,13 @@ def read_exactly(
         raise UserError(f"{name}: {len(missing)} weights are not in the files, first {min(missing)}")
 
 
-def quiet() -> None:
-    """No report, no bar and no advice from transformers: what matters is said in a line of ours."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def build_empty(build: Callable, source: str, flag: str, *given, **how) -> nn.Module:
     """build(*given, **how) on the meta device: shapes alone, nothing is allocated. UserError if the config is none."""
     try:
         with torch.device("meta"):
             return build(*given, **how)
     except _SENSELESS as fault:
-        raise UserError(f"{shown(source, flag)}: no model can be built by config.json ({_first_line(fault)})") from None
+        raise UserError(f"{named(source, flag)}: no model can be built by config.json ({reason_of(fault)})") from None
 
 
 def require_held(model: nn.Module, source: str, flag: str) -> None:
@@ -189,7 +188,7 @@ def require_held(model: nn.Module, source: str, flag: str) -> None:
     described = sum(weight.numel() for weight in model.parameters())
     there = _bytes_there(source) if os.path.isdir(source) else 0
     if there and described > 8 * max(there, _HARMLESS):
-        raise UserError(_too_large(shown(source, flag), described, there))
+        raise UserError(_too_large(named(source, flag), described, there))
 
 
 def _bytes_there(source: str) -> int:
@@ -210,14 +209,13 @@ def load_model(kind: type, source: str, config, dtype: torch.dtype, flag: str = 
 
     kind: a class of transformers. Names that differ (a prefix, an older spelling) are mapped as transformers maps them;
     tensors that the class has no place for (the other tower, a classifier's head) are left out, as there."""
-    quiet()
     require_held(build_empty(kind, source, flag, config), source, flag)
-    name, tensors = shown(source, flag), dict(read_tensors(source, flag=flag))
+    name, tensors = named(source, flag), dict(read_tensors(source, flag=flag))
     how |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
         model, info = kind.from_pretrained(None, config=config, state_dict=tensors, **how)
     except _SENSELESS as fault:
-        raise UserError(f"{name}: config.json describes no {kind.__name__} ({_first_line(fault)})") from None
+        raise UserError(f"{name}: config.json describes no {kind.__name__} ({reason_of(fault)})") from None
     if info["mismatched_keys"]:  # named without their own prefixes, with both shapes
         key, there, here = min(info["mismatched_keys"])
         raise UserError(f"{name}: {key} is {tuple(there)} in the file, {tuple(here)} by config.json")
@@ -234,7 +232,7 @@ def read_record(source: str, flag: str = "") -> dict:
     """config.json as it stands; it names a model_type."""
     path = checkpoint_file(source, "config.json", flag)
     if path is None:
-        name = shown(source, flag)
+        name = named(source, flag)
         raise UserError(f"{name}: no config.json; a folder written by save_pretrained, or a hub id, is wanted")
     record = read_json(path, 2**26)
     if not isinstance(record, dict) or not isinstance(record.get("model_type"), str):
@@ -251,7 +249,7 @@ def read_config(source: str, kinds: tuple[str, ...], flag: str = ""):
     """config.json of a folder or hub id as a transformers config; its model_type must be one of kinds.
 
     Entries that name code or files are left out: none of them describes the model."""
-    record, name = read_record(source, flag), shown(source, flag)
+    record, name = read_record(source, flag), named(source, flag)
     if record["model_type"] not in kinds:
         raise UserError(f"{name}: a {record['model_type']} model; wanted {' or '.join(kinds)}")
     if record.get("quantization_config"):
@@ -262,7 +260,7 @@ def read_config(source: str, kinds: tuple[str, ...], flag: str = ""):
     try:
         return CONFIG_MAPPING[record["model_type"]].from_dict(_clean(record))
     except _SENSELESS as fault:
-        raise UserError(f"{name}: config.json is no {record['model_type']}'s ({_first_line(fault)})") from None
+        raise UserError(f"{name}: config.json is no {record['model_type']}'s ({reason_of(fault)})") from None
 
 
 def _clean(record: dict) -> dict:
@@ -287,7 +285,7 @@ def _check_described(record: dict, source: str, flag: str) -> None:
     there = _bytes_there(source)
     for part in (record, *(value for value in record.values() if isinstance(value, dict))):
         if there and _described(part) > 8 * max(there, _HARMLESS):
-            raise UserError(_too_large(shown(source, flag), _described(part), there))
+            raise UserError(_too_large(named(source, flag), _described(part), there))
 
 
 def _described(part: dict) -> int:
@@ -302,8 +300,3 @@ def _described(part: dict) -> int:
     stages = zip(part.get("depths") or (), part.get("hidden_sizes") or (), strict=False)
     convolutions = sum(depth * channels**2 for depth, channels in stages) // 4
     return layers * width * (width + 2 * mlp) + width * (size("vocab_size") + patches) + convolutions
-
-
-def _first_line(fault: BaseException) -> str:
-    """An error of a library in one line."""
-    return " ".join(str(fault).split())[:200] or type(fault).__name__

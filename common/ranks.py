@@ -1,10 +1,6 @@
-"""The world of ranks: process group, gathering with gradients, seeds, log, stop signals; a run alone is one rank."""
+"""The world of ranks: process group, gathering, log, stop signals; a run alone is one rank."""
 
-from __future__ import annotations
-
-import functools
-import hashlib
-import json
+import importlib.metadata
 import math
 import os
 import re
@@ -16,6 +12,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from common.console import UserError, rank_size
 from common.files import append_line, json_line, repair_jsonl, write_text
@@ -35,16 +34,11 @@ class World:
     rank: int
     size: int
     local_rank: int
-    device: Any  # torch.device
+    device: torch.device
 
 
 def init_world(device: str = "auto") -> World:
     """Joins the ranks torchrun started (NCCL on GPUs, gloo on CPU). device: "auto", "cpu", "cuda" or "cuda:1"."""
-    import importlib.metadata
-
-    import torch
-    import torch.distributed as dist
-
     if next(importlib.metadata.distributions(name="kernels"), None) is not None:
         # it would be imported in place of our kernels/, and transformers runs code from the hub where it is installed
         raise UserError("the PyPI package `kernels` is installed and collides with our kernels/; pip uninstall kernels")
@@ -94,55 +88,28 @@ def _announced(met: bool) -> tuple[int, int]:
 # ---- collectives: every rank must call them ----
 
 
-@functools.cache
-def _gather_function():
-    """The autograd function of gather_with_grad, made on first use because its base class needs torch."""
-    import torch
-    import torch.distributed as dist
-
-    class Gather(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            rank, size = rank_size()
-            counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
-            dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-            counts = [int(count) for count in counts]
-            padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather wants equal shapes
-            padded[: len(x)] = x
-            parts = [torch.empty_like(padded) for _ in range(size)]
-            dist.all_gather(parts, padded)
-            ctx.rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-            return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-        @staticmethod
-        def backward(ctx, grad):
-            grad = grad.contiguous().clone()  # the incoming gradient may be shared with other nodes: never in place
-            dist.all_reduce(grad)
-            return grad[ctx.rows]
-
-    return Gather
-
-
-def gather_with_grad(x):
-    """(B_r, ...) of each rank -> (sum of B_r, ...) in rank order, on every rank; the B_r may differ.
-
-    Backward sums the gradients of all ranks' losses and hands each rank its own rows, so every rank must call backward.
-    If each rank's loss is a share of the global one, the parameters' gradients then only need all_reduce_gradients."""
-    return x if rank_size()[1] == 1 else _gather_function().apply(x)
+def gather(x):
+    """(B_r, ...) of each rank -> (sum of B_r, ...) in rank order on all of them, no gradient; the B_r may differ."""
+    size = rank_size()[1]
+    if size == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    padded = x.new_zeros(max(map(int, counts)), *x.shape[1:])  # all_gather wants equal shapes
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def gather_parts(rows, part: int):
     """(n, ...) of each rank -> (ranks n, ...): each `part` rows of all ranks in turn, as draw_batch orders a batch."""
-    import torch
-
-    return torch.cat([gather_with_grad(some) for some in rows.split(part)])
+    return torch.cat([gather(some) for some in rows.split(part)])
 
 
 def all_reduce_gradients(parameters: Iterable) -> None:
     """Sums .grad over the ranks, in place; the loss was already divided by the global count. No .grad becomes 0, of one
     rank too: weight decay then does the same on any number of ranks."""
-    import torch
-
     by_dtype = {}
     for p in parameters:
         if p.requires_grad:
@@ -150,29 +117,25 @@ def all_reduce_gradients(parameters: Iterable) -> None:
             by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
     for grads in by_dtype.values() if rank_size()[1] > 1 else ():
         flat = torch.cat([grad.reshape(-1) for grad in grads])  # one message instead of hundreds of small ones
-        torch.distributed.all_reduce(flat)
+        dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
 
 def gradient_norm(parameters: Iterable) -> float:
     """L2 norm of all gradients; no .grad counts as 0."""
-    import torch
-
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 def all_sum(x):
     """The sum over ranks of a number (in float64) or of a tensor; no gradient flows."""
-    import torch
-
     if torch.is_tensor(x):
         total = x.detach().clone()
     else:
-        nccl = rank_size()[1] > 1 and torch.distributed.get_backend() == "nccl"
+        nccl = rank_size()[1] > 1 and dist.get_backend() == "nccl"
         total = torch.tensor(float(x), dtype=torch.float64, device="cuda" if nccl else "cpu")  # NCCL takes GPU tensors
     if rank_size()[1] > 1:
-        torch.distributed.all_reduce(total)
+        dist.all_reduce(total)
     return total if torch.is_tensor(x) else float(total)
 
 
@@ -186,10 +149,8 @@ def gather_objects(item: Any) -> list[Any]:
     size = rank_size()[1]
     if size == 1:
         return [item]
-    import torch
-
     items = [None] * size
-    torch.distributed.all_gather_object(items, item)
+    dist.all_gather_object(items, item)
     return items
 
 
@@ -203,8 +164,6 @@ def barrier() -> None:
 
 def pick_dtype(dtype: str, device):
     """--dtype to torch's: "auto" is bf16 on CUDA and fp32 on CPU."""
-    import torch
-
     if dtype == "auto":
         dtype = "bf16" if torch.device(device).type == "cuda" else "fp32"
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -216,8 +175,6 @@ def pick_dtype(dtype: str, device):
 
 def to_device(x, device):
     """x, a tensor on the CPU, on the device; a GPU copies it while the host goes on, from pinned memory."""
-    import torch
-
     return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 
 
@@ -264,36 +221,7 @@ class Stopwatch:
 
 def pace(seconds: float, done: int, left: int, items: int) -> dict[str, float]:
     """For the log: in so many seconds there were `done` steps of `items`; `left` are to come."""
-    return {"items_per_s": round(done * items / seconds, 2), "eta_s": round(seconds / done * left)}
-
-
-# ---- seeds: functions of their keys, so that a resumed run draws what an unbroken one does ----
-
-
-def _seed(*keys: Any) -> int:
-    digest = hashlib.sha256(json.dumps(keys, default=int).encode()).digest()  # default: numpy integers
-    return int.from_bytes(digest[:8], "little") >> 1  # 63 bits: torch takes signed seeds
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch (CPU and CUDA), so that dropout is a function of (seed, step, rank) and survives a resume."""
-    import torch
-
-    torch.manual_seed(_seed("step", seed, step, rank))
-
-
-def seeded_rng(*keys: Any):
-    """A numpy Generator that is a function of the keys (seed, epoch, item, ...: numbers and strings)."""
-    import numpy
-
-    return numpy.random.default_rng(_seed(*keys))
-
-
-def seeded_generator(*keys: Any):
-    """A torch.Generator (CPU) that is a function of the keys."""
-    import torch
-
-    return torch.Generator().manual_seed(_seed(*keys))
+    return {"items_per_s": round(done * items / seconds, 2), "seconds_left": round(seconds / done * left)}
 
 
 # ---- signals ----

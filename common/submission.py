@@ -2,11 +2,12 @@
 
 import json
 import os
+from collections.abc import Mapping
 
 import torch
 
 from common import pages
-from common.annotations import Benchmark, read_submission, require_ids
+from common.annotations import Benchmark
 from common.console import UserError, say
 from common.files import file_sha256, read_json, write_json, write_text
 from common.images import shown
@@ -25,6 +26,8 @@ from common.retrieval import (
     soft_recall,
     soft_targets,
 )
+
+SERVER_LIMIT = 5 * 10**6  # bytes of one upload to CIRR's server
 
 
 def write_submission(
@@ -76,6 +79,47 @@ def _write_compact(path: str, record: dict) -> None:
     """JSON without spaces: indented, recall.json would pass the server's 5 MB."""
     write_text(path, json.dumps(record, separators=(",", ":")))
     say(f"wrote {path} ({os.path.getsize(path):,} bytes)")
+
+
+def read_submission(path: str, benchmark: Benchmark, metric: str) -> dict[str, list[str]]:
+    """A file in the server's format, metric "recall" or "recall_subset" -> pairid -> names; UserError if it is not."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: {what}")
+
+    size = os.path.getsize(path)
+    require(size <= SERVER_LIMIT, f"{size:,} bytes, the server takes {SERVER_LIMIT:,}: write it without indentation")
+    record = read_json(path)
+    require(isinstance(record, dict), f"found a {type(record).__name__}, wanted an object of pairid: names")
+    for key, wanted in (("version", "rc2"), ("metric", metric)):
+        require(record.get(key) == wanted, f"{key} is {record.get(key)!r}, wanted {wanted!r}")
+    lists = {key: value for key, value in record.items() if key not in ("version", "metric")}
+    asked = {str(query.id): query for query in benchmark.queries}
+    require_ids(path, lists, benchmark, "pairids")
+    gallery = set(benchmark.gallery)
+    for pairid, query in asked.items():
+        names = lists[pairid]
+        strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        require(strings, f"pairid {pairid}: wanted a list of image names, found {str(names)[:80]}")
+        allowed = (gallery if metric == "recall" else set(query.members)) - {query.reference}
+        wanted = min(50 if metric == "recall" else 3, len(allowed))
+        require(len(names) == wanted, f"pairid {pairid}: {len(names)} names, wanted {wanted}")
+        require(len(set(names)) == len(names), f"pairid {pairid}: a name stands twice")
+        require(query.reference not in names, f"pairid {pairid}: lists the query's own reference {query.reference!r}")
+        stray = [name for name in names if name not in allowed]
+        place = "the gallery" if metric == "recall" else "the query's img_set"
+        require(not stray, f"pairid {pairid}: {stray[:1]} is not in {place}")
+    return lists
+
+
+def require_ids(path: str, lists: Mapping[str, object], benchmark: Benchmark, what: str) -> None:
+    """UserError unless a file for a server answers each query of the benchmark, by its id, and no other."""
+    asked = {str(query.id) for query in benchmark.queries}
+    for says, ids in (("lacks", asked - lists.keys()), ("has unknown", lists.keys() - asked)):
+        if ids:
+            found = f"{len(ids)} of the {len(asked)} {what} of {benchmark.title}"
+            raise UserError(f"{path}: {says} {found}: {sorted(ids)[:3]}")
 
 
 def read_circo_submission(path: str, benchmark: Benchmark) -> dict[str, list[str]]:

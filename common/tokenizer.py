@@ -13,8 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.console import UserError
 from common.files import read_json
-from common.hub import checkpoint_file, shown
-from common.pretrained import quiet
+from common.hub import checkpoint_file, named
 
 _SPELLED = {
     "clip": ("vocab.json", "merges.txt"),
@@ -36,8 +35,7 @@ def read_tokenizer(source: str, config, vocab_size: int, flag: str = ""):
 
     UserError where files are missing, halved or damaged, or do not go with the model: each makes [UNK] of words, and a
     model trained on that looks whole. config: the model's, as read_config gives it."""
-    quiet()
-    name = shown(source, flag)
+    name = named(source, flag)
     spelled = _SPELLED.get(config.model_type, ())
     with _clean_folder(source, flag) as folder:
         there = set(os.listdir(folder))
@@ -70,10 +68,10 @@ def _clean_folder(source: str, flag: str) -> Iterator[str]:
             if path is None:
                 continue
             if os.path.getsize(path) > _LIMIT:
-                raise UserError(f"{shown(path, flag)}: {os.path.getsize(path):,} bytes are no tokenizer's")
+                raise UserError(f"{named(path, flag)}: {os.path.getsize(path):,} bytes are no tokenizer's")
             record = read_json(path) if file.endswith(".json") else {}
             if not isinstance(record, dict):
-                raise UserError(f"{shown(path, flag)}: wanted a JSON object, found {type(record).__name__}")
+                raise UserError(f"{named(path, flag)}: wanted a JSON object, found {type(record).__name__}")
             if file == "tokenizer_config.json":
                 record = {k: v for k, v in record.items() if k not in _FOREIGN and not k.endswith(("_file", "_files"))}
                 Path(folder, file).write_text(json.dumps(record), encoding="utf-8")

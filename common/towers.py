@@ -21,7 +21,7 @@ class TwoTowers(CirModel):
 
     Who inherits gives tokens(): pixels (B, 3, S, S) -> the raw feature of an image (B, d); and text()."""
 
-    width = 0  # d
+    width, factorises = 0, True  # d
     combiner: nn.Module
 
     @torch.no_grad()

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 
 from common.annotations import Benchmark
-from common.batches import Source
 from common.console import say
 from common.files import load_tensors
 from common.images import ImageStore
+from common.streams import Source
 from common.triplets import plain_text
 
 FILE = "trained_on.safetensors"  # beside model.safetensors: {"pairs": (N,) int64, sorted}

@@ -20,7 +20,7 @@ from common.annotations import cirr_template
 from common.console import UserError, progress, run, say
 from common.files import write_json
 from common.flags import override
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 from demo.products import Catalogue, Product, changed, is_for_pretraining, read_catalogue
 from demo.texts import ASK_CAPTION
 from demo.wordings import delta, entry

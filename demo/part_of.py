@@ -19,7 +19,7 @@ from common.annotations import training_triplets
 from common.console import run, say
 from common.files import read_json, read_jsonl, write_jsonl
 from common.flags import one_of, override, within
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 from demo.report import JUDGES
 
 OF = "out/demo/pseudo"  # folder that gen_deltas.py wrote

@@ -16,7 +16,7 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common.console import progress
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 from demo import world
 from demo.architectures import new_blip, new_clip, new_instructblip
 from demo.formats import MEAN, PIXELS, STD, bert_tokenizer, clip_tokenizer, llama_tokenizer, preprocessor, save, write

@@ -23,7 +23,7 @@ from common.annotations import cirr_template
 from common.console import progress, run
 from common.files import write_json
 from common.flags import override
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 
 # ---- what is written ----
 OUT = "out/demo/world"  # folder of the world

@@ -14,9 +14,8 @@ negatives in the denominator,
 
     dL_i/ds_ij = h_i [(1 + beta) exp((1 + beta) s_ij - M_i) - beta exp(beta s_ij - N_i)]     dL_i/ds_i+ = -h_i
 
-(the sum over a row is zero). With the weights w detached the bracket is exp((1 + beta) s_ij - M_i) alone. Columns are
-the same with i and j exchanged. From G = dL/ds: dL/dx = G c / tau, dL/dc = G^T x / tau, and for nothing,
-dL/dtau = -sum_ij G_ij s_ij / tau = -sum_j c_j . dL/dc_j / tau.
+(the sum over a row is zero). Columns are the same with i and j exchanged. From G = dL/ds: dL/dx = G c / tau,
+dL/dc = G^T x / tau, and for nothing, dL/dtau = -sum_ij G_ij s_ij / tau = -sum_j c_j . dL/dc_j / tau.
 
 With the row's largest negative logit o_i, u = s_ij - o_i, S_i = sum_neg e^{(1 + beta) u}, T_i = sum_neg e^{beta u},
 
@@ -51,12 +50,12 @@ from kernels.similarity_topk import INTERPRET, full_precision
 # ---- reference ----
 
 
-def hn_nce_reference(x, c, positive, tau, alpha=1.0, beta=0.0, detach_weights=False):
+def hn_nce_reference(x, c, positive, tau, alpha=1.0, beta=0.0):
     """The definition with the whole (N, M) matrix and autograd; same arguments and results as hn_nce."""
-    return hn_nce_of_scores(x @ c.T / tau, positive, alpha, beta, detach_weights)
+    return hn_nce_of_scores(x @ c.T / tau, positive, alpha, beta)
 
 
-def hn_nce_of_scores(s, positive, alpha=1.0, beta=0.0, detach_weights=False):
+def hn_nce_of_scores(s, positive, alpha=1.0, beta=0.0):
     """The same of scores s (N, M), already divided by tau, however they came about."""
     own = torch.nn.functional.one_hot(positive, s.shape[1]).bool()  # (N, M)
     s_own = s[own]
@@ -64,7 +63,6 @@ def hn_nce_of_scores(s, positive, alpha=1.0, beta=0.0, detach_weights=False):
     for dim, count in ((1, s.shape[1] - own.sum(1)), (0, s.shape[0] - own.sum(0))):
         weights = (beta * s).masked_fill(own, -torch.inf)
         weights = count.to(s.dtype).log().unsqueeze(dim) + weights - weights.logsumexp(dim, keepdim=True)
-        weights = weights.detach() if detach_weights else weights
         hard = (weights + s).masked_fill(own, -torch.inf).logsumexp(dim)
         hard = torch.where(count > 0, hard, -torch.inf)
         hard = hard if dim == 1 else hard[positive]
@@ -150,7 +148,7 @@ def _anchors(sums: Tensor, count: Tensor, own: Tensor, alpha: float, beta: float
     return loss, torch.exp(over - loss)
 
 
-def _vectors(terms: list[tuple[Tensor, Tensor]], beta: float, detach_weights: bool) -> Tensor:
+def _vectors(terms: list[tuple[Tensor, Tensor]], beta: float) -> Tensor:
     """(2, 3, n): offset, big and small of _bracket outside and inside the sub-block, from ((3, n) o, S, T and (n,)
     weights) of each term; the last term is the whole, the first, if there are two, the sub-block."""
     (top_all, big_all, small_all), weight_all = terms[-1]
@@ -161,7 +159,7 @@ def _vectors(terms: list[tuple[Tensor, Tensor]], beta: float, detach_weights: bo
         if term is not terms[-1]:
             powers = powers_of(top - top_all, beta)
             upper, lower = upper + weight_all / big_all * powers[0], lower + weight_all / small_all * powers[1]
-        if beta == 0 or detach_weights:
+        if beta == 0:
             lower = torch.zeros_like(lower)
         else:
             upper, lower = (1 + beta) * upper, beta * lower
@@ -195,7 +193,7 @@ class _Contrast(torch.autograd.Function):
     are this rank's."""
 
     @staticmethod
-    def forward(ctx, x, c, bank, tau, label, first, counts, places, alpha, beta, detach_weights):
+    def forward(ctx, x, c, bank, tau, label, first, counts, places, alpha, beta):
         work = _work(x, c)
         k = len(bank)
         rows = torch.cat([bank.to(x.dtype), x]) if k else x
@@ -219,7 +217,7 @@ class _Contrast(torch.autograd.Function):
             losses += [row_loss, column_loss]
             terms += _Term(row_shares, column_shares, row_sums, column_sums)
         ctx.save_for_backward(rows, columns, tau, *shape[:1], scale, *terms)
-        ctx.shape, ctx.places, ctx.detach_weights = shape[1:4], places, detach_weights
+        ctx.shape, ctx.places = shape[1:4], places
         ctx.beta, ctx.types, ctx.columns = beta, (x.dtype, c.dtype), len(c)
         return tuple(losses)
 
@@ -243,7 +241,7 @@ class _Contrast(torch.autograd.Function):
             of_columns.append((term.column_sums, weight))
         if ctx.places is not None:
             dist.all_reduce(weights)
-        vectors = [_vectors(terms, ctx.beta, ctx.detach_weights) for terms in (of_rows, of_columns)]
+        vectors = [_vectors(terms, ctx.beta) for terms in (of_rows, of_columns)]
         with full_precision(rows.device):
             _, gradient, *both = _path(rows, columns)
             dx, dc = gradient(*both, label, *ctx.shape, scale, ctx.beta, vectors, own)
@@ -251,7 +249,7 @@ class _Contrast(torch.autograd.Function):
         if ctx.places is not None:
             dc = _reduce_scatter(dc, ctx.places)[: ctx.columns]
         dtau = None if dtau is None else dtau.to(tau)
-        return dx.to(ctx.types[0]), dc.to(ctx.types[1]), None, dtau, *[None] * 7
+        return dx.to(ctx.types[0]), dc.to(ctx.types[1]), None, dtau, *[None] * 6
 
 
 # ---- public ----
@@ -274,7 +272,6 @@ def hn_nce(
     tau: Tensor | float,
     alpha: float = 1.0,
     beta: float = 0.0,
-    detach_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x (N, D), c (M, D), positive (N,) int64 -> losses of rows and of columns, (N,) each, fp32 (fp64 for fp64 inputs).
 
@@ -283,7 +280,7 @@ def hn_nce(
     positive is another column. So a column that is nobody's positive has no loss (it only serves the rows as a
     negative), and rows that share a positive do not repel it. An anchor without negatives has loss log(alpha), 0 by
     default, and no gradient: the limit of negatives infinitely far away. Gradients reach x, c and tau (if it is a
-    tensor); with detach_weights none flows through w. What `positive` and tau hold is checked on CPU only."""
+    tensor). What `positive` and tau hold is checked on CPU only."""
     if x.ndim != 2 or c.ndim != 2 or x.size(1) != c.size(1) or positive.shape != (len(x),):
         found = f"{(*x.shape,)}, {(*c.shape,)}, {(*positive.shape,)}"
         raise ValueError(f"x (N, D), c (M, D) and positive (N,) wanted, found {found}")
@@ -293,7 +290,7 @@ def hn_nce(
     sharing = positive.new_zeros(len(c)).index_add_(0, positive, torch.ones_like(positive))
     counts = [(positive.new_full((), len(c) - 1), len(x) - sharing)]
     bank = x.new_empty(0, x.size(1))
-    return _Contrast.apply(x, c, bank, tau, positive, (0, 0), counts, None, float(alpha), float(beta), detach_weights)
+    return _Contrast.apply(x, c, bank, tau, positive, (0, 0), counts, None, float(alpha), float(beta))
 
 
 def l_tcc(
@@ -303,7 +300,6 @@ def l_tcc(
     tau: Tensor | float,
     alpha: float = 1.0,
     beta: float = 0.0,
-    detach_weights: bool = False,
     bank: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2: HN-NCE of the human triplets, plus HN-NCE of all; each the mean over rows plus the mean over columns.
@@ -316,7 +312,7 @@ def l_tcc(
     _check_batch(x, c, n_human, bank)
     label = torch.arange(len(x), device=x.device)
     sizes = n_human, len(x), 0 if bank is None else len(bank)
-    return _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, label, sizes, None)
+    return _sum_of_terms(x, c, n_human, tau, alpha, beta, bank, label, sizes, None)
 
 
 def l_tcc_ranks(
@@ -326,7 +322,6 @@ def l_tcc_ranks(
     tau: Tensor | float,
     alpha: float = 1.0,
     beta: float = 0.0,
-    detach_weights: bool = False,
     bank: Tensor | None = None,
 ) -> Tensor:
     """This rank's share of l_tcc of the batches of all ranks: the shares add up to it.
@@ -336,11 +331,11 @@ def l_tcc_ranks(
     is a share (sum it over ranks, like that of any replicated parameter)."""
     size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if size == 1:
-        return l_tcc(x, c, n_human, tau, alpha, beta, detach_weights, bank)
+        return l_tcc(x, c, n_human, tau, alpha, beta, bank)
     _check_batch(x, c, n_human, bank)
     places, k = places_of_ranks(n_human, len(x), x.device), 0 if bank is None else len(bank)
     sizes, bank = (places.human, len(places.order), k), None if bank is None else bank[dist.get_rank() :: size]
-    return _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, places.own, sizes, places)
+    return _sum_of_terms(x, c, n_human, tau, alpha, beta, bank, places.own, sizes, places)
 
 
 def _check_batch(x: Tensor, c: Tensor, n_human: int, bank: Tensor | None) -> None:
@@ -351,7 +346,7 @@ def _check_batch(x: Tensor, c: Tensor, n_human: int, bank: Tensor | None) -> Non
         raise ValueError(f"bank (K, {x.size(1)}) wanted, found {(*bank.shape,)}")
 
 
-def _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, label, sizes, places) -> Tensor:
+def _sum_of_terms(x, c, n_human, tau, alpha, beta, bank, label, sizes, places) -> Tensor:
     """sizes: human and all triplets, and the bank, of all ranks. x, c, n_human, bank and label are this rank's."""
     human, total, k = sizes
     if total == 0:
@@ -361,6 +356,5 @@ def _sum_of_terms(x, c, n_human, tau, alpha, beta, detach_weights, bank, label, 
     batches = sorted({human, total} - {0})
     counts = [(label.new_full((), n - 1), label.new_full((), n - 1 + k)) for n in batches]
     first = (n_human, human) if len(batches) == 2 else (0, 0)
-    constants = places, float(alpha), float(beta), detach_weights
-    losses = _Contrast.apply(x, c, bank, tau, label, first, counts, *constants)
+    losses = _Contrast.apply(x, c, bank, tau, label, first, counts, places, float(alpha), float(beta))
     return sum(loss.sum() / batches[i // 2] for i, loss in enumerate(losses))

@@ -156,21 +156,21 @@ VARIANTS = (
     # ---- what is drawn ----
     Variant(
         "unseeded random of numpy",
-        "common/ranks.py",
+        "common/seeds.py",
         "numpy.random.default_rng(_seed(*keys))",
         "numpy.random.default_rng()",
         ("test_ranks.py::test_seeds_are_functions_of_their_keys",),
     ),
     Variant(
         "unseeded random of torch",
-        "common/ranks.py",
+        "common/seeds.py",
         'torch.manual_seed(_seed("step", seed, step, rank))',
         "torch.seed()",
         ("test_ranks.py::test_seeds_are_functions_of_their_keys",),
     ),
     Variant(
         "the same dropout on every rank",
-        "common/ranks.py",
+        "common/seeds.py",
         '_seed("step", seed, step, rank)',
         '_seed("step", seed, step)',
         ("test_ranks.py::test_seeds_are_functions_of_their_keys",),
@@ -250,7 +250,7 @@ VARIANTS = (
     Variant(
         "a loss that is no number goes on",
         "train_cir.py",
-        "        batches.stop_if_not_finite(loss.item() + norm, batch, log)\n",
+        "        batches.stop_if_not_finite(batch.step + 1, loss.item() + norm, batch.own_draws, log, remedy)\n",
         "",
         (f"{CIR}::test_a_loss_that_is_not_finite_stops_before_the_step",),
     ),
@@ -279,8 +279,8 @@ VARIANTS = (
     Variant(
         "a VDG loads without eval()",
         "vdg_tune.py",
-        "return vision, llm.requires_grad_(False).eval(), tokenizer, config",
-        "return vision, llm.requires_grad_(False).train(), tokenizer, config",
+        "return projector, model.requires_grad_(False).eval(), tokenizer, config",
+        "return projector, model.requires_grad_(False).train(), tokenizer, config",
         (f"{TUNE}::test_load_vdg_gives_the_held_out_loss_of_the_run", f"{FAULTS}::test_frozen_models_are_in_eval_mode"),
     ),
     Variant(

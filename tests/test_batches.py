@@ -36,7 +36,9 @@ def test_ranks_share_what_one_rank_would_see(n, batch, size):
 
 
 def test_importing_data_does_not_import_torch():
-    code = "import sys, common.batches; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, common.augment, common.images; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

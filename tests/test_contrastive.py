@@ -18,7 +18,7 @@ def normalized(n, d, seed, dtype=torch.float64):
     return torch.nn.functional.normalize(x, dim=1).to(dtype)
 
 
-def written_out(x, c, positive, tau, alpha, beta, detach=False):
+def written_out(x, c, positive, tau, alpha, beta):
     """The definition with plain exponentials (float64 holds exp(100)), one anchor at a time."""
     s = x @ c.T / tau
     rows, columns = [], []
@@ -30,7 +30,7 @@ def written_out(x, c, positive, tau, alpha, beta, detach=False):
             hard = 0.0
             for value in negatives:
                 weight = len(negatives) * torch.exp(beta * value) / total
-                hard = hard + (weight.detach() if detach else weight) * torch.exp(value)
+                hard = hard + weight * torch.exp(value)
             own_term = torch.exp(s[i, own])
             losses.append(-torch.log(own_term / (alpha * own_term + hard)))
     return torch.stack(rows), torch.stack(columns)
@@ -62,9 +62,8 @@ def test_fixture(setting, wanted):
 
 
 @pytest.mark.parametrize("alpha, beta, tau", SETTINGS)
-@pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("n, m, seed", [(7, 7, 0), (13, 21, 1), (9, 5, 2)])  # 9 rows on 5 columns: shared positives
-def test_equals_the_formula_and_its_autograd(n, m, seed, alpha, beta, tau, detach, monkeypatch):
+def test_equals_the_formula_and_its_autograd(n, m, seed, alpha, beta, tau, monkeypatch):
     monkeypatch.setattr(contrastive_torch, "BLOCK", 4 * m)  # several blocks, the last one partial
     generator = torch.Generator().manual_seed(seed)
     positive = torch.randperm(m, generator=generator)[:n] if n <= m else torch.randint(0, m, (n,), generator=generator)
@@ -73,7 +72,7 @@ def test_equals_the_formula_and_its_autograd(n, m, seed, alpha, beta, tau, detac
     def run(function, dtype):
         x, c = normalized(n, 6, seed + 10, dtype).requires_grad_(), normalized(m, 6, seed + 20, dtype).requires_grad_()
         t = torch.tensor(tau, dtype=dtype, requires_grad=True)
-        rows, columns = function(x, c, positive, t, alpha, beta, detach)
+        rows, columns = function(x, c, positive, t, alpha, beta)
         return rows, columns, *torch.autograd.grad((weight[0] * rows).sum() + (weight[1] * columns).sum(), (x, c, t))
 
     wanted = run(written_out, torch.float64)
@@ -98,7 +97,7 @@ def test_l_tcc_is_two_terms_and_one_without_auxiliary():
     torch.testing.assert_close(l_tcc(x, c, 0, 0.05, 1.0, 0.5), truth[1])
 
 
-def two_terms(x, c, n_human, tau, alpha, beta, detach=False, bank=None):
+def two_terms(x, c, n_human, tau, alpha, beta, bank=None):
     """Eq. 2 pair by pair: the bank's rows are negatives of every column of c and have no loss."""
     total = 0.0
     for n in sorted({n_human, len(x)} - {0}):
@@ -107,7 +106,6 @@ def two_terms(x, c, n_human, tau, alpha, beta, detach=False, bank=None):
             for values in (s[i], s[:, i]):
                 others = torch.cat([values[:i], values[i + 1 :]])
                 weights = torch.log_softmax(beta * others, 0) + math.log(max(1, len(others)))
-                weights = weights.detach() if detach else weights
                 own = values[i : i + 1]  # by logarithms: fp32 has no exp(100)
                 total = total + (torch.cat([own + math.log(alpha), weights + others]).logsumexp(0) - own[0]) / n
     return total
@@ -118,17 +116,15 @@ def value_and_gradients(loss, *inputs):
 
 
 @pytest.mark.parametrize("alpha, beta, tau", SETTINGS)
-@pytest.mark.parametrize(
-    "n_human, k, detach", [(5, 0, False), (5, 4, False), (12, 3, True), (0, 2, False), (1, 3, True)]
-)
-def test_both_terms_and_the_bank_in_one_pass(alpha, beta, tau, n_human, k, detach, monkeypatch):
+@pytest.mark.parametrize("n_human, k", [(5, 0), (5, 4), (12, 3), (0, 2), (1, 3)])
+def test_both_terms_and_the_bank_in_one_pass(alpha, beta, tau, n_human, k, monkeypatch):
     monkeypatch.setattr(contrastive_torch, "BLOCK", 3 * 12)
 
     def run(function, dtype):
         x, c = (normalized(12, 6, seed, dtype).requires_grad_() for seed in (30, 31))
         t = torch.tensor(tau, dtype=dtype, requires_grad=True)
         bank = normalized(k, 6, 2, dtype) if k else None
-        return value_and_gradients(function(x, c, n_human, t, alpha, beta, detach, bank), x, c, t)
+        return value_and_gradients(function(x, c, n_human, t, alpha, beta, bank), x, c, t)
 
     wanted = run(two_terms, torch.float64)
     plain = max(errors(run(two_terms, torch.float32), wanted))  # what fp32 itself loses, on this machine
@@ -156,12 +152,12 @@ def test_ranks_have_the_gradients_of_the_whole(parts, k):
         rank = int(os.environ["RANK"])
         mine = [t[places[rank]].clone().requires_grad_() for t in (x, c)]
         tau = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-        loss = contrastive.l_tcc_ranks(*mine, parts[rank][0], tau, 1.0, 0.5, False, bank)
+        loss = contrastive.l_tcc_ranks(*mine, parts[rank][0], tau, 1.0, 0.5, bank)
         return list(value_and_gradients(3 * loss, *mine, tau))
 
     results = run_ranks(len(parts), share)
     x, c, tau = x.requires_grad_(), c.requires_grad_(), torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-    wanted = value_and_gradients(3 * l_tcc(x, c, human, tau, 1.0, 0.5, False, bank), x, c, tau)
+    wanted = value_and_gradients(3 * l_tcc(x, c, human, tau, 1.0, 0.5, bank), x, c, tau)
     for i in (0, 3):
         torch.testing.assert_close(sum(result[i] for result in results), wanted[i], rtol=1e-12, atol=0)
     for i in (1, 2):
@@ -178,16 +174,15 @@ def test_beta_zero_is_cross_entropy_in_both_directions():
 
 
 @pytest.mark.parametrize("alpha, beta, tau", SETTINGS)
-@pytest.mark.parametrize("detach", [False, True])
-def test_gradients_of_a_row_and_of_a_column_sum_to_zero(alpha, beta, tau, detach):
+def test_gradients_of_a_row_and_of_a_column_sum_to_zero(alpha, beta, tau):
     x = (torch.rand(8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64) * 2 - 1).requires_grad_()
     for which, dim in ((0, 1), (1, 0)):  # c = identity: the gradient of x is the gradient of s over tau
-        loss = hn_nce(x, torch.eye(8, dtype=torch.float64), torch.arange(8), tau, alpha, beta, detach)[which].sum()
+        loss = hn_nce(x, torch.eye(8, dtype=torch.float64), torch.arange(8), tau, alpha, beta)[which].sum()
         (g,) = torch.autograd.grad(loss, x)
         assert g.sum(dim).abs().max() < 1e-10 * g.abs().max()
         off = g - torch.diag(torch.diag(g))
         assert torch.diag(g).max() < 0
-        if beta == 0 or detach:
+        if beta == 0:
             assert off.min() >= 0
 
 

@@ -11,11 +11,11 @@ from ranks import run_ranks
 from transforms import turned
 
 from common import encoding
-from common.batches import Item, Source, draw_batch
 from common.console import UserError
 from common.encoding import Compute, TrainingImages, image_jobs
 from common.images import ImageStore, Preprocess
 from common.ranks import World, barrier
+from common.streams import Item, Source, draw_batch
 
 PROCESSORS = [
     {"image_processor_type": "BlipImageProcessor", "size": {"height": 24, "width": 24}},

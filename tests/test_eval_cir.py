@@ -18,13 +18,11 @@ from ranks import run_ranks
 import eval_cir
 import train_cir
 from common.annotations import (
-    SERVER_LIMIT,
     Benchmark,
     Triplet,
     read_benchmarks,
     read_circo,
     read_cirr,
-    read_submission,
     require_official,
 )
 from common.console import UserError
@@ -49,7 +47,7 @@ from common.retrieval import (
     score_blocks,
     shortlist,
 )
-from common.submission import score_submission, write_submission
+from common.submission import SERVER_LIMIT, read_submission, score_submission, write_submission
 
 DEFAULTS = constants_of(vars(eval_cir))
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import eval_cir
 import train_cir
 from common import audit as audits
-from common import batches
+from common import streams
 from common.annotations import Benchmark, read_circo, read_cirr
 from common.console import UserError
 from common.encoding import Compute, TrainingImages
@@ -446,7 +446,7 @@ def test_training_sees_padded_pictures(zoo, tmp_path):
     root = drawn_cirr(tmp_path / "world")
     benchmark = read_cirr(str(root), "val")
     model = train_cir.build_cir("sum", str(zoo / "clip"), pad=1.1)
-    source = batches.Source(benchmark.images)
+    source = streams.Source(benchmark.images)
     seen = []
 
     def augmented(picture, key, size):

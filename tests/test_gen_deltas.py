@@ -67,7 +67,8 @@ def tiny_vdg(zoo: Path, root: Path) -> Path:
     llm.lm_head.weight.data[2] *= 4  # the end token: likely after some words, impossible after others
     llm.save_pretrained(root / "llama")
     lora = {"rank": 4, "alpha": 8.0, "dropout": 0.05, "targets": ["q_proj", "v_proj"]}
-    for module in vdg_tune.add_lora(llm, *lora.values()).values():
+    vdg_tune.add_lora(llm, *lora.values())
+    for module in vdg_tune.lora_modules(llm).values():
         module.lora_B.data.normal_(std=0.3, generator=generator)
         module.lora_A.data.normal_(std=0.3, generator=generator)
     vision = vdg_align.VisionProjector(str(zoo / "instructblip"), llm.config.hidden_size)

@@ -26,7 +26,7 @@ from common.images import (
     safe_name,
     verify_image,
 )
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -86,9 +86,8 @@ def stage_rule(embeddings, top_k, max_score, min_gap, group, max_shared, cuts=1,
     found = []
     for cut in range(cuts):
         rows = range(n * cut // cuts, n * (cut + 1) // cuts)
-        rule = mine_pairs.Rule(top_k, max_score, min_gap, group, max_shared)
         neighbours = mine_pairs.nearest(embeddings, rows, top_k, lot, embeddings.device)
-        found += mine_pairs.candidates(neighbours, rule)[0]
+        found += mine_pairs.candidates(neighbours, max_score, min_gap, group)[0]
     return mine_pairs.drop_overlapping(found, max_shared)
 
 

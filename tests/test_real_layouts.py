@@ -15,7 +15,7 @@ from test_real_pictures import run_stage
 
 import eval_cir
 import train_cir
-from common import batches
+from common import streams
 from common.annotations import (
     FASHIONIQ_CATEGORIES,
     all_without_missing,
@@ -28,15 +28,17 @@ from common.annotations import (
     training_triplets,
     without_missing,
 )
-from common.batches import draw as draw_items
-from common.batches import drop_missing, human_deltas, human_items
+from common.batches import drop_missing
 from common.console import UserError
 from common.exports import write_cirr_captions, write_exports
 from common.files import read_json, read_jsonl
 from common.images import ImageStore, list_images
-from common.retrieval import begin_validation, index, read_validation
+from common.retrieval import index
+from common.streams import draw as draw_items
+from common.streams import human_deltas, human_items
 from common.trained_on import note_of_seen, pairs_of
 from common.triplets import held_out, read_triplets
+from common.validation import begin_validation, read_validation
 
 
 def put(path: Path, value) -> str:
@@ -569,8 +571,8 @@ def test_no_stream_trains_on_a_pair_that_is_held_out(own, tmp_path, capsys):
     shutil.copytree(folder, again, copy_function=os.symlink)
     everything = [(q.reference, q.target) for q in read_own(path, folder).queries]
     file = jsonl(tmp_path / "pseudo.jsonl", [{"reference": a, "target": b, "delta": "new"} for a, b in everything])
-    sources = [batches.human_source("jsonl", path, "", folder, hold_out=10), batches.pseudo_source(file, str(again))]
-    human, auxiliary = batches.complete_sources(sources, 4, 1, str(tmp_path / "out"), 0)
+    sources = [streams.human_source("jsonl", path, "", folder, hold_out=10), streams.pseudo_source(file, str(again))]
+    human, auxiliary = streams.complete_sources(sources, 4, 1, str(tmp_path / "out"), 0)
     assert len(human.items) == len(auxiliary.items) == 48 and len(held) == 4
     for source in (human, auxiliary):
         for item in source.items:

@@ -20,7 +20,7 @@ from common.annotations import Caption, Triplet, read_chat, read_cirr, training_
 from common.files import read_jsonl, write_jsonl
 from common.images import ImageStore, load_pixels
 from common.llama import load_llm, tokenize
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 from demo import world
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -233,10 +233,10 @@ def test_suffixes_in_capitals(tmp_path):
     store = ImageStore(str(tmp_path), {"t": "./b/c.jpg"})
     for name, file in (
         ("B00X", "B00X.JPG"), ("B00X.jpg", "B00X.JPG"), ("b/c", "b/c.PNG"), ("d", "d.PNG"), ("t", "b/c.PNG"),
-        ("e.v2", "e.v2.Jpg"),
+        ("e.v2", "e.v2.Jpg"), ("B00X.png", "B00X.JPG"),
     ):  # fmt: skip
         assert os.path.samefile(store.find(name), tmp_path / file)
-    assert store.missing(["b00x", "e", "B00X.png", "B00", "b"]) == ["b00x", "e", "B00X.png", "B00", "b"]
+    assert store.missing(["b00x", "e", "b00x.jpg", "B00", "b"]) == ["b00x", "e", "b00x.jpg", "B00", "b"]
     assert store.relative("B00X") == "./B00X.JPG" and store.relative("t") == "./b/c.jpg"
 
 

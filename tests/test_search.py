@@ -25,6 +25,7 @@ from search_server import index, serving, site_of
 from test_real_pictures import run_stage
 
 import search
+import train_cir
 from common.annotations import read_triplets, training_triplets
 from common.console import UserError
 from common.encoding import Compute
@@ -256,7 +257,7 @@ def test_answers_are_those_of_a_brute_force_oracle(zoo, folder, tmp_path, kind):
 
 
 def test_several_changes_of_a_trained_model_are_the_mean_of_each(zoo, folder, tmp_path):
-    trained = search.build_cir("combiner", str(zoo / "clip")).eval()
+    trained = train_cir.build_cir("combiner", str(zoo / "clip")).eval()
     engine = engine_of(trained, index(trained, folder, tmp_path / "out"))
     with torch.no_grad():
         tokens = trained.image(trained.preprocess(open_image(folder / "0-003.png"))[None])[0]

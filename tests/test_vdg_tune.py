@@ -29,7 +29,8 @@ from common.files import read_json, save_folder
 from common.flags import read_flags
 from common.images import load_pixels
 from common.llama import Shape, answer_ids, llm_shape, load_llm, load_tokenizer
-from common.ranks import World, seeded_rng
+from common.ranks import World
+from common.seeds import seeded_rng
 
 LORA = {"rank": 4, "alpha": 16.0, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
 
@@ -69,7 +70,8 @@ def adapted(zoo, lora=LORA):
     """LLaMA with our LoRA, B not zero."""
     torch.manual_seed(0)
     llm, tokenizer = load_llm(str(zoo / "llama"), torch.float32, "cpu")
-    for module in vdg_tune.add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], lora["targets"]).values():
+    vdg_tune.add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], lora["targets"])
+    for module in vdg_tune.lora_modules(llm).values():
         torch.nn.init.normal_(module.lora_B, std=0.2)
     return llm.eval(), tokenizer
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from common.ranks import seeded_rng
+from common.seeds import seeded_rng
 
 SIDE = 4  # pixels of the bytes (SIDE, SIDE, 3)
 

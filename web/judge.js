@@ -135,7 +135,7 @@ function drawTeach(data) {
   if (button.disabled) card.append(el("p", { class: "status" }, `It needs ${data.fewest} examples or more; mark results of a search as right.`));
   if (going) {
     const bar = el("progress", { max: data.steps, value: data.step || 0, ariaLabel: "Training" });
-    const left = data.eta_s ? `, about ${many(data.eta_s, "second")} left` : "";
+    const left = data.seconds_left ? `, about ${many(data.seconds_left, "second")} left` : "";
     const says = data.step ? `Step ${data.step} of ${data.steps}, loss ${data.loss.toFixed(3)}${left}` : "Getting ready …";
     card.append(bar, el("p", { id: "progress", role: "status" }, says));
   } else if (data.state === "failed") {

@@ -29,15 +29,16 @@ import train_cir
 import vdg_align
 import vdg_tune
 from common.annotations import read_cirr
-from common.batches import Batch, Draw, Everyone
 from common.console import UserError, run
 from common.encoding import Compute
 from common.files import lock_folder, save_state
 from common.images import ImageStore, unreadable
 from common.llama import load_llm
 from common.ranks import all_sum
-from common.retrieval import Validation, begin_validation, index
+from common.retrieval import index
+from common.streams import Batch, Draw, Everyone
 from common.submission import write_submission
+from common.validation import Validation, begin_validation
 from kernels.negatives import draw_negatives
 
 
