@@ -38,7 +38,7 @@ class CirModel(nn.Module):
 
     directed = False
     factorises = (
-        False  # reversed_loss composes each text with all targets at the price of a few: it takes no candidates
+        False  # whether reversed_loss composes a text with all targets at the price of one, so without candidates
     )
     vectors = 1  # of a picture in a gallery; with more, target gives (B, vectors, d) and the best of them counts
 
