@@ -29,7 +29,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +57,7 @@ from common.gallery import Engine, Query, find, index_folder, recall_of, stamp_o
 from common.hub import located
 from common.images import ImageStore, shown
 from common.memory import advise
-from common.notes import Notes, is_held_out, note, read_notes
+from common.notes import Notes, is_held_out, key_of, note, read_notes, teaching_data, verdicts
 from common.pixels import open_image
 from common.ranks import init_world
 from common.server import body_of, guarded, is_address, json_of, listen, number_of
@@ -170,23 +169,6 @@ def use(site: Site, number: int) -> None:
     write_json(site.out / "using.json", {"base": [os.path.abspath(p) if p else "" for p in site.base], "teach": number})
 
 
-def teaching_data(notes: Notes) -> tuple[list[dict], list[dict], list[dict]]:
-    """Triplets to train on (right marks, good labels), the marks held out, and pseudo triplets nobody rejected."""
-    train, held, pseudo = [], [], []
-    for (reference, target, delta), mark in notes.marks.items():
-        if mark["right"]:
-            line = {"reference": reference, "target": target, "delta": delta}
-            held.append(line | {"texts": mark["texts"]}) if mark["held_out"] else train.append(line)
-    apart = {(line["reference"], line["target"]) for line in held}
-    for place, pair in enumerate(notes.pairs):
-        label = notes.labels.get(place, {"verdict": "skip", "delta": pair.delta})
-        line = {"reference": pair.reference, "target": pair.target, "delta": label["delta"]}
-        if (pair.reference, pair.target) in apart or label["verdict"] == "reject" or not label["delta"].strip():
-            continue
-        (pseudo if label["verdict"] == "skip" else train).append(line)
-    return train, held, pseudo
-
-
 def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[dict]) -> list[str]:
     """Writes what train_cir.py reads and returns its command line."""
     write_jsonl(folder / "train.jsonl", train)
@@ -257,7 +239,7 @@ def teach(site: Site, number: int) -> None:
 
 def teaching_status(site: Site) -> dict:
     """What is going on, what there is to learn from, and the models taught so far."""
-    marks, verdicts = site.notes.marks.values(), Counter(label["verdict"] for label in site.notes.labels.values())
+    marks = site.notes.marks.values()
     answer = {key: value for key, value in site.teaching.items() if key != "stop"}
     if answer["state"] == "training":
         log = site.out / f"teach-{answer['number']}" / "log.jsonl"
@@ -268,7 +250,8 @@ def teaching_status(site: Site) -> dict:
         answer["steps"] = site.flags["TEACH_STEPS"]
     right = sum(mark["right"] for mark in marks)
     answer |= {"using": site.using, "right": right, "wrong": len(marks) - right}
-    answer |= {"held_out": sum(m["right"] and m["held_out"] for m in marks), "labels": verdicts, "fewest": _FEWEST}
+    answer |= {"held_out": sum(m["right"] and m["held_out"] for m in marks), "fewest": _FEWEST}
+    answer["labels"] = verdicts(site.notes)
     found = {int(path.parent.name[6:]): read_json(path) for path in site.out.glob("teach-*/teach.json")}
     answer["taught"] = [{"number": number, **found[number]} for number in sorted(found)]
     answer["base"], answer["model"] = model_name(site.base, 0), site.engine.name
@@ -386,10 +369,10 @@ async def api_undo(request) -> dict:
         kind, key, before = site.notes.history[i]
         if kind != what:
             continue
-        del site.notes.history[i]
         note(site.notes, kind, key, before, keep=False)
+        del site.notes.history[i]
         if kind == "labels":
-            return {"n": key}
+            return {"n": list(map(key_of, site.notes.pairs)).index(key)}
         reference, target, text = key
         target = site.engine.gallery.of_name.get(target)
         return {"reference": reference, "text": text, "target": target, "right": before and before["right"]}
@@ -406,24 +389,27 @@ async def api_label(request) -> dict:
     if request.method == "POST":
         data = await json_of(request)
         n = number_of(data, "n", None, 0, len(notes.pairs) - 1)
-        verdict, delta = data.get("verdict"), data.get("delta", notes.pairs[n].delta)
+        pair, verdict = notes.pairs[n], data.get("verdict")
+        delta = data.get("delta", pair.delta)
         if verdict not in ("accept", "edit", "reject", "skip"):
             raise UserError("verdict: wanted accept, edit, reject or skip")
         if verdict == "edit" and not (isinstance(delta, str) and 0 < len(delta.strip()) <= _TEXT):
             raise UserError(f"delta: wanted a text of 1 to {_TEXT} characters")
-        value = {"verdict": verdict, "delta": delta.strip() if verdict == "edit" else notes.pairs[n].delta}
-        note(notes, "labels", n, value)
+        said = {"verdict": verdict, "delta": delta.strip() if verdict == "edit" else pair.delta, "id": pair.id}
+        note(notes, "labels", key_of(pair), said)
     elif "at" in request.query_params:
         at = number_of(request.query_params, "at", None, 0, len(notes.pairs) - 1)
     if at is None:
-        at = next((i for i in range(len(notes.pairs)) if i not in notes.labels), None)
-    answer = {"total": len(notes.pairs), "counts": Counter(label["verdict"] for label in notes.labels.values())}
+        at = next((i for i, pair in enumerate(notes.pairs) if key_of(pair) not in notes.labels), None)
+    answer = {"total": len(notes.pairs), "counts": verdicts(notes)}
     if at is None:
         return answer | {"pair": None}
     pair = notes.pairs[at]
     ends = {"reference": pair.reference, "target": pair.target}
     ends = {end: {"id": gallery.of_name[name], "name": name} for end, name in ends.items()}
-    return answer | {"pair": {"n": at, **ends, "delta": pair.delta, "label": notes.labels.get(at)}}
+    label = notes.labels.get(key_of(pair))
+    label = label and {"verdict": label["verdict"], "delta": label["delta"]}
+    return answer | {"pair": {"n": at, **ends, "delta": pair.delta, "label": label}}
 
 
 async def api_teach(request) -> dict:

@@ -1,7 +1,9 @@
 """What a person says on search.py's page: marks on results, labels of mined pairs; files that train_cir.py reads."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.annotations import Triplet
@@ -16,13 +18,17 @@ class Notes:
     out: Path
     held_out: int  # of so many references the marks of one are kept apart
     marks: dict[tuple, dict]  # (reference, target, delta) -> {"right", "held_out", "texts"}, in the order of making
-    pairs: list[Triplet]  # what gen_deltas.py wrote
-    labels: dict[int, dict]  # place in pairs -> {"verdict", "delta"}
+    pairs: list[Triplet]  # of --label, those whose two pictures are in the gallery; `delta` is the generated text
+    # (reference, target, generated text) -> {"verdict", "delta", "id"}, of these pairs and of others
+    labels: dict[tuple, dict]
     history: list[tuple] = field(default_factory=list)  # (marks or labels, key, what stood there)
 
 
 def read_notes(out: Path, held_out: int, pairs: list[Triplet], names: Container[str]) -> Notes:
-    """What was said before, and those of the mined pairs whose two pictures are in the gallery (`names`)."""
+    """What was said before, and those of the mined pairs whose two pictures are in the gallery (`names`).
+
+    Labels of other pairs are kept: another --label, or a picture that is away for a day, loses none. A pair whose text
+    is a person's (gen_deltas.py --labels put it there) stands with its generated text, and is judged."""
     notes = Notes(out, held_out, {}, [t for t in pairs if t.reference in names and t.target in names], {})
     for file in ("marks.jsonl", "wrong.jsonl"):
         for line in read_jsonl(out / file) if (out / file).exists() else ():
@@ -33,12 +39,37 @@ def read_notes(out: Path, held_out: int, pairs: list[Triplet], names: Container[
         raise UserError(f"--label: both pictures of none of its {len(pairs):,} pairs are in the gallery")
     if left := len(pairs) - len(notes.pairs):
         say(f"--label: {left:,} of {len(pairs):,} pairs name a picture outside the gallery: left out")
-    at = {(t.reference, t.target, t.delta): i for i, t in enumerate(notes.pairs)}
-    for line in read_jsonl(out / "labels.jsonl") if pairs and (out / "labels.jsonl").exists() else ():
-        if (line["reference"], line["target"], line["was"]) in at:
-            place = at[line["reference"], line["target"], line["was"]]
-            notes.labels[place] = {"verdict": line["verdict"], "delta": line["delta"]}
+    generated = {}  # (reference, target, a person's text) -> the text that it stands for
+    for line in read_labels(out / "labels.jsonl") if pairs and (out / "labels.jsonl").exists() else ():
+        key = line.pop("reference"), line.pop("target"), line.pop("was")
+        notes.labels[key] = line
+        if line["verdict"] in ("accept", "edit"):
+            generated[*key[:2], line["delta"]] = key[2]
+    for place, pair in enumerate(notes.pairs):
+        if (key := key_of(pair)) in generated and key not in notes.labels:
+            notes.pairs[place] = replace(pair, delta=generated[key])
     return notes
+
+
+def key_of(pair: Triplet) -> tuple:
+    """Under which its label stands."""
+    return pair.reference, pair.target, pair.delta
+
+
+def verdicts(notes: Notes) -> Counter:
+    """How often each was given to the pairs that are shown."""
+    labels = (notes.labels.get(key_of(pair)) for pair in notes.pairs)
+    return Counter(label["verdict"] for label in labels if label)
+
+
+def read_labels(path: str | Path, flag: str = "") -> list[dict]:
+    """The lines of a labels.jsonl; UserError for another file, which a `flag` may have named."""
+    lines = read_jsonl(path)
+    if not all({"reference", "target", "verdict", "delta", "was"} <= line.keys() for line in lines):
+        raise UserError(
+            f"{flag} {path}: a line without verdict, was or delta; wanted labels.jsonl of search.py".strip()
+        )
+    return lines
 
 
 def respected(records: list[dict], path: str) -> list[dict]:
@@ -46,9 +77,7 @@ def respected(records: list[dict], path: str) -> list[dict]:
     place of the generated one ("judged" beside it), a rejected text is left out, with its pair; another text for the
     same pair, of a better VDG, stays."""
     kept, said, rejected = [], {}, set()
-    for line in read_jsonl(path):
-        if not {"reference", "target", "verdict", "delta", "was"} <= line.keys():
-            raise UserError(f"--labels {path}: a line without verdict, was or delta; wanted labels.jsonl of search.py")
+    for line in read_labels(path, "--labels"):
         pair = line["reference"], line["target"]
         if line["verdict"] in ("accept", "edit"):
             said[pair] = line
@@ -68,32 +97,44 @@ def respected(records: list[dict], path: str) -> list[dict]:
     return kept
 
 
-def note(notes: Notes, kind: str, key: tuple | int, value: dict | None, keep: bool = True) -> None:
-    """Sets (None: takes away) a mark or a label, remembers what stood there, and writes the files."""
-    table = getattr(notes, kind)
-    before = table.pop(key, None)
-    if keep:
-        notes.history.append((kind, key, before))
+def note(notes: Notes, kind: str, key: tuple, value: dict | None, keep: bool = True) -> None:
+    """Sets (None: takes away) a mark or a label, writes the files, and remembers what stood there. Where a file cannot
+    be written all stays as it was."""
+    write, before = {"marks": write_marks, "labels": write_labels}[kind], getattr(notes, kind)
+    now = {name: said for name, said in before.items() if name != key}
     if value is not None:
-        table[key] = value
-    if kind == "marks":
-        lines = {True: [], False: []}
-        for (reference, target, delta), mark in notes.marks.items():
-            line = {"reference": reference, "target": target, "delta": delta}
-            line |= {"held_out": True} if mark["held_out"] else {}
-            line |= {"texts": mark["texts"]} if len(mark["texts"]) > 1 else {}
-            lines[mark["right"]].append(line | ({} if mark["right"] else {"wrong": True}))
-        write_jsonl(notes.out / "marks.jsonl", lines[True])
-        write_jsonl(notes.out / "wrong.jsonl", lines[False])
-        return
+        now[key] = value
+    try:
+        write(notes.out, now)
+    except (UserError, OSError):
+        with contextlib.suppress(UserError, OSError):  # the first of the two files may be written already
+            write(notes.out, before)
+        raise
+    setattr(notes, kind, now)
+    if keep:
+        notes.history.append((kind, key, before.get(key)))
+
+
+def write_marks(out: Path, marks: dict[tuple, dict]) -> None:
+    lines = {True: [], False: []}
+    for (reference, target, delta), mark in marks.items():
+        line = {"reference": reference, "target": target, "delta": delta}
+        line |= {"held_out": True} if mark["held_out"] else {}
+        line |= {"texts": mark["texts"]} if len(mark["texts"]) > 1 else {}
+        lines[mark["right"]].append(line | ({} if mark["right"] else {"wrong": True}))
+    write_jsonl(out / "marks.jsonl", lines[True])
+    write_jsonl(out / "wrong.jsonl", lines[False])
+
+
+def write_labels(out: Path, labels: dict[tuple, dict]) -> None:
     lines, good = [], []
-    for place, label in notes.labels.items():
-        pair = notes.pairs[place]
-        lines.append({"reference": pair.reference, "target": pair.target, **label, "was": pair.delta, "id": pair.id})
+    for (reference, target, was), label in labels.items():
+        pair = {"reference": reference, "target": target}
+        lines.append(pair | {"was": was} | label)
         if label["verdict"] in ("accept", "edit"):
-            good.append({"reference": pair.reference, "target": pair.target, "delta": label["delta"]})
-    write_jsonl(notes.out / "labels.jsonl", lines)
-    write_jsonl(notes.out / "accepted.jsonl", good)
+            good.append(pair | {"delta": label["delta"]})
+    write_jsonl(out / "labels.jsonl", lines)
+    write_jsonl(out / "accepted.jsonl", good)
 
 
 def is_held_out(notes: Notes, reference: str) -> bool:
@@ -104,3 +145,20 @@ def is_held_out(notes: Notes, reference: str) -> bool:
     if reference in earlier:
         return earlier[reference]
     return notes.held_out > 0 and len(earlier) % notes.held_out == notes.held_out - 1
+
+
+def teaching_data(notes: Notes) -> tuple[list[dict], list[dict], list[dict]]:
+    """Triplets to train on (right marks, good labels), the marks held out, and pseudo triplets nobody rejected."""
+    train, held, pseudo = [], [], []
+    for (reference, target, delta), mark in notes.marks.items():
+        if mark["right"]:
+            line = {"reference": reference, "target": target, "delta": delta}
+            held.append(line | {"texts": mark["texts"]}) if mark["held_out"] else train.append(line)
+    apart = {(line["reference"], line["target"]) for line in held}
+    for pair in notes.pairs:
+        label = notes.labels.get(key_of(pair), {"verdict": "skip", "delta": pair.delta})
+        line = {"reference": pair.reference, "target": pair.target, "delta": label["delta"]}
+        if (pair.reference, pair.target) in apart or label["verdict"] == "reject" or not label["delta"].strip():
+            continue
+        (pseudo if label["verdict"] == "skip" else train).append(line)
+    return train, held, pseudo

@@ -86,6 +86,9 @@ async def json_of(request) -> dict:
     body = await body_of(request, _BODY)
     try:
         data = json.loads(body)
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("a text holds half a character (a lone surrogate), which no file can keep") from None
     except (ValueError, RecursionError):
         raise UserError("the body is not JSON") from None
     if not isinstance(data, dict):

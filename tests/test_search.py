@@ -24,6 +24,7 @@ pytest.importorskip("uvicorn", reason="the page needs requirements-search.txt")
 from search_server import index, serving, site_of
 from test_real_pictures import run_stage
 
+import common.notes as notes_module
 import search
 import train_cir
 from common.annotations import read_triplets, training_triplets
@@ -31,7 +32,7 @@ from common.console import UserError
 from common.encoding import Compute
 from common.files import read_jsonl, write_jsonl
 from common.gallery import Engine, Query, find, recall_of, vectors, vision_digest
-from common.notes import is_held_out
+from common.notes import is_held_out, respected
 from common.pixels import open_image
 
 ROOT = Path(__file__).parent.parent
@@ -505,6 +506,104 @@ def test_labels(zoo, folder, tmp_path, capsys):
     train, held, pseudo = search.teaching_data(again.notes)
     assert [t["delta"] for t in train] == ["better"] and held == []
     assert [t["delta"] for t in pseudo] == ["text 3", "text 4", "text 5"], "a rejected pair is not learned"
+
+
+def judged_lines(out) -> dict[tuple, tuple]:
+    lines = read_jsonl(out / "labels.jsonl")
+    return {(line["reference"], line["was"]): (line["verdict"], line["delta"]) for line in lines}
+
+
+def test_labels_outlive_another_file_of_texts(zoo, folder, tmp_path):
+    """The loop of labelling and describing anew: no judgement is lost, and none is asked for twice."""
+    label, out = pseudo_file(tmp_path, folder), tmp_path / "out"
+
+    def session(n_to_verdict: dict, label=label):
+        site = site_of(zoo / "clip", folder, out, label)
+        with serving(site) as server:
+            for n, said in n_to_verdict.items():
+                assert server.ask("api/label", {"n": n} | said).status == 200
+            return site, server.ask("api/label").json
+
+    session({0: {"verdict": "edit", "delta": "mine 0"}, 1: {"verdict": "accept"}, 2: {"verdict": "reject"}})
+    wanted = {("0-000.png", "text 0"): ("edit", "mine 0"), ("0-001.png", HOSTILE): ("accept", HOSTILE)}
+    wanted |= {("0-002.png", "text 2"): ("reject", "text 2")}
+    assert judged_lines(out) == wanted
+
+    # gen_deltas.py --labels: the person's texts stand in the file, the rejected pair does not
+    again = str(tmp_path / "again.jsonl")
+    write_jsonl(again, respected(read_jsonl(label), out / "labels.jsonl"))
+    assert [line["delta"] for line in read_jsonl(again)][:3] == ["mine 0", HOSTILE, "text 3"]
+    site, answer = session({2: {"verdict": "accept"}}, again)
+    assert answer["counts"] == {"edit": 1, "accept": 2} and answer["pair"]["delta"] == "text 4"
+    wanted[("0-003.png", "text 3")] = "accept", "text 3"
+    assert judged_lines(out) == wanted
+    train, _, pseudo = search.teaching_data(site.notes)
+    assert [line["delta"] for line in train] == ["mine 0", HOSTILE, "text 3"]
+    assert [line["delta"] for line in pseudo] == ["text 4", "text 5"]
+
+    # a picture that is away for a day, and the texts of another VDG
+    (folder / "0-000.png").rename(tmp_path / "0-000.png")
+    session({3: {"verdict": "skip"}}, again)
+    (tmp_path / "0-000.png").rename(folder / "0-000.png")
+    other = str(tmp_path / "other.jsonl")
+    write_jsonl(other, [line | {"delta": "other " + line["id"]} for line in read_jsonl(label)[:-1]])
+    _, answer = session({5: {"verdict": "accept"}}, other)
+    assert answer["counts"] == {"accept": 1} and answer["pair"]["delta"] == "other p0"
+    wanted |= {("0-005.png", "text 5"): ("skip", "text 5"), ("0-005.png", "other p5"): ("accept", "other p5")}
+    assert judged_lines(out) == wanted
+    accepted = [triplet.delta for triplet in read_triplets(out / "accepted.jsonl")]
+    assert accepted == ["mine 0", HOSTILE, "text 3", "other p5"]
+
+    # and back: everything is judged as it was, and a judgement is taken back by another one
+    site, answer = session({0: {"verdict": "reject"}})
+    assert answer["counts"] == {"reject": 2, "accept": 2, "skip": 1} and answer["pair"]["delta"] == "text 4"
+    assert judged_lines(out) == wanted | {("0-000.png", "text 0"): ("reject", "text 0")}
+
+
+@pytest.mark.parametrize("full", ["marks.jsonl", "wrong.jsonl", "labels.jsonl", "accepted.jsonl"])
+def test_what_cannot_be_written_is_not_remembered(zoo, folder, tmp_path, monkeypatch, full):
+    """A disk that takes one of the two files no more: page and files say what they said before."""
+    out = tmp_path / "out"
+    site = site_of(zoo / "clip", folder, out, pseudo_file(tmp_path, folder))
+    mark = {"reference": 0, "texts": ["red"], "target": 1, "right": True}
+
+    def state() -> list:
+        files = [(out / name).read_bytes() for name in ("marks.jsonl", "wrong.jsonl", "labels.jsonl", "accepted.jsonl")]
+        return [server.ask("api/teach").json, server.ask("api/label").json, *files, dict(site.notes.marks)]
+
+    def refuse(path, records):
+        if path.name == full and len(list(records)) != kept:
+            raise OSError(28, "No space left on device", str(path))
+        write_jsonl(path, records)
+
+    with serving(site) as server:
+        assert server.ask("api/mark", mark).status == 200
+        assert server.ask("api/mark", mark | {"target": 2}).status == 200
+        assert server.ask("api/label", {"n": 0, "verdict": "accept"}).status == 200
+        before, kept = state(), len(read_jsonl(out / full))
+        monkeypatch.setattr(notes_module, "write_jsonl", refuse)
+        if full in ("marks.jsonl", "wrong.jsonl"):
+            assert server.ask("api/mark", mark | {"right": False}).status == 400
+        elif full == "labels.jsonl":
+            assert server.ask("api/label", {"n": 1, "verdict": "reject"}).status == 400
+        if full != "wrong.jsonl":
+            what = "marks" if full == "marks.jsonl" else "labels"
+            assert server.ask("api/undo", {"what": what}).status == 400
+        assert state() == before
+        monkeypatch.undo()
+        assert server.ask("api/undo", {"what": "marks"}).json["target"] == 2
+        assert server.ask("api/undo", {"what": "labels"}).json == {"n": 0}
+        assert len(site.notes.marks) == 1 and site.notes.labels == {}
+
+
+def test_half_a_character_is_refused_and_spoils_nothing(server, site):
+    mark = {"reference": 0, "texts": ["nice \ud83d"], "target": 1, "right": True}
+    for path, body in (("mark", mark), ("search", {"texts": ["\udc00"]}), ("mark", {"\ud83d": 1})):
+        answer = server.ask(f"api/{path}", body)  # json.dumps writes it as \ud83d
+        assert answer.status == 400 and "half a character" in answer.json["error"]
+    assert server.ask("api/undo", {"what": "marks"}).json["error"] == "nothing to undo"
+    assert server.ask("api/mark", mark | {"texts": ["nice \U0001f600"]}).status == 200  # a whole one, escaped as two
+    assert [key[2] for key in site.notes.marks] == ["nice \U0001f600"]
 
 
 # ---- teaching ----
