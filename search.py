@@ -29,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,17 @@ from common.files import (
     write_jsonl,
 )
 from common.flags import at_least, override
-from common.gallery import Engine, Query, find, index_folder, recall_of, stamp_of, vision_digest, vision_weights
+from common.gallery import (
+    Engine,
+    Query,
+    find,
+    index_folder,
+    recall_of,
+    rendition,
+    stamp_of,
+    vision_digest,
+    vision_weights,
+)
 from common.hub import located
 from common.images import ImageStore, shown
 from common.memory import advise
@@ -200,20 +211,18 @@ def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[d
 def teach(site: Site, number: int) -> None:
     """Trains teach-N from the present model, measures both on the held-out marks, and switches if it got better."""
     folder, started = site.out / f"teach-{number}", time.monotonic()
-    train, held, pseudo = teaching_data(site.notes)
-    store = ImageStore([site.engine.gallery.folder, str(site.out / "uploads")], own=True)
-    of_name = site.engine.gallery.of_name
-    held = [line for line in held if line["target"] in of_name and store.find(line["reference"])]
-    names = [line["reference"] for line in held]
-    queries = [Query(store.path(n), line["texts"], of_name.get(n, -1)) for n, line in zip(names, held, strict=True)]
-    targets = [of_name[line["target"]] for line in held]
-
-    def measured() -> dict | None:
-        return recall_of(site.engine, queries, targets, _KS) if held else None
-
-    status = site.teaching
+    status, before = site.teaching, site.using
     try:
-        status["before"] = site.worker.submit(measured).result()
+        store, of_name = images_of(site), site.engine.gallery.of_name
+        train, held, pseudo, gone = teaching_data(site.notes, store)
+        held = [line for line in held if line["target"] in of_name]
+        queries = [Query(store.path(n := line["reference"]), line["texts"], of_name.get(n, -1)) for line in held]
+        targets = [of_name[line["target"]] for line in held]
+
+        def measured() -> dict | None:
+            return recall_of(site.engine, queries, targets, _KS) if held else None
+
+        status |= {"gone": gone, "before": site.worker.submit(measured).result()}
         command = teaching_command(site, folder, train, pseudo)
         with open(folder / "output.txt", "wb") as output:
             site.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
@@ -225,16 +234,31 @@ def teach(site: Site, number: int) -> None:
         site.worker.submit(use, site, number).result()
         status["after"] = site.worker.submit(measured).result()
         record = {key: status[key] for key in ("before", "after")} | {"from": before, "train": len(train)}
-        record |= {"pseudo": len(pseudo), "held_out": len(held), "seconds": round(time.monotonic() - started)}
+        record |= {"pseudo": len(pseudo), "held_out": len(held), "gone": gone}
+        record["seconds"] = round(time.monotonic() - started)
         write_json(folder / "teach.json", record)
         better = bool(held) and sum(status["after"].values()) > sum(status["before"].values())
         if not better:
             site.worker.submit(use, site, before).result()
         status |= {"state": "done", "better": better}
-    except (UserError, OSError) as error:
-        status |= {"state": "failed", "error": str(error)}
+    except Exception as error:  # of any kind, a GPU out of memory too: else it would be "training" for ever
+        if not isinstance(error, (UserError, OSError)):
+            traceback.print_exc()
+        if site.using == number:  # not measured
+            site.worker.submit(use, site, before)
+        status |= {"state": "failed", "error": str(error).strip().partition("\n")[0] or type(error).__name__}
     finally:
         site.process = None
+
+
+def teachings(out: Path) -> list[int]:
+    """The numbers N of teach-N, in order; a copy that somebody keeps as teach-1-good is none."""
+    return sorted(int(path.name[6:]) for path in out.glob("teach-*") if path.name[6:].isdecimal())
+
+
+def images_of(site: Site) -> ImageStore:
+    """The pictures that a mark may name."""
+    return ImageStore([site.engine.gallery.folder, str(site.out / "uploads")], own=True)
 
 
 def teaching_status(site: Site) -> dict:
@@ -252,8 +276,8 @@ def teaching_status(site: Site) -> dict:
     answer |= {"using": site.using, "right": right, "wrong": len(marks) - right}
     answer |= {"held_out": sum(m["right"] and m["held_out"] for m in marks), "fewest": _FEWEST}
     answer["labels"] = verdicts(site.notes)
-    found = {int(path.parent.name[6:]): read_json(path) for path in site.out.glob("teach-*/teach.json")}
-    answer["taught"] = [{"number": number, **found[number]} for number in sorted(found)]
+    done = [number for number in teachings(site.out) if (site.out / f"teach-{number}/teach.json").exists()]
+    answer["taught"] = [{"number": n, **read_json(site.out / f"teach-{n}/teach.json")} for n in done]
     answer["base"], answer["model"] = model_name(site.base, 0), site.engine.name
     return answer
 
@@ -422,13 +446,13 @@ async def api_teach(request) -> dict:
             site.teaching["stop"] = True
             site.process.terminate()
         elif not stop:
-            triplets = len(teaching_data(site.notes)[0])
+            lessons = teaching_data(site.notes, images_of(site))
             if going:
                 raise UserError("it is being taught already")
-            if triplets < _FEWEST:
-                raise UserError(f"{triplets} right marks and labels to learn from, {_FEWEST} or more are wanted")
-            used = [int(path.name[6:]) for path in site.out.glob("teach-*") if path.name[6:].isdecimal()]
-            site.teaching = {"state": "training", "number": max(used, default=0) + 1}
+            if len(lessons.train) < _FEWEST:
+                says = f"{len(lessons.train)} right marks and labels to learn from, {_FEWEST} or more are wanted"
+                raise UserError(says + f"; {lessons.gone} name pictures that are gone" * bool(lessons.gone))
+            site.teaching = {"state": "training", "number": max(teachings(site.out), default=0) + 1}
             threading.Thread(target=teach, args=(site, site.teaching["number"]), daemon=True).start()
     return teaching_status(site)
 
@@ -452,20 +476,6 @@ async def serve_picture(side: int, request):
     made = asyncio.get_running_loop().run_in_executor(site.decoders, rendition, path, site.out, content, side)
     kept = "private, max-age=31536000, immutable" if "v" in request.query_params else "no-cache"
     return FileResponse(await made, media_type="image/jpeg", headers={"Cache-Control": kept})
-
-
-def rendition(path: str, out: Path, content: str, side: int) -> Path:
-    """The picture, its longer side at most so many pixels; made once, by content."""
-    file = out / f"thumbs/{side}/{content[:2]}/{content}.jpg"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        small = open_image(path, "reduce")
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        aside = file.with_name(f"{content}.{secrets.token_hex(4)}.tmp")
-        small.save(aside, "JPEG", quality=90)
-        sync(aside)
-        os.replace(aside, file)
-    return file
 
 
 def build_app(site: Site):

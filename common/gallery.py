@@ -5,6 +5,7 @@ A model here is one of train_cir.py's, or a plain backbone around one (`.model`)
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from common.batches import ahead, chunks
 from common.cir_model import inner
@@ -173,6 +175,20 @@ def gallery_of(folder: str, out: Path, file: Path, names: list[str], seen: dict,
     features = torch.from_numpy(np.memmap(file, "<f4", "c", _HEADER, (len(ids), width)))
     key = hashlib.sha256("".join(ids).encode()).hexdigest()[:12]
     return Gallery(folder, key, firsts, of_name, stamps, ids, features, torch.tensor(list(firsts)), len(unreadable))
+
+
+def rendition(path: str, out: Path, content: str, side: int) -> Path:
+    """The picture, its longer side at most so many pixels; made once, by content."""
+    file = out / f"thumbs/{side}/{content[:2]}/{content}.jpg"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        small = open_image(path, "reduce")
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        aside = file.with_name(f"{content}.{secrets.token_hex(4)}.tmp")
+        small.save(aside, "JPEG", quality=90)
+        sync(aside)
+        os.replace(aside, file)
+    return file
 
 
 # ---- searching ----

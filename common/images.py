@@ -71,6 +71,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def split_folders(text: str) -> list[str]:
+    """ "a:b" -> both. A folder may have the ":" in its own name: the longest part that is a folder is taken whole."""
+    parts, folders = text.split(os.pathsep), []
+    while parts:
+        ends = (end for end in range(len(parts), 0, -1) if os.path.isdir(os.pathsep.join(parts[:end])))
+        end = next(ends, 1)
+        folders.append(os.pathsep.join(parts[:end]))
+        parts = parts[end:]
+    return [folder for folder in folders if folder]
+
+
 class ImageStore:
     """Finds the file of an image name below one or several root folders.
 
@@ -85,8 +96,7 @@ class ImageStore:
         self, roots: str | os.PathLike | Sequence[str], table: dict[str, str] | None = None, own: bool = False
     ):
         if isinstance(roots, (str, os.PathLike)):
-            roots = os.fspath(roots)
-            roots = [roots] if os.path.isdir(roots) else [part for part in roots.split(os.pathsep) if part]
+            roots = split_folders(os.fspath(roots))
         self.roots = [os.fspath(root) for root in roots]
         self.table = table or {}
         self.own = own

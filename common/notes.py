@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from common.annotations import Triplet
 from common.console import UserError, say
 from common.files import read_jsonl, write_jsonl
+from common.images import ImageStore
 
 
 @dataclass
@@ -66,9 +68,8 @@ def read_labels(path: str | Path, flag: str = "") -> list[dict]:
     """The lines of a labels.jsonl; UserError for another file, which a `flag` may have named."""
     lines = read_jsonl(path)
     if not all({"reference", "target", "verdict", "delta", "was"} <= line.keys() for line in lines):
-        raise UserError(
-            f"{flag} {path}: a line without verdict, was or delta; wanted labels.jsonl of search.py".strip()
-        )
+        lacks = "a line without verdict, was or delta; wanted labels.jsonl of search.py"
+        raise UserError(f"{flag} {path}: {lacks}".strip())
     return lines
 
 
@@ -147,8 +148,17 @@ def is_held_out(notes: Notes, reference: str) -> bool:
     return notes.held_out > 0 and len(earlier) % notes.held_out == notes.held_out - 1
 
 
-def teaching_data(notes: Notes) -> tuple[list[dict], list[dict], list[dict]]:
-    """Triplets to train on (right marks, good labels), the marks held out, and pseudo triplets nobody rejected."""
+class Lessons(NamedTuple):
+    """What there is to learn from, each a list of triplets."""
+
+    train: list[dict]  # right marks, accepted and edited labels
+    held: list[dict]  # marks held out, with "texts"
+    pseudo: list[dict]  # pairs that nobody judged, or that were skipped
+    gone: int  # right marks and labels that are left out: a picture of theirs is not found
+
+
+def teaching_data(notes: Notes, images: ImageStore) -> Lessons:
+    """Of what was said, all whose two pictures are there; a rejected pair is not learned."""
     train, held, pseudo = [], [], []
     for (reference, target, delta), mark in notes.marks.items():
         if mark["right"]:
@@ -161,4 +171,9 @@ def teaching_data(notes: Notes) -> tuple[list[dict], list[dict], list[dict]]:
         if (pair.reference, pair.target) in apart or label["verdict"] == "reject" or not label["delta"].strip():
             continue
         (pseudo if label["verdict"] == "skip" else train).append(line)
-    return train, held, pseudo
+
+    # pictures move and go while what was said of them stays
+    count = len(train) + len(held)
+    for lines in (train, held):
+        lines[:] = [line for line in lines if images.find(line["reference"]) and images.find(line["target"])]
+    return Lessons(train, held, pseudo, count - len(train) - len(held))

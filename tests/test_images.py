@@ -23,6 +23,7 @@ from common.images import (
     load_bytes,
     load_pixels,
     open_image,
+    open_store,
     safe_name,
     verify_image,
 )
@@ -209,6 +210,19 @@ def test_store_looks_in_the_table_then_for_the_name_then_for_extensions(tmp_path
         with pytest.raises(FileNotFoundError) as error:
             store.path("f")
         assert "'f'" in str(error.value) and str(two) in str(error.value)
+
+
+def test_a_folder_may_have_the_separator_in_its_name(tmp_path):
+    """One of several too: of "trip:12:uploads:x" those parts are taken whole that are folders."""
+    trip, uploads, plain = tmp_path / "trip:12", tmp_path / "out/trip:12/uploads", tmp_path / "plain"
+    for i, folder in enumerate((trip, uploads, plain)):
+        folder.mkdir(parents=True)
+        noise(8, 8).save(folder / f"{i}.png")
+    for roots in ([trip], [plain, trip], [trip, uploads], [uploads, plain, trip], [trip, tmp_path / "none", plain]):
+        assert ImageStore(os.pathsep.join(map(str, roots))).roots == [str(root) for root in roots]
+    assert ImageStore(f"{trip}{os.pathsep}{os.pathsep}{plain}").roots == [str(trip), str(plain)]
+    with pytest.raises(UserError, match=f"image folder {tmp_path}/none not found"):
+        open_store(f"{trip}{os.pathsep}{tmp_path}/none", [])
 
 
 def test_links_in_the_root_are_followed(tmp_path):

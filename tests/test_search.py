@@ -503,7 +503,7 @@ def test_labels(zoo, folder, tmp_path, capsys):
         assert judge(0, "edit", delta="  ").status == 400 and judge(0, "edit", delta=3).status == 400
     again = site_of(zoo / "clip", folder, out, label)
     assert again.notes.labels == site.notes.labels and len(again.notes.labels) == 3
-    train, held, pseudo = search.teaching_data(again.notes)
+    train, held, pseudo, _ = search.teaching_data(again.notes, search.images_of(again))
     assert [t["delta"] for t in train] == ["better"] and held == []
     assert [t["delta"] for t in pseudo] == ["text 3", "text 4", "text 5"], "a rejected pair is not learned"
 
@@ -537,7 +537,7 @@ def test_labels_outlive_another_file_of_texts(zoo, folder, tmp_path):
     assert answer["counts"] == {"edit": 1, "accept": 2} and answer["pair"]["delta"] == "text 4"
     wanted[("0-003.png", "text 3")] = "accept", "text 3"
     assert judged_lines(out) == wanted
-    train, _, pseudo = search.teaching_data(site.notes)
+    train, _, pseudo, _ = search.teaching_data(site.notes, search.images_of(site))
     assert [line["delta"] for line in train] == ["mine 0", HOSTILE, "text 3"]
     assert [line["delta"] for line in pseudo] == ["text 4", "text 5"]
 
@@ -660,6 +660,67 @@ def test_teach_switch_and_back(zoo, folder, tmp_path, monkeypatch):
         assert server.ask("api/teach", {}).json["state"] == "training"
         failed = wait_for_teaching(server)
         assert failed["state"] == "failed" and "--lr" in failed["error"] and failed["using"] == 0
+
+
+def mark_all(server, references=(0, 1, 4, 2, 7), targets=(3, 5)) -> None:
+    for reference in references:
+        for target in targets:
+            mark = {"reference": reference, "texts": ["red"], "target": target, "right": True}
+            assert server.ask("api/mark", mark).status == 200
+
+
+def test_teach_in_an_ordinary_folder(zoo, folder, tmp_path):
+    """A ":" in the folder's name beside an upload, a copy of a taught model beside it, pictures that were moved."""
+    folder, out = folder.rename(tmp_path / "trip 7:12"), tmp_path / "out 7:12"
+    site = site_of(zoo / "clip", folder, out)
+    with serving(site) as server:
+        token = server.ask("api/upload", writer_bytes(tmp_path)).json["token"]
+        mark_all(server, (token, 1, 4, 2, 7))
+        for name in ("0-004.png", "0-002.png"):  # the references of two learned and of two held-out marks
+            (folder / "sub").mkdir(exist_ok=True)
+            (folder / name).rename(folder / "sub" / name)
+        right = read_jsonl(out / "marks.jsonl")
+        moved = [line for line in right if line["reference"] in ("0-004.png", "0-002.png")]
+        (out / "teach-1-good").mkdir()
+        (out / "teach-1-good/teach.json").write_text("{}")
+        assert server.ask("api/teach").json["taught"] == []
+        assert server.ask("api/teach", {}).json["state"] == "training"
+        status = wait_for_teaching(server)
+        assert status["state"] == "done", status
+        assert status["gone"] == len(moved) == 4
+        (taught,) = status["taught"]
+        learned = [line for line in right if line not in moved and "held_out" not in line]
+        assert taught["number"] == 1 and taught["train"] == len(learned) and taught["gone"] == 4
+        assert read_jsonl(out / "teach-1/train.jsonl") == learned
+        assert any(line["reference"].startswith(token) for line in learned)
+        (folder / "0-003.png").unlink()
+        (folder / "0-005.png").unlink()
+        answer = server.ask("api/teach", {})
+        assert answer.status == 400 and "10 name pictures that are gone" in answer.json["error"]
+
+
+def test_a_fault_of_any_kind_ends_a_teaching(zoo, folder, tmp_path, monkeypatch, capfd):
+    """A GPU out of memory is a RuntimeError. The page says it, the model of before answers, and it can go on."""
+    site = site_of(zoo / "clip", folder, tmp_path / "out")
+    calls, real = [], search.recall_of
+
+    def recall_of(*given):
+        calls.append(given)
+        if len(calls) in (1, 3):  # before the first teaching, after the second
+            raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB\nmore of it")
+        return real(*given)
+
+    monkeypatch.setattr(search, "recall_of", recall_of)
+    with serving(site) as server:
+        mark_all(server)
+        first = scores_of(server)
+        for trained in (False, True):
+            assert server.ask("api/teach", {}).json["state"] == "training"
+            status = wait_for_teaching(server)
+            assert status["state"] == "failed" and status["error"] == "CUDA out of memory. Tried to allocate 3 GiB"
+            assert scores_of(server) == first and server.ask("api/teach").json["using"] == 0
+            assert "more of it" in capfd.readouterr().err, "what may be a fault of ours keeps its traceback"
+            assert (tmp_path / "out/teach-1/model.safetensors").exists() == trained
 
 
 def scores_of(server) -> list[float]:

@@ -144,6 +144,7 @@ function drawTeach(data) {
     const better = data.better ? "It got better on the held-out marks, and now answers." : "It did not get better on the held-out marks; the model before goes on answering.";
     card.append(el("p", { id: "progress", role: "status", class: "status" }, data.after ? better : "Done. Without held-out marks nothing tells whether it got better; choose below."));
   }
+  if (data.gone) card.append(el("p", { class: "status" }, `Left out: ${many(data.gone, "example")} whose pictures are gone.`));
   $("teach").replaceChildren(card, tableOfModels(data, going));
   if (focused && $(focused)) $(focused).focus();
   if (going && readAddress().view === "teach") looking = setTimeout(showTeach, 1000);
