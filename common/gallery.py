@@ -103,7 +103,7 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, compute: Comput
     """Encodes what is new or changed in the folder, a batch at a time, and maps the features of all.
 
     Each batch is a run of rows in features.npy, then a line of index.jsonl with their sha256: a kill loses a batch at
-    most. A file of known size and time of change is not read again."""
+    most. A file of known size and time of change is not read again; one that could not be read is tried again."""
     names, store, digest = list_images(folder), ImageStore(folder, own=True), vision_digest(model)
     kind = str(compute.dtype).removeprefix("torch.")
     place = out / f"index-{digest[:16]}-{kind}"
@@ -119,15 +119,19 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, compute: Comput
         take(record)
         width = record["width"] or width  # 0: nothing of it could be read
     stamps = {name: stamp_of(os.path.join(folder, name)) for name in names}
-    todo = [name for name in names if seen.get(name, ())[:2] != stamps[name]]
+    failed = {name for name in names if name in seen and not seen[name][2]}  # a disk or a permission may be back
+    todo = [name for name in names if name in failed or seen.get(name, ())[:2] != stamps[name]]
 
     def look(part: list[str]) -> list[tuple]:
         """(sha256, pixels or None if the content is known, reason why it cannot be read) of each."""
 
         def one(name: str) -> tuple:
             try:
-                content = file_sha256(path := store.path(name))
-                return content, None if content in ids else pixels_of(model, path), ""
+                path = store.path(name)
+                pixels = pixels_of(model, path) if name in failed else None  # fails at the header, before it is hashed
+                if (content := file_sha256(path)) in ids:
+                    return content, None, ""
+                return content, pixels_of(model, path) if pixels is None else pixels, ""
             except (UserError, OSError) as error:
                 return "", None, reason_of(error).removeprefix(f"{os.path.join(folder, name)}: ")
 
@@ -143,6 +147,9 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, compute: Comput
                 width = rows.shape[1]
                 append_features(file, rows, len(ids))
             files = [[name, *stamps[name], found[0], found[2]] for name, found in zip(part, looked, strict=True)]
+            files = [file for file in files if seen.get(file[0]) != tuple(file[1:])]
+            if not files:
+                continue
             record = {"sha256": hashlib.sha256(rows.tobytes()).hexdigest(), "width": width}
             record |= {"pictures": list(fresh), "files": files}
             log.append(record)

@@ -146,11 +146,43 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(plain, folder, tmp_
         assert [line.split(": ")[0] for line in listed] == ["cut.png", "empty.jpg", "pipe.png", "text.jpg", "thin.png"]
     shutil.copy(folder / "0-000.png", folder / "empty.jpg")  # repaired
     assert index(plain, folder, tmp_path / "out").unreadable == 4
+    (log,) = (tmp_path / "out").glob("index-*/index.jsonl")
+    size = log.stat().st_size
+    index(plain, folder, tmp_path / "out")
+    assert log.stat().st_size == size, "what is as it was is not written down again"
     for path in folder.glob("0-*"):
         path.unlink()
     (folder / "empty.jpg").unlink()
     with pytest.raises(UserError, match="none of its 4 pictures can be read"):
         index(plain, folder, tmp_path / "out")
+
+
+def test_a_picture_that_can_be_read_again_comes_back(plain, folder, tmp_path, monkeypatch):
+    """A permission that was wrong, a disk that was away: size and time of change of the file stay as they were."""
+    import common.gallery as under_test
+
+    closed, real, hashed = {"0-002.png", "0-007.png"}, open_image, []
+
+    def opened(path, *given):
+        if os.path.basename(path) in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *given)
+
+    monkeypatch.setattr(under_test, "open_image", opened)
+    first = index(plain, folder, tmp_path / "out")
+    assert first.unreadable == 2 and len(first.names) == 9
+    before = under_test.file_sha256
+    monkeypatch.setattr(under_test, "file_sha256", lambda path: (hashed.append(path), before(path))[1])
+    assert index(plain, folder, tmp_path / "out").unreadable == 2
+    assert hashed == [], "a folder of pictures of a kind that is not read is not hashed at every start"
+    closed.clear()
+    counts = encoded(monkeypatch, plain)
+    second = index(plain, folder, tmp_path / "out")
+    assert second.unreadable == 0 and sum(counts) == 2 and (tmp_path / "out/unreadable.txt").read_text() == ""
+    names = list(second.names.values())
+    assert names == sorted(path.name for path in folder.iterdir())
+    assert torch.allclose(second.features[second.live], one_by_one(plain, folder, names), atol=1e-5)
+    assert all(second.of_name[name] == first.of_name[name] for name in first.of_name), "ids stay"
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "torn line", "rows without a line"])
