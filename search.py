@@ -59,6 +59,7 @@ from common.gallery import (
     Query,
     find,
     index_folder,
+    keep_to_folder,
     recall_of,
     rendition,
     stamp_of,
@@ -558,8 +559,10 @@ def main() -> None:
         raise UserError(f"the page needs {' and '.join(missing)}: pip install -r requirements-search.txt")
     out = Path((INDEX if QUERIES else OUT) or f"out/search/{os.path.basename(os.path.abspath(GALLERY))}")
     pairs = read_triplets(LABEL) if LABEL else []
-    keep_apart(out, GALLERY, f"{'--index' if QUERIES else '--out'} --gallery")  # it holds thumbnails and uploads
-    lock_folder(out)
+    flag = "--index" if QUERIES else "--out"
+    keep_apart(out, GALLERY, f"{flag} --gallery")  # it holds thumbnails and uploads
+    lock_folder(out, flag=flag)
+    keep_to_folder(out, GALLERY, flag)
     listening = None if QUERIES else listen(HOST, PORT)  # first: a port in use shows before the folder is indexed
 
     # ---- model and index

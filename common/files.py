@@ -489,13 +489,14 @@ def keep_apart(out: str | Path, pictures: str, flags: str) -> None:
         )
 
 
-def lock_folder(out: str | Path, stage: str = "") -> None:
+def lock_folder(out: str | Path, stage: str = "", flag: str = "--out") -> None:
     """Makes the output folder and holds it until this process ends; a second run on it stops. Rank 0 locks.
 
-    stage: as in config.json. A folder with the result of another stage is refused on every rank."""
+    stage: as in config.json. A folder with the result of another stage is refused on every rank.
+    flag: the one that names the folder, for messages."""
     folder = Path(out).resolve()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {out} is a file; wanted a folder")
+        raise UserError(f"{flag} {out} is a file; wanted a folder")
     if stage:
         _refuse_other_stage(folder, stage, out)
     if rank_size()[0] != 0 or folder in _locks:
@@ -511,7 +512,8 @@ def lock_folder(out: str | Path, stage: str = "") -> None:
     except BlockingIOError:
         owner = file.read(20).decode(errors="replace").strip() or "unknown"
         file.close()
-        raise UserError(f"{out} is in use by another run (process {owner}); wait for it or use another --out") from None
+        says = f"{out} is in use by another run (process {owner}); wait for it or use another {flag}"
+        raise UserError(says) from None
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise

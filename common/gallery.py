@@ -21,7 +21,17 @@ from common.batches import ahead, chunks
 from common.cir_model import inner
 from common.console import UserError, progress, reason_of, warn
 from common.encoding import Compute
-from common.files import JsonlAppender, file_sha256, sync, tensors_sha256, write_jsonl, write_text
+from common.files import (
+    SMALL_JSON,
+    JsonlAppender,
+    file_sha256,
+    read_json,
+    sync,
+    tensors_sha256,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from common.images import ImageStore, list_images
 from common.pixels import open_image
 from common.retrieval import best, rank, recall, score_blocks
@@ -155,6 +165,20 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, compute: Comput
             log.append(record)
             take(record)
     return gallery_of(folder, out, file, names, seen, ids, width)
+
+
+def keep_to_folder(out: Path, folder: str, flag: str) -> None:
+    """OUT is of one folder of pictures, whose path it remembers in OUT/gallery.json; UserError for another one.
+
+    Marks and the index name files of it, and another folder of the same name may have files of the same names."""
+    here = os.fsencode(os.path.realpath(folder)).decode(errors="backslashreplace")  # a path need not be UTF-8
+    file = out / "gallery.json"
+    there = read_json(file, SMALL_JSON) if file.exists() else None
+    if there is None and os.path.isdir(folder):
+        write_json(file, here)
+    elif there not in (None, here):
+        moved = f"where that folder was moved to {here}, delete {file} and go on"
+        raise UserError(f"{flag} {out} belongs to --gallery {there}; name another {flag}, or, {moved}")
 
 
 def stamp_of(path: str) -> tuple[int, int]:

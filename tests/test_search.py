@@ -30,7 +30,7 @@ import train_cir
 from common.annotations import read_triplets, training_triplets
 from common.console import UserError
 from common.encoding import Compute
-from common.files import read_jsonl, write_jsonl
+from common.files import lock_folder, read_jsonl, write_jsonl
 from common.gallery import Engine, Query, find, recall_of, vectors, vision_digest
 from common.notes import is_held_out, respected
 from common.pixels import open_image
@@ -119,6 +119,47 @@ def test_what_the_page_writes_is_not_searched(zoo, folder, monkeypatch, own):
         run_stage(search, **given | {"queries": "queries.jsonl", "index": folder / "index", "out": "results.jsonl"})
     assert not (folder / "out").exists() and not (folder / "index").exists()
     run_stage(search, **given | {"queries": "queries.jsonl", "index": "../index", "out": "results.jsonl"})
+
+
+def test_what_is_written_is_of_one_folder(zoo, folder, tmp_path, monkeypatch):
+    """Two folders of one name, one usual --out: marks and features of the one were taken for the other's."""
+    other = tmp_path / "b/pictures"
+    writer.draw(other, 11, seed=3)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "queries.jsonl").write_text('{"delta": "red"}')
+    given = {"backbone": zoo / "clip", "device": "cpu", "port": 0, "queries": "queries.jsonl", "out": "results.jsonl"}
+    with pytest.raises(UserError, match="image folder picturse not found"):
+        run_stage(search, **given | {"gallery": "picturse", "index": "out/search/pictures"})
+    run_stage(search, **given, gallery="pictures", index="")  # a mistyped name is not what is remembered
+    first = (tmp_path / "results.jsonl").read_bytes()
+    where = f"out/search/pictures belongs to --gallery {folder}; name another"
+    with pytest.raises(UserError, match=f"^--index {where} --index, or, .* moved to {other}, delete out/search/pic"):
+        run_stage(search, **given, gallery="b/pictures", index="")
+    page = {name: value for name, value in given.items() if name not in ("queries", "out")}
+    with pytest.raises(UserError, match=f"^--out {where} --out"):
+        run_stage(search, **page, gallery="b/pictures", out="")
+
+    # by a link, and moved: it goes on with what there is
+    (tmp_path / "link").symlink_to(folder)
+    run_stage(search, **given, gallery="link", index="out/search/pictures")
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"moved to {tmp_path}/moved, delete out/search/pictures/gallery.json"):
+        run_stage(search, **given, gallery="moved", index="out/search/pictures")
+    (tmp_path / "out/search/pictures/gallery.json").unlink()
+    (log,) = tmp_path.glob("out/search/pictures/index-*/index.jsonl")
+    written = log.read_bytes()
+    run_stage(search, **given, gallery="moved", index="out/search/pictures")
+    assert log.read_bytes() == written and (tmp_path / "results.jsonl").read_bytes() == first
+
+
+def test_a_folder_in_use_names_its_flag(zoo, folder, tmp_path):
+    held = tmp_path / "held"
+    lock_folder(held)
+    (tmp_path / "queries.jsonl").write_text('{"delta": "red"}')
+    flags = ["--queries", tmp_path / "queries.jsonl", "--out", tmp_path / "results.jsonl", "--index", held]
+    argv = [sys.executable, "search.py", "--gallery", folder, "--backbone", zoo / "clip", "--device", "cpu", *flags]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "wait for it or use another --index" in done.stderr, done.stderr
 
 
 def test_a_file_of_known_size_and_time_is_not_read_again(plain, folder, tmp_path, monkeypatch):
