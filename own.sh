@@ -3,6 +3,7 @@
 #   ./own.sh my_pictures                                       the embedded models: photographs of single products
 #   CHECKPOINT=out/cir VDG=out/vdg ENCODER=microsoft/resnet-152 ./own.sh my_pictures --port 8001
 # Flags behind the folder go to search.py. PAIRS=2000: so many pairs are described at most; 0 = all.
+# It writes out/own/NAME-HASH; HASH stands for the folder's path, so that two folders of one name share nothing.
 set -euo pipefail
 if [ $# -eq 0 ] || [ ! -d "$1" ]; then
   echo "usage: ./own.sh FOLDER [flags of search.py]" >&2
@@ -10,36 +11,51 @@ if [ $# -eq 0 ] || [ ! -d "$1" ]; then
 fi
 FOLDER=$(realpath "$1")
 shift
-cd "$(dirname "$0")"
+HERE=$(dirname "$(realpath "$0")")  # no cd: the paths that were given hold where they were given
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-  [ -x .venv/bin/python ] || python3 -m venv .venv
-  source .venv/bin/activate
+  [ -x "$HERE/.venv/bin/python" ] || python3 -m venv "$HERE/.venv"
+  source "$HERE/.venv/bin/activate"
 fi
-python -m pip install --quiet --disable-pip-version-check -r requirements-search.txt
+python -m pip install --quiet --disable-pip-version-check -r "$HERE/requirements-search.txt"
 export TOKENIZERS_PARALLELISM=false
-OUT=out/own/$(basename "$FOLDER")
-ENCODER=${ENCODER:-demo/models_photos/resnet}
+digest() { sha256sum | cut -c 1-8; }
+OUT=$HERE/out/own/$(basename "$FOLDER")-$(printf %s "$FOLDER" | digest)
+ENCODER=${ENCODER:-$HERE/demo/models_photos/resnet}
 if [ -z "${VDG:-}" ]; then
-  for VDG in out/vdg out/demo/vdg ""; do
+  for VDG in "$HERE/out/vdg" "$HERE/out/demo/vdg" ""; do
     [ ! -e "$VDG/config.json" ] || break
   done
 fi
 PAIRS=${PAIRS:-2000}
 LABEL=()
-trap "exit 130" INT  # else Ctrl-C would end one step only
 mkdir -p "$OUT"
+echo "writes $OUT"
+
+# A signal ends the step that runs, and then this script. In the foreground a step would not get TERM; in the background
+# it would ignore Ctrl-C, but for the inner trap.
+CHILD=
+step() {
+  (trap - INT; exec python "$@") &
+  CHILD=$!
+  wait "$CHILD"
+}
+trap 'wait; exit 130' INT
+trap '[ -z "$CHILD" ] || kill "$CHILD" 2> /dev/null || true; wait; exit 143' TERM HUP
 
 # A step that fails (too few pictures, a file that cannot be read) says so in a line; the page comes all the same.
 if [ -z "$VDG" ]; then
   echo "1, 2 no pairs to label: no VDG in out/vdg or out/demo/vdg, and none named by VDG=..."
 else
+  # the texts of another VDG get a folder of their own
+  FILES=("$VDG"/{config,adapter_config}.json "$VDG"/{adapter_model,projection}.safetensors)
+  PSEUDO=$OUT/pseudo-$(cat "${FILES[@]}" 2> /dev/null | digest || true)
   echo "1 mine: pairs of similar pictures, by $ENCODER"
-  if python mine_pairs.py --images "$FOLDER" --encoder "$ENCODER" --out "$OUT/mined" > "$OUT/mine.txt" &&
-    echo "2 describe: what turns the one into the other, by $VDG" &&
-    python gen_deltas.py --vdg "$VDG" --pairs "$OUT/mined/pairs.jsonl" --images "$FOLDER" --max_pairs "$PAIRS" \
-      --out "$OUT/pseudo" > "$OUT/describe.txt"; then
-    LABEL=(--label "$OUT/pseudo/pseudo.jsonl")
+  if step "$HERE/mine_pairs.py" --images "$FOLDER" --encoder "$ENCODER" --out "$OUT/mined" > "$OUT/mine.txt"; then
+    echo "2 describe: what turns the one into the other, by $VDG"
+    step "$HERE/gen_deltas.py" --vdg "$VDG" --pairs "$OUT/mined/pairs.jsonl" --images "$FOLDER" \
+      --max_pairs "$PAIRS" --out "$PSEUDO" > "$OUT/describe.txt" || true
   fi
+  [ ! -e "$PSEUDO/pseudo.jsonl" ] || LABEL=(--label "$PSEUDO/pseudo.jsonl")
 fi
 echo "3, 4 index and serve"
-exec python search.py --gallery "$FOLDER" --checkpoint "${CHECKPOINT:-}" --out "$OUT/search" "${LABEL[@]}" "$@"
+exec python "$HERE/search.py" --gallery "$FOLDER" --checkpoint "${CHECKPOINT:-}" --out "$OUT/search" "${LABEL[@]}" "$@"

@@ -1,0 +1,125 @@
+"""own.sh with a python that only writes down how it was called: paths, folders, signals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common.files import read_jsonl, write_text
+
+# A stage stands in for itself: gen_deltas writes its file, or waits to be stopped, or fails.
+PYTHON = f"""#!{sys.executable}
+import json, os, sys, time
+script, words = os.path.basename(sys.argv[1]), sys.argv[2:]
+given = dict(zip(words[::2], words[1::2]))
+log = open(os.environ["CALLS"], "a")
+log.write(json.dumps(given | {{"script": script, "cwd": os.getcwd()}}) + "\\n")
+log.flush()
+if script == "gen_deltas.py":
+    mode = os.environ.get("MODE")
+    if mode == "wait":
+        try:
+            print("waits", file=sys.stderr, flush=True)
+            time.sleep(60)
+        finally:
+            log.write('{{"script": "interrupted"}}\\n')
+    if mode == "fail":
+        sys.exit(1)
+    os.makedirs(given["--out"], exist_ok=True)
+    open(given["--out"] + "/pseudo.jsonl", "w").write(given["--vdg"])
+"""
+
+
+class Place:
+    """A copy of the script, two folders of one name, a VDG; and a folder elsewhere from which it is called."""
+
+    def __init__(self, tmp_path: Path):
+        self.here, self.calls = tmp_path / "elsewhere", tmp_path / "calls.jsonl"
+        self.script = tmp_path / "repository/own.sh"
+        self.script.parent.mkdir()
+        shutil.copy(ROOT / "own.sh", self.script)
+        for name in ("a/photos", "b/photos", "cir"):
+            (self.here / name).mkdir(parents=True)
+        write_text(self.here / "vdg/config.json", "{}")
+        write_text(tmp_path / "bin/python", PYTHON)
+        (tmp_path / "bin/python").chmod(0o755)
+        self.env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "active"}
+        self.env |= {"CALLS": str(self.calls), "VDG": "vdg"}
+
+    def start(self, *argv: str, **more: str) -> subprocess.Popen:
+        self.calls.unlink(missing_ok=True)
+        argv, pipe = ["bash", str(self.script), *argv], subprocess.PIPE
+        env = self.env | more
+        return subprocess.Popen(argv, cwd=self.here, env=env, stderr=pipe, start_new_session=True)
+
+    def run(self, *argv: str, **more: str) -> dict[str, dict]:
+        """The calls of the stages, by script."""
+        assert self.start(*argv, **more).wait(60) == 0
+        return {call["script"]: call for call in read_jsonl(self.calls)}
+
+    def path(self, call: dict, flag: str) -> Path:
+        return Path(call["cwd"], call[flag]).resolve()
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+def test_paths_hold_where_they_were_given(place):
+    shutil.copytree(place.here / "cir", place.here / "resnet")
+    calls = place.run("a/photos", "--backbone", "clip", CHECKPOINT="cir", ENCODER="resnet")
+    found = [place.path(calls["search.py"], flag) for flag in ("--gallery", "--checkpoint", "--backbone")]
+    assert found == [place.here / name for name in ("a/photos", "cir", "clip")]
+    assert place.path(calls["gen_deltas.py"], "--vdg") == place.here / "vdg"
+    assert place.path(calls["mine_pairs.py"], "--encoder") == place.here / "resnet"
+    calls = place.run("a/photos", ENCODER="microsoft/resnet-152")
+    assert calls["mine_pairs.py"]["--encoder"] == "microsoft/resnet-152" and calls["search.py"]["--checkpoint"] == ""
+    assert place.path(calls["search.py"], "--out").is_relative_to(place.script.parent / "out/own")
+
+
+def test_two_folders_of_one_name_share_nothing(place):
+    outs = {name: place.run(name)["search.py"]["--out"] for name in ("a/photos", "b/photos")}
+    assert outs["a/photos"] != outs["b/photos"]
+    (place.here / "link").symlink_to(place.here / "a/photos")
+    for same in (f"{place.here}/a/photos", "./a//photos/", "link"):
+        assert place.run(same)["search.py"]["--out"] == outs["a/photos"]
+
+
+def test_a_better_vdg_has_a_folder_of_its_own(place):
+    def label(vdg: str, **more) -> str:
+        return place.run("a/photos", VDG=vdg, **more)["search.py"].get("--label", "")
+
+    first = label("vdg")
+    assert Path(first).read_text() == "vdg"
+    shutil.copytree(place.here / "vdg", place.here / "moved")
+    assert label("moved") == first
+    for name in ("adapter_config.json", "adapter_model.safetensors", "projection.safetensors"):
+        write_text(place.here / "moved" / name, name)
+        assert Path(label("moved")).read_text() == "moved" and label("moved") != first
+    assert label("vdg", MODE="fail") == first, "what was described before is there to be labelled"
+    write_text(place.here / "vdg/config.json", '{"new": 1}')
+    assert label("vdg", MODE="fail") == ""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_too(place, number, status):
+    run = place.start("a/photos", MODE="wait")
+    assert run.stderr.readline() == b"waits\n"
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # as a terminal does
+    else:
+        run.send_signal(number)
+    began = time.monotonic()
+    assert run.wait(30) == status and time.monotonic() - began < 20
+    run.stderr.read()  # ends when the last process that may write there has ended
+    assert time.monotonic() - began < 20
+    scripts = [json.loads(line)["script"] for line in place.calls.read_text().splitlines()]
+    assert scripts[-1] == ("interrupted" if number == signal.SIGINT else "gen_deltas.py")
