@@ -83,6 +83,13 @@ def test_commands_are_ones_the_scripts_take(page):
     assert page in OF_A_COMMIT or not bad_commands(ROOT, page)
 
 
+def test_no_two_commands_of_the_readme_write_one_folder():
+    """A stage refuses what another run of other flags wrote there."""
+    found = [argv for argv in commands((ROOT / "README.md").read_text(encoding="utf-8")) if "--out" in argv]
+    outs = [argv[argv.index("--out") + 1] for argv in found]
+    assert len(outs) >= 9 and len(set(outs)) == len(outs), outs
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_links_exist(page):
     assert not dead_paths(ROOT, page)
