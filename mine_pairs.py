@@ -18,6 +18,7 @@ import functools
 import hashlib
 import os
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ from common.files import (
     lock_folder,
     read_json,
     read_jsonl,
+    read_lines,
     tensors_sha256,
     whole,
     write_json,
@@ -94,8 +96,10 @@ _NAME_KEYS = frozenset(  # of CIRR, FashionIQ, LLaVA and CIRCO
 
 
 def stem(name: str) -> str:
-    """File name without folder and image extension: cirr/dev/dev-244-0-img0.png and dev-244-0-img0 are one picture."""
-    base = name.rsplit("/", 1)[-1]
+    """File name without folder and image extension: cirr/dev/dev-244-0-img0.png and dev-244-0-img0 are one picture.
+
+    So are a name with letters and accents apart, as macOS writes it, and one with a Windows path before it."""
+    base = unicodedata.normalize("NFC", name).replace("\\", "/").rsplit("/", 1)[-1]
     root, extension = os.path.splitext(base)
     return root if extension.lower() in EXTENSIONS else base
 
@@ -132,7 +136,7 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
         elif not os.path.isfile(source):
             raise UserError(f"--exclude {source}: not found; wanted a folder, .json, .jsonl or .txt")
         elif kind == ".txt":
-            names = [line.strip() for line in Path(source).read_text(encoding="utf-8").split("\n")]
+            names = read_lines(source, "--exclude")
         elif kind in (".json", ".jsonl"):
             names = list(names_in(read_json(source) if kind == ".json" else read_jsonl(source)))
         else:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 
 from common.console import UserError, say
-from common.files import read_json
+from common.files import read_json, read_lines
 from common.images import (
     ImageStore,
     list_images,
@@ -444,8 +444,7 @@ def gallery_names(gallery: str, store: ImageStore) -> list[str]:
     if gallery.endswith(".json"):
         names = list(texts_of(read_json(gallery), gallery))
     elif gallery.endswith(".txt"):
-        with open(gallery, encoding="utf-8") as file:
-            names = [line.strip() for line in file.read().split("\n") if line.strip()]
+        names = read_lines(gallery, "--gallery")
     else:
         raise UserError(f"--gallery {gallery}: wanted a .txt (a name a line), a .json list, or none for the folder")
     require_unique(names, gallery, "image")

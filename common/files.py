@@ -184,6 +184,18 @@ def read_csv(path: str | Path, limit: int = JSON_LIMIT) -> list[dict[str, str]]:
     return records
 
 
+def read_lines(path: str | Path, flag: str) -> list[str]:
+    """The lines of a list that `flag` names, without white space around them and without blank ones. UTF-8, with or
+    without a byte order mark; UserError for other text, in which every name would be an unknown one."""
+    try:
+        text = _read_bytes(path, JSON_LIMIT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: byte {error.start} is not UTF-8; save it as plain text in UTF-8") from None
+    if "\0" in text:
+        raise UserError(f"{flag} {path}: holds zero bytes, as UTF-16 does; save it as plain text in UTF-8")
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
 # ---- jsonl that is appended to ----
 
 

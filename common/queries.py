@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.annotations import Benchmark
 from common.console import UserError
-from common.files import read_json
+from common.files import read_json, read_lines
 from common.images import shown
 from common.triplets import read_triplets
 
@@ -15,9 +15,8 @@ def read_ids(file: str) -> list[str]:
     """Ids of queries as text: a JSON list of strings or whole numbers, or one id a line."""
     if not Path(file).is_file():
         raise UserError(f"--queries {file}: no such file; name one with a JSON list of ids, or one id a line")
-    text = Path(file).read_text(encoding="utf-8")
-    ids = [line.strip() for line in text.splitlines() if line.strip()]
-    if text.lstrip().startswith(("[", "{")):
+    ids = read_lines(file, "--queries")
+    if ids and ids[0].startswith(("[", "{")):
         ids = read_json(file)
         if not isinstance(ids, list) or not all(isinstance(id, int | str) and not isinstance(id, bool) for id in ids):
             raise UserError(f"--queries {file}: wanted a JSON list of ids, each a string or a whole number")

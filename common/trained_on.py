@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import os
+import unicodedata
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +26,8 @@ def _keys(reference: str, target: str, texts: tuple[str, ...], files: tuple[str,
     """The hashes by which a triplet is known; files: of the two pictures, empty for one that is not there."""
     if all(files):
         yield _hash("files", *files)
-    stems = [os.path.splitext(os.path.basename(name))[0] for name in (reference, target)]
+    names = (unicodedata.normalize("NFC", name) for name in (reference, target))  # macOS takes accents apart
+    stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
     for text in texts:
         yield _hash("words", *stems, plain_text(text))
 

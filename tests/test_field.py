@@ -128,8 +128,9 @@ def test_an_id_of_several_queries_chooses_none(tmp_path):
     (tmp_path / "ids").write_text(json.dumps([first.id, third.id]))
     with pytest.raises(UserError, match=f"--queries .*: 1 ids name several queries .* first '{third.id}';"):
         select_queries([twice], str(tmp_path / "ids"))
-    (tmp_path / "ids").write_text(json.dumps([first.id]))
-    assert len(select_queries([twice], str(tmp_path / "ids"))[0][0].queries) == 1
+    for text in (json.dumps([first.id]), f"\ufeff{first.id}\r\n"):
+        (tmp_path / "ids").write_text(text)
+        assert len(select_queries([twice], str(tmp_path / "ids"))[0][0].queries) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +307,29 @@ def test_exclusion_by_name_and_by_content(zoo, gallery, tmp_path, capsys):
     for source, words in ((tmp_path / "nowhere", "not found"), (tmp_path / "empty.json", "names no picture")):
         with pytest.raises(UserError, match=words):
             mine(zoo, gallery, tmp_path / "none", exclude=source)
+
+
+@pytest.mark.parametrize("disk, listed", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_list_excludes_however_it_was_saved(zoo, tmp_path, capsys, disk, listed, encoding):
+    """With a byte order mark, as Notepad writes it; with accents apart, as macOS does; with paths of Windows."""
+    for name in ("M\u00fctze", "caf\u00e9", "hat", "scarf"):
+        picture(tmp_path / "g" / f"{unicodedata.normalize(disk, name)}.png", 0)
+    text = unicodedata.normalize(listed, "M\u00fctze.png\r\nC:\\dev\\caf\u00e9.jpg\r\n\r\n hat \r\n")
+    (tmp_path / "names.txt").write_bytes(text.encode(encoding))
+    mine(zoo, tmp_path / "g", tmp_path / "out", check="true", exclude=tmp_path / "names.txt")
+    assert "4 expected, 4 present, 0 unreadable, 0 missing; 3 excluded by name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, encoding, words",
+    [("m\u00fctze", "latin-1", "byte 1"), ("hat", "utf-16", "byte 0"), ("hat", "utf-16-le", "zero bytes")],
+)
+def test_a_list_in_another_encoding_stops(zoo, tmp_path, text, encoding, words):
+    picture(tmp_path / "g/x.png", 0)
+    (tmp_path / "names.txt").write_bytes(f"{text}.png\n".encode(encoding))
+    with pytest.raises(UserError, match=f"^--exclude .*names.txt: .*{words}.*UTF-8$"):
+        mine(zoo, tmp_path / "g", tmp_path / "out", check="true", exclude=tmp_path / "names.txt")
 
 
 def test_circo_ids_meet_coco_names():

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import train_cir
 from common import streams
 from common.annotations import (
     FASHIONIQ_CATEGORIES,
+    Benchmark,
     all_without_missing,
     check_benchmarks,
     names_of,
@@ -34,10 +36,10 @@ from common.exports import write_cirr_captions, write_exports
 from common.files import read_json, read_jsonl
 from common.images import ImageStore, list_images
 from common.retrieval import index
+from common.streams import Item, Source, human_deltas, human_items
 from common.streams import draw as draw_items
-from common.streams import human_deltas, human_items
-from common.trained_on import note_of_seen, pairs_of
-from common.triplets import held_out, read_triplets
+from common.trained_on import note_of_overlap, note_of_seen, pairs_of
+from common.triplets import Triplet, held_out, read_triplets
 from common.validation import begin_validation, read_validation
 
 
@@ -501,6 +503,16 @@ def test_a_report_on_what_was_trained_on_says_so(own, zoo, tmp_path, monkeypatch
         run_stage(eval_cir, **how, baseline="sum", backbone=tmp_path, check="true")
 
 
+def test_a_copy_of_the_triplets_from_a_mac_is_known(tmp_path):
+    """Its names have letters and accents apart, and its pictures lie elsewhere."""
+    names = [(f"{letter}.png", f"{i}.png") for letter in "\u00f6\u00e5" for i in range(2)]
+    apart = [(unicodedata.normalize("NFD", a), b) for a, b in names]
+    trained = [Item((0, a), (0, b), (("red",),)) for a, b in apart]
+    queries = tuple(Triplet(a, b, "red", i) for i, (a, b) in enumerate([*names, ("o.png", "0.png")]))
+    asked = Benchmark("jsonl", "all", None, queries, (), ImageStore(tmp_path))
+    assert "on the pairs of 4 of these 5 queries" in note_of_overlap([Source(ImageStore([]), trained)], [asked])
+
+
 def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo, tmp_path, capsys, monkeypatch):
     """Ten are held out. A checkpoint knows four of their pairs from another file, by other texts; a model that starts
     from that one has seen them too; and a part of the triplets is known in a copy of both file and pictures."""
@@ -634,6 +646,11 @@ def test_a_query_may_have_several_targets(own, zoo, tmp_path, capsys):
         read_triplets(jsonl(tmp_path / "none.ndjson", [{"reference": "a", "target": [], "delta": "b"}]))
     with pytest.raises(UserError, match="2 targets are not in the gallery"):
         read_own(file, folder, put(tmp_path / "names.txt", "\n".join(list_images(folder)[:-1])))
+    listed = put(tmp_path / "names.txt", "\ufeff" + "\r\n".join(list_images(folder)))  # as Notepad saves it
+    assert read_own(file, folder, listed).gallery == read_own(file, folder).gallery
+    (tmp_path / "names.txt").write_bytes("m\u00fctze.png".encode("latin-1"))
+    with pytest.raises(UserError, match="^--gallery .*names.txt: byte 1 is not UTF-8"):
+        read_own(file, folder, str(tmp_path / "names.txt"))
 
 
 def test_training_is_validated_on_another_file(own, zoo, tmp_path, monkeypatch):
