@@ -51,6 +51,7 @@ from common.files import (
 from common.flags import at_least, override
 from common.images import EXTENSIONS, ImageStore, Preprocess, check_report, leave_out, list_images, load_bytes
 from common.memory import advise
+from common.pixels import regular_file
 from common.pretrained import load_model, model_kind, read_config
 from common.ranks import Log, World, barrier, gather_objects, init_world, pick_dtype
 from common.seeds import seeded_rng
@@ -132,7 +133,7 @@ def excluded(sources: tuple[str, ...]) -> tuple[set[str], list[str]]:
         kind = os.path.splitext(source)[1]
         if os.path.isdir(source):
             names = list_images(source)
-            pictures += [ImageStore(source).path(name) for name in names]
+            pictures += [regular_file(os.path.join(source, name)) for name in names]  # whatever they are called
         elif not os.path.isfile(source):
             raise UserError(f"--exclude {source}: not found; wanted a folder, .json, .jsonl or .txt")
         elif kind == ".txt":

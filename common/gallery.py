@@ -19,7 +19,7 @@ from PIL import Image
 
 from common.batches import ahead, chunks
 from common.cir_model import inner
-from common.console import UserError, progress, reason_of, warn
+from common.console import UserError, printable, progress, reason_of, warn
 from common.encoding import Compute
 from common.files import (
     SMALL_JSON,
@@ -32,7 +32,7 @@ from common.files import (
     write_jsonl,
     write_text,
 )
-from common.images import ImageStore, list_images
+from common.images import ImageStore, list_images, safe_name
 from common.pixels import open_image
 from common.retrieval import best, rank, recall, score_blocks
 
@@ -130,6 +130,11 @@ def index_folder(model: torch.nn.Module, folder: str, out: Path, compute: Comput
         width = record["width"] or width  # 0: nothing of it could be read
     stamps = {name: stamp_of(os.path.join(folder, name)) for name in names}
     failed = {name for name in names if name in seen and not seen[name][2]}  # a disk or a permission may be back
+    for name in names:
+        try:
+            safe_name(name)
+        except UserError as error:  # a name that index.jsonl could not hold
+            seen[name] = (*stamps[name], "", reason_of(error))
     todo = [name for name in names if name in failed or seen.get(name, ())[:2] != stamps[name]]
 
     def look(part: list[str]) -> list[tuple]:
@@ -193,7 +198,7 @@ def stamp_of(path: str) -> tuple[int, int]:
 def gallery_of(folder: str, out: Path, file: Path, names: list[str], seen: dict, ids: dict, width: int) -> Gallery:
     """The pictures of the folder as it is now; writes OUT/unreadable.txt."""
     unreadable = [f"{name}: {seen[name][3]}\n" for name in names if not seen[name][2]]
-    write_text(out / "unreadable.txt", "".join(unreadable))
+    write_text(out / "unreadable.txt", printable("".join(unreadable)))
     firsts, of_name, stamps = {}, {}, {}
     for name in names:
         size, time, content, _ = seen[name]

@@ -53,7 +53,8 @@ def safe_name(name: object, where: str = "image name") -> str:
     elif any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in name):
         reason = "contains a control character, or is not UTF-8: rename it"
     elif name.startswith(("/", "\\", "~/")) or re.match(r"[A-Za-z]:", name):
-        reason = "is an absolute path"  # os.path.join(root, "/etc/passwd") would drop the root
+        # os.path.join(root, "/etc/passwd") would drop the root
+        reason = "is an absolute path, or begins like one of Windows: rename it"
     elif ".." in re.split(r"[/\\]", name):
         reason = 'contains ".."'
     elif not [part for part in name.split("/") if part not in ("", ".")]:
@@ -213,7 +214,8 @@ def _is_file(path: str) -> bool:
 
 
 def list_images(root: str | os.PathLike) -> list[str]:
-    """Names of all pictures below `root`, relative to it, with "/", sorted: every file with one of EXTENSIONS.
+    """Names of all pictures below `root`, relative to it, with "/", sorted: every file with one of EXTENSIONS. Among
+    them are those that safe_name refuses ("b: x.jpg", one that is not UTF-8): unreadable() says so of each.
 
     Links to folders are followed, each real folder is listed once: a loop ends. Hidden files and folders are passed
     over (macOS leaves ._x.jpg beside x.jpg). UserError for a folder that cannot be read: what lies in it would be
@@ -242,7 +244,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
         warn(f"{len(dead):,} links in {root} lead nowhere, first {dead[0]}; is a disk missing?")
     if not names:
         raise UserError(f"image folder {root} holds no {'/'.join(EXTENSIONS)} file")
-    return sorted(safe_name(name, f"file in {root}") for name in names)
+    return sorted(names)
 
 
 def _listed(folder: str) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -735,8 +736,10 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="typo.png"):  # before anything is encoded
         ask(REFERENCE=str(gallery / "typo.png"))
     (gallery / "torn.png").write_bytes((gallery / "p2.png").read_bytes()[:60])
+    (gallery / os.fsdecode(b"M\374tze.png")).write_bytes((gallery / "p2.png").read_bytes())  # its name is not UTF-8
     assert len(ask()) == 8  # a broken picture of one's own is left out, counted and listed
-    assert "torn.png: is damaged" in (tmp_path / "out" / "unreadable.txt").read_text()
+    listed = (tmp_path / "out" / "unreadable.txt").read_text()
+    assert "torn.png: is damaged" in listed and "tze.png' contains" in listed
     with pytest.raises(UserError, match="--baseline with its --backbone, or --checkpoint"):
         ask(BASELINE="sum")
     with pytest.raises(UserError, match="--reversed: --score knows"):

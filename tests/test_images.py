@@ -19,12 +19,14 @@ from common.images import (
     ImageStore,
     Preprocess,
     check_report,
+    leave_out,
     list_images,
     load_bytes,
     load_pixels,
     open_image,
     open_store,
     safe_name,
+    unreadable,
     verify_image,
 )
 from common.seeds import seeded_rng
@@ -271,6 +273,20 @@ def test_list_images(tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=folder.name):
             list_images(folder)
+
+
+def test_a_picture_with_an_odd_name_is_listed_and_unreadable(tmp_path):
+    odd = [b"M\374tze.jpg", b"b: rot.jpg", b"a\nb.jpg", b"\\c.jpg"]
+    for name in [*odd, b"good.jpg", "m\u00fctze.jpg".encode()]:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            noise(8, 8).save(file, "PNG")
+    names, store = list_images(tmp_path), ImageStore(tmp_path, own=True)
+    assert sorted(map(os.fsencode, names)) == sorted([*odd, b"good.jpg", "m\u00fctze.jpg".encode()])
+    faults = unreadable(names, store)
+    assert sorted(map(os.fsencode, faults)) == sorted(odd) and all("rename it" in text for text in faults.values())
+    assert leave_out(names, faults, f"{tmp_path}/out.txt") == ["good.jpg", "m\u00fctze.jpg"]
+    lines = (tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 and any("M\\udcfctze.jpg" in line for line in lines)
 
 
 def test_clothing_photographs(shared):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 import unicodedata
@@ -330,6 +331,22 @@ def test_a_list_in_another_encoding_stops(zoo, tmp_path, text, encoding, words):
     (tmp_path / "names.txt").write_bytes(f"{text}.png\n".encode(encoding))
     with pytest.raises(UserError, match=f"^--exclude .*names.txt: .*{words}.*UTF-8$"):
         mine(zoo, tmp_path / "g", tmp_path / "out", check="true", exclude=tmp_path / "names.txt")
+
+
+def test_pictures_with_odd_names_are_left_out_and_exclude_by_content(zoo, gallery, tmp_path):
+    copy, bench = tmp_path / "gallery", tmp_path / "bench"
+    shutil.copytree(gallery, copy)
+    bench.mkdir()
+    for i, name in enumerate((b"M\374tze.png", b"b: rot.png")):
+        for folder in (copy, bench):  # of the benchmark they still are known
+            shutil.copy(gallery / f"family 0/pic-0-{i}.png", os.path.join(os.fsencode(folder), name))
+    mine(zoo, gallery, tmp_path / "plain")
+    counts = mine(zoo, copy, tmp_path / "out")
+    assert (counts["images"], counts["unreadable"], counts["anchors"]) == (74, 2, 72)
+    assert (tmp_path / "out/unreadable.txt").read_text().count("rename it") == 2
+    for name in ("embeddings.npy", "pairs.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert mine(zoo, gallery, tmp_path / "less", exclude=bench)["excluded by content"] == 2
 
 
 def test_circo_ids_meet_coco_names():

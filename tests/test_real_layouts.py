@@ -695,12 +695,13 @@ def test_unreadable_pictures_of_one_s_own_are_left_out(own, tmp_path, capsys):
     os.truncate(broken, 90)
     gone.unlink()
     shutil.copy(Path(folder, "0/0.png"), Path(folder, "0/extra.png"))
+    shutil.copy(Path(folder, "0/0.png"), Path(folder, os.fsdecode(b"M\374tze.png")))  # its name is not UTF-8
     (benchmark,), note = all_without_missing([read_own(path, folder)], 0, f"{tmp_path}/out/missing.txt")
     assert len(benchmark.queries) == 60 - 6 and len(benchmark.gallery) == 39  # 40, less two, and the copy
-    assert note == "jsonl all: 6 of 60 queries and 1 of 40 gallery images left out"
-    lines = (tmp_path / "out/missing.txt").read_text().splitlines()
-    assert len(lines) == 2 and "21.png" in lines[0] + lines[1] and "'1/22' not found" in lines[0] + lines[1]
-    assert "2 pictures cannot be read" in capsys.readouterr().out
+    assert note == "jsonl all: 6 of 60 queries and 2 of 41 gallery images left out"
+    text = (tmp_path / "out/missing.txt").read_text()
+    assert text.count("\n") == 3 and "21.png" in text and "'1/22' not found" in text and "tze.png' contains" in text
+    assert "3 pictures cannot be read" in capsys.readouterr().out
     for i in range(23, 33):
         Path(folder, f"{i % 3}/{i}.png").unlink()
     with pytest.raises(UserError, match="more than a tenth: correct --images, or go on by a larger --missing"):

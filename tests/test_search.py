@@ -180,13 +180,16 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(plain, folder, tmp_
     (folder / "text.jpg").write_text("<svg onload=alert(1)>")
     Image.new("RGB", (1, 500)).save(folder / "thin.png")
     os.mkfifo(folder / "pipe.png")
+    for name in (b"M\374tze.png", b"b: rot.png"):
+        shutil.copy(folder / "0-000.png", os.path.join(os.fsencode(folder), name))
     for _ in range(2):  # the second time from what the first wrote down
         gallery = index(plain, folder, tmp_path / "out")
-        assert gallery.unreadable == 5 and len(gallery.names) == 11
+        assert gallery.unreadable == 7 and len(gallery.names) == 11
         listed = (tmp_path / "out/unreadable.txt").read_text().splitlines()
-        assert [line.split(": ")[0] for line in listed] == ["cut.png", "empty.jpg", "pipe.png", "text.jpg", "thin.png"]
+        wanted = ["M\ufffdtze.png", "b", "cut.png", "empty.jpg", "pipe.png", "text.jpg", "thin.png"]
+        assert [line.split(": ")[0] for line in listed] == wanted
     shutil.copy(folder / "0-000.png", folder / "empty.jpg")  # repaired
-    assert index(plain, folder, tmp_path / "out").unreadable == 4
+    assert index(plain, folder, tmp_path / "out").unreadable == 6
     (log,) = (tmp_path / "out").glob("index-*/index.jsonl")
     size = log.stat().st_size
     index(plain, folder, tmp_path / "out")
@@ -194,7 +197,7 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(plain, folder, tmp_
     for path in folder.glob("0-*"):
         path.unlink()
     (folder / "empty.jpg").unlink()
-    with pytest.raises(UserError, match="none of its 4 pictures can be read"):
+    with pytest.raises(UserError, match="none of its 6 pictures can be read"):
         index(plain, folder, tmp_path / "out")
 
 
