@@ -9,7 +9,8 @@ and deltas.html.
 
 A delta is a function of the VDG, the two images, the pair's id and the sampling constants, never of batch, order or
 number of ranks: the same command goes on after a kill, also with another batch size or on another number of ranks.
-Deltas already in OUT are kept: if pictures changed under the same names, or the LLM in its folder, use a new OUT.
+Deltas already in OUT are kept, also where mining again gave their pairs other ids: after new pictures only new pairs
+are described. If pictures changed under the same names, or the LLM in its folder, use a new OUT.
 On a CPU with MKL this holds to the bit; on a GPU, where a product of another shape rounds otherwise, at the same BATCH.
 
 To keep only the triplets that a CIR model can use: python eval_cir.py --checkpoint CKPT --filter OUT
@@ -61,6 +62,7 @@ from common.hub import read_stage
 from common.images import ImageStore, load_bytes, safe_name, shown
 from common.llama import llm_shape
 from common.notes import respected
+from common.pairs import choose_subgroups, described, names_of, with_deltas
 from common.ranks import (
     Log,
     World,
@@ -209,31 +211,6 @@ def check_members(pairs: list[dict], members: dict, where: str) -> None:
             if group is not None and pair[side] not in group:
                 what = f"pair {shown(pair['id'])}: its {side} {shown(pair[side])} is no member of its subgroup"
                 raise UserError(f"{where}: {what}; pairs and subgroups must come from one run")
-
-
-def choose_subgroups(pairs: list[dict], subgroups: int, max_pairs: int, seed: int) -> list[dict]:
-    """Pairs of random whole subgroups, in their old order; a pair without a subgroup is one by itself."""
-    if not subgroups and not max_pairs:
-        return pairs
-
-    def group_of(pair: dict) -> object:
-        return pair.get("subgroup", ("alone", pair["id"]))
-
-    sizes = Counter(map(group_of, pairs))
-    names = list(sizes)
-    chosen, count = set(), 0
-    for i in seeded_rng("subgroups", seed).permutation(len(names))[: subgroups or None]:
-        count += sizes[names[i]]
-        if max_pairs and count > max_pairs:
-            break
-        chosen.add(names[i])
-    if not chosen:
-        raise UserError(f"--max_pairs {max_pairs} is less than one subgroup has; give at least {count}")
-    return [pair for pair in pairs if group_of(pair) in chosen]
-
-
-def names_of(pairs: list[dict]) -> list[str]:
-    return sorted({name for pair in pairs for name in (pair["reference"], pair["target"])})
 
 
 # ---- Q-Former outputs, once an image ----
@@ -412,13 +389,8 @@ def speak(vdg: Vdg, batch: list[dict], direction: str) -> list[Said] | UserError
 
 
 # ---- files ----
-def identity(pair: dict) -> tuple:
-    """What makes a stored delta this pair's: an id that now means other images is another pair."""
-    return pair["id"], pair["reference"], pair["target"]
-
-
-def open_parts(dtype: torch.dtype, world: World) -> tuple[JsonlAppender, dict[tuple, dict]]:
-    """This rank's part, and what all parts of this and earlier runs (on any number of ranks) hold, by pair."""
+def open_parts(dtype: torch.dtype, world: World) -> tuple[JsonlAppender, list[dict]]:
+    """This rank's part, and the lines of all parts of this and earlier runs, on any number of ranks."""
     settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
     settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
     folder = Path(OUT, "parts")
@@ -426,14 +398,13 @@ def open_parts(dtype: torch.dtype, world: World) -> tuple[JsonlAppender, dict[tu
         for path in sorted(folder.glob("part-*-of-*.jsonl")):
             JsonlAppender(path, settings)  # refuses other settings, cuts a torn tail
     barrier()
-    done = read_parts(folder)
+    lines = read_parts(folder)
     barrier()
-    return JsonlAppender(folder / f"part-{world.rank}-of-{world.size}.jsonl", settings), done
+    return JsonlAppender(folder / f"part-{world.rank}-of-{world.size}.jsonl", settings), lines
 
 
-def read_parts(folder: Path) -> dict[tuple, dict]:
-    paths = sorted(folder.glob("part-*-of-*.jsonl"))
-    return {identity(record): record for path in paths for record in read_jsonl(path)}
+def read_parts(folder: Path) -> list[dict]:
+    return [line for path in sorted(folder.glob("part-*-of-*.jsonl")) for line in read_jsonl(path)]
 
 
 def line_of(pair: dict, forward: Said, backward: Said | None) -> dict:
@@ -444,15 +415,6 @@ def line_of(pair: dict, forward: Said, backward: Said | None) -> dict:
         record["reverse_delta"] = backward.delta
         flags += [f"reverse_{flag}" for flag in backward.flags]
     return record | {"flags": flags} if flags else record
-
-
-def with_deltas(pairs: list[dict], said: dict[tuple, dict]) -> list[dict]:
-    """The pairs, each with what was said of it and nothing that was said of it elsewhere."""
-    records = []
-    for pair in pairs:
-        record = {key: value for key, value in pair.items() if key not in ("delta", "reverse_delta", "flags")}
-        records.append(record | said[identity(pair)])
-    return records
 
 
 def write_results(records: list[dict], members: dict, images: ImageStore) -> dict:
@@ -523,18 +485,20 @@ def main() -> None:
 
     # pairs of S3.2's mining, or those of human triplets
     data = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
-    pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED)
-    names = names_of(pairs)
     if CHECK:
-        say_check(names, data.images, f"{len(pairs):,} pairs", OUT, CHECK_DECODE, WORKERS)
+        pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED)
+        say_check(names_of(pairs), data.images, f"{len(pairs):,} pairs", OUT, CHECK_DECODE, WORKERS)
         digest_of(VDG)  # UserError where there is none yet
         return
-    check_images(names, data.images)
 
-    # a killed run goes on: what it said is in the parts
+    # a killed run goes on, and one over more pictures: what was said is in the parts
     lock_folder(OUT, "deltas")
-    part, done = open_parts(dtype, world)
-    todo = [pair for pair in pairs if identity(pair) not in done]
+    part, lines = open_parts(dtype, world)
+    done = described(data.pairs, lines)
+    pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED, done)
+    names = names_of(pairs)
+    check_images(names, data.images)
+    todo = [pair for pair in pairs if pair["id"] not in done]
     todo.sort(key=lambda pair: (pair["reference"], pair["target"], json.dumps(pair["id"])))  # a reference's together
     say(f"{len(pairs):,} pairs of {len(names):,} images, {len(pairs) - len(todo):,} of them described already")
 
@@ -575,7 +539,7 @@ def main() -> None:
 
     # pseudo triplets: all pairs in their order, whichever run and rank described them
     if world.rank == 0:
-        records = with_deltas(pairs, read_parts(Path(OUT, "parts")))
+        records = with_deltas(pairs, described(data.pairs, read_parts(Path(OUT, "parts"))))
         records = respected(records, LABELS) if LABELS else records
         report = write_results(records, data.members, data.images)
         say(f"wrote {OUT}/pseudo.jsonl: {', '.join(f'{name} {value:,}' for name, value in report.items())}")

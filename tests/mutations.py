@@ -142,13 +142,13 @@ VARIANTS = (
     Variant(
         "a resume describes all pairs again",
         "gen_deltas.py",
-        "if identity(pair) not in done]",
-        "if identity(pair) not in {}]",
+        'if pair["id"] not in done]',
+        'if pair["id"] not in {}]',
         (f"{GEN}::test_only_new_pairs_are_generated", f"{GEN}::test_killed_and_resumed_on_other_ranks"),
     ),
     Variant(
         "an id alone makes a pair",
-        "gen_deltas.py",
+        "common/pairs.py",
         'return pair["id"], pair["reference"], pair["target"]',
         'return (pair["id"],)',
         (f"{GEN}::test_only_new_pairs_are_generated",),

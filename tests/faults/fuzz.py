@@ -223,7 +223,7 @@ def sample_pairs(root: Path) -> list[Target]:
 
     def read() -> object:
         found = gen_deltas.read_pairs(str(root / "pairs.jsonl"), str(root))
-        ids = [gen_deltas.identity(pair)[0] for pair in found.pairs]
+        ids = [pair["id"] for pair in found.pairs]
         assert len(set(ids)) == len(ids) and found.members.keys() <= set(ids)
         gen_deltas.choose_subgroups(found.pairs, 1, 0, 0)
         return len(ids)
