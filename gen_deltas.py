@@ -42,7 +42,7 @@ import vdg_align
 import vdg_tune
 from common import memory
 from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
-from common.batches import ahead, chunks, gather_dealt, rank_batches, say_check, stop_together
+from common.batches import ahead, chunks, drop_missing, gather_dealt, rank_batches, say_check, stop_together
 from common.browse import write_pages
 from common.console import UserError, progress, run, say, warn
 from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, prompt_pieces, row_key, start_engine
@@ -466,12 +466,24 @@ def plan(dtype: torch.dtype) -> dict[str, dict[str, float]]:
     return memory.generation(llm_shape(tuned["llm"]), tuned, vision_weights(tuned["vision"]), size, BATCH, MAX_NEW)
 
 
-def check_images(names: list[str], images: ImageStore) -> None:
-    """UserError where a picture is missing; where it is damaged shows when it is decoded."""
+def readable(pairs: list[dict], data: Data) -> Data:
+    """Of the chosen pairs those whose pictures can be read, and the members of their subgroups.
+
+    Pairs of broken pictures of one's own are left out, and these listed in OUT/unreadable.txt. UserError where that is
+    more than a tenth, and for a missing picture of a benchmark; a damaged one of it stops the run when it is decoded.
+    """
+    names, images = names_of(pairs), data.images
+    if images.own:
+        ends = lambda pair: (pair["reference"], pair["target"])  # noqa: E731
+        kept = drop_missing(pairs, ends, images, "pairs", f"{OUT}/unreadable.txt", WORKERS)
+        lost = set(names) - set(names_of(kept))
+        members = {id: [name for name in group if name not in lost] for id, group in data.members.items()}
+        return Data(kept, members, images)
     missing = images.missing(names)
     if missing:
         found = f"{len(missing):,} of {len(names):,} images are not in {', '.join(images.roots)}"
         raise UserError(f"{found}, first {shown(missing[0])}; complete the folder or correct --images")
+    return data._replace(pairs=pairs)
 
 
 def main() -> None:
@@ -495,17 +507,17 @@ def main() -> None:
     lock_folder(OUT, "deltas")
     part, lines = open_parts(dtype, world)
     done = described(data.pairs, lines)
-    pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED, done)
-    names = names_of(pairs)
-    check_images(names, data.images)
+    pairs, members, images = readable(choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED, done), data)
     todo = [pair for pair in pairs if pair["id"] not in done]
     todo.sort(key=lambda pair: (pair["reference"], pair["target"], json.dumps(pair["id"])))  # a reference's together
-    say(f"{len(pairs):,} pairs of {len(names):,} images, {len(pairs) - len(todo):,} of them described already")
+    say(
+        f"{len(pairs):,} pairs of {len(names_of(pairs)):,} images, {len(pairs) - len(todo):,} of them described already"
+    )
 
     # the VDG, and every image through ViT and Q-Former
     if todo:
         memory.say(options, [memory.has(world.device)], world.device.type)
-        vdg = start_vdg(todo, data.images, dtype, world)
+        vdg = start_vdg(todo, images, dtype, world)
 
     # equally many batches on every rank, so that all stop together
     batches = rank_batches(todo, BATCH * world.size, world.rank, world.size)
@@ -541,7 +553,7 @@ def main() -> None:
     if world.rank == 0:
         records = with_deltas(pairs, described(data.pairs, read_parts(Path(OUT, "parts"))))
         records = respected(records, LABELS) if LABELS else records
-        report = write_results(records, data.members, data.images)
+        report = write_results(records, members, images)
         say(f"wrote {OUT}/pseudo.jsonl: {', '.join(f'{name} {value:,}' for name, value in report.items())}")
     barrier()
 
