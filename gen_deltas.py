@@ -32,6 +32,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ from common.batches import ahead, chunks, drop_missing, gather_dealt, rank_batch
 from common.browse import write_pages
 from common.console import UserError, progress, run, say, warn
 from common.decode import Engine, Said, Sampling, describe, fill, prompt_parts, prompt_pieces, row_key, start_engine
-from common.exports import write_exports
+from common.exports import check_exports, write_exports
 from common.files import (
     JsonlAppender,
     file_sha256,
@@ -61,7 +62,7 @@ from common.flags import at_least, override
 from common.hub import read_stage
 from common.images import ImageStore, load_bytes, safe_name, shown
 from common.llama import llm_shape
-from common.notes import respected
+from common.notes import read_labels, respected
 from common.pairs import choose_subgroups, described, names_of, with_deltas
 from common.ranks import (
     Log,
@@ -452,8 +453,11 @@ def digest_of(folder: str) -> str:
 # ---- the run ----
 def check_flags() -> None:
     at_least(globals(), TEMPERATURE=0, TOP_K=0, MAX_NEW=1, BATCH=1, ENCODE_BATCH=1)
+    check_exports(EXPORT)
     if LABELS and not os.path.isfile(LABELS):
         raise UserError(f"--labels {LABELS}: no such file; wanted labels.jsonl of search.py's label view")
+    if LABELS:
+        read_labels(LABELS, "--labels")
     at_least(globals(), SUBGROUPS=0, MAX_PAIRS=0, SHOW=0, BROWSE=0, WORKERS=0)
 
 
@@ -466,24 +470,36 @@ def plan(dtype: torch.dtype) -> dict[str, dict[str, float]]:
     return memory.generation(llm_shape(tuned["llm"]), tuned, vision_weights(tuned["vision"]), size, BATCH, MAX_NEW)
 
 
-def readable(pairs: list[dict], data: Data) -> Data:
-    """Of the chosen pairs those whose pictures can be read, and the members of their subgroups.
+def choose(data: Data, done: Container[int | str] = ()) -> Data:
+    """The pairs that SUBGROUPS and MAX_PAIRS ask for; those that are `done` (ids) first."""
+    return data._replace(pairs=choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED, done))
+
+
+def check_stems(data: Data) -> None:
+    """UserError where EXPORT would fail after the last delta."""
+    members = (name for pair in data.pairs for name in data.members.get(pair["id"], ()))
+    check_exports(EXPORT, dict.fromkeys([*names_of(data.pairs), *members]), data.images)
+
+
+def readable(data: Data) -> Data:
+    """The pairs whose pictures can be read, and the members of their subgroups.
 
     Pairs of broken pictures of one's own are left out, and these listed in OUT/unreadable.txt. UserError where that is
     more than a tenth, and for a missing picture of a benchmark; a damaged one of it stops the run when it is decoded.
     """
-    names, images = names_of(pairs), data.images
+    pairs, all_members, images = data
+    names = names_of(pairs)
     if images.own:
         ends = lambda pair: (pair["reference"], pair["target"])  # noqa: E731
         kept = drop_missing(pairs, ends, images, "pairs", f"{OUT}/unreadable.txt", WORKERS)
         lost = set(names) - set(names_of(kept))
-        members = {id: [name for name in group if name not in lost] for id, group in data.members.items()}
+        members = {id: [name for name in group if name not in lost] for id, group in all_members.items()}
         return Data(kept, members, images)
     missing = images.missing(names)
     if missing:
         found = f"{len(missing):,} of {len(names):,} images are not in {', '.join(images.roots)}"
         raise UserError(f"{found}, first {shown(missing[0])}; complete the folder or correct --images")
-    return data._replace(pairs=pairs)
+    return data
 
 
 def main() -> None:
@@ -498,8 +514,10 @@ def main() -> None:
     # pairs of S3.2's mining, or those of human triplets
     data = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
     if CHECK:
-        pairs = choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED)
-        say_check(names_of(pairs), data.images, f"{len(pairs):,} pairs", OUT, CHECK_DECODE, WORKERS)
+        chosen = choose(data)
+        check_stems(chosen)
+        what = f"{len(chosen.pairs):,} pairs"
+        say_check(names_of(chosen.pairs), data.images, what, OUT, CHECK_DECODE, WORKERS)
         digest_of(VDG)  # UserError where there is none yet
         return
 
@@ -507,7 +525,9 @@ def main() -> None:
     lock_folder(OUT, "deltas")
     part, lines = open_parts(dtype, world)
     done = described(data.pairs, lines)
-    pairs, members, images = readable(choose_subgroups(data.pairs, SUBGROUPS, MAX_PAIRS, SEED, done), data)
+    chosen = readable(choose(data, done))
+    check_stems(chosen)
+    pairs, members, images = chosen
     todo = [pair for pair in pairs if pair["id"] not in done]
     todo.sort(key=lambda pair: (pair["reference"], pair["target"], json.dumps(pair["id"])))  # a reference's together
     say(

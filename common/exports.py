@@ -14,6 +14,16 @@ from common.images import ImageStore, shown
 EXPORTS = ("cirr", "stems", "release")
 
 
+def check_exports(kinds: Sequence[str], names: Iterable[str] = (), images: ImageStore | None = None) -> None:
+    """UserError for a kind that is none of EXPORTS, and for two of the pictures `names` that "stems" could not tell
+    apart."""
+    for kind in kinds:
+        if kind not in EXPORTS:
+            raise UserError(f"--export {shown(kind)}: wanted some of {', '.join(EXPORTS)}")
+    if "stems" in kinds and images:
+        _stems({name: images.relative(name) for name in names})
+
+
 def write_exports(
     folder: str | os.PathLike,
     kinds: Sequence[str],
@@ -27,9 +37,8 @@ def write_exports(
     "cirr": folder/cirr/, for FashionIQ's own pairs folder/fashioniq/; "stems": folder/stems/, CIRR's layout with stems
     as names; "release": folder/release.json."""
     folder = os.fspath(folder)
+    check_exports(kinds)
     for kind in kinds:
-        if kind not in EXPORTS:
-            raise UserError(f"--export {shown(kind)}: wanted some of {', '.join(EXPORTS)}")
         if kind == "release":
             write_release(os.path.join(folder, "release.json"), records, images)
         elif kind == "stems":

@@ -818,8 +818,32 @@ def test_a_missing_picture_of_a_benchmark_stops(vdg, mined, tmp_path):
     data = gen_deltas.Data([{"id": 0, "reference": names[0], "target": "gone.png"}], {}, ImageStore(mined / "images"))
     many = [{"id": i, "reference": names[0], "target": names[1]} for i in range(1, 5000)]
     with pytest.raises(UserError, match="1 of 3 images are not in .*gone.png"):
-        gen_deltas.readable([*data.pairs, *many], data)
-    assert gen_deltas.readable(many, data).pairs == many
+        gen_deltas.readable(data._replace(pairs=[*data.pairs, *many]))
+    assert gen_deltas.readable(data._replace(pairs=many)).pairs == many
+
+
+def test_what_the_last_step_needs_is_checked_before_the_first(vdg, mined, tmp_path, monkeypatch):
+    """A misspelt --export, two stems that are alike (one of a member, one of a pair), a wrong --labels: no model is
+    loaded."""
+    monkeypatch.setattr(vdg_tune, "load_vdg", lambda *given: pytest.fail("a model is loaded"))
+    with pytest.raises(UserError, match="--export 'stem': wanted some of cirr, stems, release"):
+        generate(vdg, mined, tmp_path / "out", export="cirr,stem")
+    write_jsonl(tmp_path / "labels.jsonl", [{"reference": "a"}])
+    with pytest.raises(UserError, match="--labels .*wanted labels.jsonl"):
+        generate(vdg, mined, tmp_path / "out", labels=tmp_path / "labels.jsonl")
+    root, groups = tmp_path / "mined", read_jsonl(mined / "subgroups.jsonl")
+    shutil.copytree(mined, root)
+    one, other = groups[0]["members"][0], groups[0]["members"][4]
+    twin = one.replace(".png", ".jpg")
+    (root / "images" / other).rename(root / "images" / twin)
+    for name in ("pairs", "subgroups"):
+        text = (root / f"{name}.jsonl").read_text()
+        (root / f"{name}.jsonl").write_text(text.replace(f'"{other}"', f'"{twin}"'))
+    for pairs in (read_jsonl(root / "pairs.jsonl"), read_jsonl(root / "pairs.jsonl")[:1]):
+        write_jsonl(root / "pairs.jsonl", pairs)
+        for more in ({}, {"check": True}):
+            with pytest.raises(UserError, match="--export stems: .* have the same stem"):
+                generate(vdg, root, tmp_path / "out", export="cirr,stems", **more)
 
 
 def test_help_comes_before_torch():
