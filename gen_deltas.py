@@ -86,6 +86,8 @@ PAIRS = "out/mine/pairs.jsonl"  # pairs of mine_pairs.py
 IMAGES = ""  # folder of the images; with TRIPLETS empty means the usual places in and beside ROOT
 TRIPLETS = ""  # instead of PAIRS those of human triplets: "cirr/train", "fashioniq/train" (or ".../dress"), "jsonl"
 ROOT = ""  # folder of the annotations of TRIPLETS; for "jsonl" the file
+KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
+POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
 SUBGROUPS = 0  # describe this many random subgroups only, 0 = all; 3,345 for CIRR and 3,600 for FashionIQ [S4.1]
 MAX_PAIRS = 0  # at most so many pairs, in whole random subgroups, 0 = all [ours]
 LABELS = ""  # labels.jsonl of search.py's label view: its texts replace generated ones, rejected ones go [ours]
@@ -129,7 +131,8 @@ class Data(NamedTuple):
 def read_pairs(path: str, root: str) -> Data:
     """Records of pairs.jsonl, the members of their subgroups (subgroups.jsonl beside it, if there), and the images."""
     if not os.path.isdir(root):
-        raise UserError(f"--images {root!r} is no folder; name the folder that the pairs' names are relative to")
+        what = "name the one that the pairs' names are relative to; of several, put links into it"
+        raise UserError(f"--images {root!r} is no folder; {what}")
     pairs, members = read_jsonl(path), {}
     check_pairs(pairs, path)
 
@@ -147,8 +150,10 @@ def read_pairs(path: str, root: str) -> Data:
     return Data(pairs, members, ImageStore(root, own=True))
 
 
-def triplet_pairs(name: str, root: str, images: str) -> Data:
-    """The pairs of human triplets; the human text is not among them, so that it cannot be taken for a generated one."""
+def triplet_pairs(name: str, root: str, images: str, keys: str = "", pool: str = "") -> Data:
+    """The pairs of human triplets; the human text is not among them, so that it cannot be taken for a generated one.
+
+    keys, pool: of training_triplets."""
     parts = name.split("/")
     if not 1 <= len(parts) <= 3:
         raise UserError(f"--triplets {name}: wanted dataset/split or dataset/split/category, as in cirr/train")
@@ -157,7 +162,7 @@ def triplet_pairs(name: str, root: str, images: str) -> Data:
 
     pairs, members = [], {}
     for one in categories:
-        triplets, store = training_triplets(dataset, root, split, one, images or None)
+        triplets, store = training_triplets(dataset, root, split, one, images or None, keys, pool)
         kind = {"category": one} if dataset == "fashioniq" else {}
         for t in triplets:
             pairs.append({"id": t.id, "reference": t.reference, "target": t.target} | kind)
@@ -512,7 +517,7 @@ def main() -> None:
         return
 
     # pairs of S3.2's mining, or those of human triplets
-    data = triplet_pairs(TRIPLETS, ROOT, IMAGES) if TRIPLETS else read_pairs(PAIRS, IMAGES)
+    data = triplet_pairs(TRIPLETS, ROOT, IMAGES, KEYS, POOL) if TRIPLETS else read_pairs(PAIRS, IMAGES)
     if CHECK:
         chosen = choose(data)
         check_stems(chosen)

@@ -222,7 +222,8 @@ def list_images(root: str | os.PathLike) -> list[str]:
     missing in silence."""
     root = os.fspath(root)
     if not os.path.isdir(root):
-        raise UserError(f"image folder {root} not found")
+        several = "; wanted one: put links to several into a folder" if os.pathsep in root else ""
+        raise UserError(f"image folder {root} not found{several}")
     names, dead, seen = [], [], set()
     folders, links = [""], []  # links come last: a picture is named after the real folder where it has one in `root`
     while folders or links:

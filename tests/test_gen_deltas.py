@@ -651,6 +651,22 @@ def test_pairs_of_human_triplets(vdg, mined, tmp_path):
     assert [list(t.members) for t in triplets] == [r["img_set"]["members"] for r in records]
 
 
+def test_pairs_of_others_files(vdg, mined, truth, tmp_path):
+    """The parts of a record under other names, as MegaPairs has them; targets as ids of a pool, as M-BEIR has them."""
+    pairs, how = read_jsonl(mined / "pairs.jsonl")[:5], {"triplets": "jsonl", "root": tmp_path / "mega.jsonl"}
+    pool = {name: f"9:{i}" for i, name in enumerate(sorted({pair["target"] for pair in pairs}))}
+    write_jsonl(tmp_path / "pool.jsonl", [{"did": did, "img_path": name} for name, did in pool.items()])
+    keys = "reference=q_img,target=t_img,delta=q_text"
+    for more, target in (({}, lambda name: name), ({"pool": tmp_path / "pool.jsonl"}, lambda name: [pool[name]])):
+        records = [{"q_img": p["reference"], "t_img": target(p["target"]), "q_text": ["human"]} for p in pairs]
+        write_jsonl(tmp_path / "mega.jsonl", records)
+        found = records_of(generate(vdg, mined, tmp_path / "out", **how, keys=keys, **more))
+        wanted = [(r["id"], r["reference"], r["target"], r["delta"]) for r in records_of(truth[1])[:5]]
+        assert [(r["id"], r["reference"], r["target"], r["delta"]) for r in found] == wanted
+    with pytest.raises(UserError, match='has no "reference".*--keys says where'):
+        generate(vdg, mined, tmp_path / "out", **how)
+
+
 @pytest.mark.parametrize("name", ["fashioniq", "fashioniq/train", "fashioniq/train/dress"])
 def test_triplets_name_a_dataset_split_and_category(name, tmp_path):
     for category in FASHIONIQ_CATEGORIES:
@@ -776,6 +792,7 @@ def test_mistakes_are_said_in_one_line(vdg, mined, tmp_path, capsys):
         gen_deltas.main()  # the data, then what describes them
     assert "36 pairs; " in capsys.readouterr().out
     fails("no folder", images=tmp_path / "nowhere")
+    fails("no folder.* of several, put links into it", images=f"{mined / 'images'}{os.pathsep}{tmp_path}")
     fails("temperature", temperature=-1.0)
     with pytest.raises(UserError, match="vdg_tune.py"):
         generate(tmp_path, mined, tmp_path / "out")

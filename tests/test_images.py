@@ -273,6 +273,14 @@ def test_list_images(tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=folder.name):
             list_images(folder)
+    with pytest.raises(UserError, match="not found; wanted one: put links to several into a folder"):
+        list_images(f"{tmp_path}{os.pathsep}{tmp_path / 'a'}")
+    for name in ("all", "d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "d/z.png").touch()
+    for name in ("a", "d"):  # the remedy: equal names of two folders stay two pictures
+        (tmp_path / "all" / name).symlink_to(tmp_path / name)
+    assert list_images(tmp_path / "all") == ["a/b/c.webp", "a/z.png", "d/z.png"]
 
 
 def test_a_picture_with_an_odd_name_is_listed_and_unreadable(tmp_path):
