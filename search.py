@@ -341,9 +341,10 @@ async def api_search(request) -> dict:
         named = site.engine.gallery.names[id]
         mark = site.notes.marks.get((name, named, text)) if name else None
         results.append({"id": id, "name": named, "score": round(score, 4), "right": mark and mark["right"]})
-    cut = bool(query.texts and inner(site.engine.model).too_long(list(query.texts)))
+    model, texts = inner(site.engine.model), list(query.texts)
+    cut, unknown = (bool(texts and lost(texts)) for lost in (model.too_long, model.unknown))
     reference = {"name": name, "id": query.exclude} if name else None
-    return {"results": results, "text": text, "reference": reference, "cut": cut, "ms": took}
+    return {"results": results, "text": text, "reference": reference, "cut": cut, "unknown": unknown, "ms": took}
 
 
 async def api_upload(request) -> dict:

@@ -409,6 +409,8 @@ def test_search_by_both_by_picture_and_by_text(server, site):
     assert len(alone) == 10 and 2 not in [r["id"] for r in alone]
     assert len(server.ask("api/search", {"texts": ["red"]}).json["results"]) == 11
     assert server.ask("api/search", {"texts": ["red " * 100]}).json["cut"]
+    found = server.ask("api/search", {"texts": ["red \U0001f534"]}).json
+    assert not found["cut"] and not found["unknown"]  # CLIP knows every byte; what BERT lacks is in test_train_cir.py
     for bad in ({}, {"texts": []}, {"reference": 99}, {"reference": True}, {"reference": "0-002.png"}, {"texts": "red"},
                 {"texts": [1]}, {"texts": ["x" * 501]}, {"texts": ["x"] * 9}, {"reference": 2, "top": 0},
                 {"reference": -1}, {"reference": 2.0}, {"texts": ["red"], "top": "3x"}, [], "x"):  # fmt: skip

@@ -267,7 +267,8 @@ async function showSearch() {
     showGrid(data.results.length, (i) => data.results[i], () => {}, true);
     $("status").textContent = data.results.length
       ? `${many(data.results.length, "picture")}, the nearest first · ${data.ms} ms` +
-        (data.cut ? " · the text is longer than the model reads: its end was left out" : "")
+        (data.cut ? " · the text is longer than the model reads: its end was left out" : "") +
+        (data.unknown ? " · the model does not know some of these words or signs" : "")
       : "There is no other picture to find.";
     grid.node.setAttribute("aria-busy", "false");
   } catch (error) {
