@@ -9,7 +9,23 @@ from common.console import rank_size
 from common.files import read_jsonl, write_text
 from common.hub import card_name
 from common.images import ImageStore
+from common.seeds import seeded_rng
 from common.triplets import plain_text
+
+
+def split_pairs(triplets: list[Triplet], share: float, seed: int) -> tuple[list[Triplet], list[Triplet]]:
+    """(to train on, held out): whole (reference, target) pairs with all their texts, drawn by the seed until they are
+    the share of the triplets, one at least; share 0: none."""
+    places: dict[tuple, list[int]] = {}
+    for i, triplet in enumerate(triplets):
+        places.setdefault((triplet.reference, triplet.target), []).append(i)
+    pairs, held = list(places.values()), set()
+    wanted = max(1, int(share * len(triplets))) if share else 0
+    for number in seeded_rng("held out", seed).permutation(len(pairs)).tolist():
+        if len(held) >= wanted:
+            break
+        held.update(pairs[number])
+    return [t for i, t in enumerate(triplets) if i not in held], [triplets[i] for i in sorted(held)]
 
 
 def count_flags(said: list[tuple[str, list[str]]], known: Iterable[str]) -> dict[str, int]:

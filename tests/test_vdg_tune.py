@@ -21,7 +21,7 @@ from zoo import draw
 import vdg_align
 import vdg_tune
 from common import held_out, llama, memory, ranks
-from common.annotations import training_triplets
+from common.annotations import Triplet, training_triplets
 from common.batches import training_steps
 from common.console import UserError
 from common.decode import prompt_pieces, text_of
@@ -48,7 +48,7 @@ def flags(zoo, tmp_path_factory) -> list[str]:
     triplets = [
         {
             "reference": names[i % 9],
-            "target": names[(i + 1 + i % 3) % 9],
+            "target": names[(i + 1 + 2 * (i // 9) + i % 3) % 9],
             "delta": "make it red" + " and long" * (i % 3),
         }
         for i in range(12)
@@ -283,6 +283,23 @@ def test_load_vdg_gives_the_held_out_loss_of_the_run(whole, flags):
     logged = [r["held_out_loss"] for r in records(whole) if "held_out_loss" in r]
     assert loss.item() == pytest.approx(logged[-1], rel=1e-6)
     assert config["lora"] == {**LORA, "dropout": 0.05} and not any(p.requires_grad for p in llm.parameters())
+
+
+def test_a_held_out_pair_is_in_training_under_no_text():
+    """100 pairs with 3 texts each, in the order of the texts: none of the 30 held out is trained on. Of pairs that
+    stand once so many triplets are held out, the first of a permutation."""
+    several = [Triplet(f"{i}.png", f"{i + 1}.png", f"{text}") for text in range(3) for i in range(100)]
+    trained, held = held_out.split_pairs(several, 0.1, seed=0)
+    assert (len(held), len(trained)) == (30, 270) and [t for t in several if t in held] == held
+    pairs = {(t.reference, t.target) for t in held}
+    assert len(pairs) == 10 and not pairs & {(t.reference, t.target) for t in trained}
+
+    once = several[:100]
+    trained, held = held_out.split_pairs(once, 0.07, seed=3)
+    chosen = sorted(seeded_rng("held out", 3).permutation(100).tolist()[:7])
+    assert held == [once[i] for i in chosen] and trained == [t for t in once if t not in held]
+    assert held_out.split_pairs(once, 0, seed=3) == (once, []) and held_out.split_pairs([], 0.1, 0) == ([], [])
+    assert [len(part) for part in held_out.split_pairs(once, 0.001, seed=3)] == [99, 1]
 
 
 def test_a_projection_of_another_width_is_refused(flags, whole, tmp_path):
