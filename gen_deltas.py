@@ -10,7 +10,7 @@ and deltas.html.
 A delta is a function of the VDG, the two images, the pair's id and the sampling constants, never of batch, order or
 number of ranks: the same command goes on after a kill, also with another batch size or on another number of ranks.
 Deltas already in OUT are kept, also where mining again gave their pairs other ids: after new pictures only new pairs
-are described. If pictures changed under the same names, or the LLM in its folder, use a new OUT.
+are described. If pictures changed under the same names, use a new OUT; another LLM is refused.
 On a CPU with MKL this holds to the bit; on a GPU, where a product of another shape rounds otherwise, at the same BATCH.
 
 To keep only the triplets that a CIR model can use: python eval_cir.py --checkpoint CKPT --filter OUT
@@ -75,6 +75,7 @@ from common.ranks import (
     pick_dtype,
     stop_requested,
 )
+from common.same_model import require_same_models
 from common.seeds import seeded_rng
 from vdg_align import VisionProjector, vision_weights
 
@@ -399,6 +400,7 @@ def open_parts(dtype: torch.dtype, world: World) -> tuple[JsonlAppender, list[di
     """This rank's part, and the lines of all parts of this and earlier runs, on any number of ranks."""
     settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
     settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
+    settings |= require_same_models(read_stage(VDG, "tune", LLM, VISION), VDG)  # a VDG of before has no hash of them
     folder = Path(OUT, "parts")
     if world.rank == 0:  # alone: a rank that is already writing must not have its last line taken for a torn one
         for path in sorted(folder.glob("part-*-of-*.jsonl")):

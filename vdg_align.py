@@ -31,6 +31,7 @@ from common.llama import answer_ids, attention, llm_shape, load_llm, load_tokeni
 from common.pretrained import build_empty, read_config, read_exactly, require_held
 from common.ranks import Log, World
 from common.resume import resume_state
+from common.same_model import PREFIXES, STORED, models_sha256
 from common.tokenizer import tokenizer_sha256
 
 # ---- models ----
@@ -69,7 +70,8 @@ PLAN = False  # only print the memory that the run would hold on cards of 80, 40
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 
-_FREE = {"BATCH", "ACCUMULATE", "CHAT", "IMAGES", "CHECKPOINT"}  # may change at a resume: a step keeps its items
+# may change at a resume: a step keeps its items, and hashes tell whether the models are the same
+_FREE = {"BATCH", "ACCUMULATE", "CHAT", "IMAGES", "CHECKPOINT", "LLM", "VISION"}
 
 
 # ---- vision: ViT + Q-Former (frozen) + projection (trained) [S3.1] ----
@@ -127,7 +129,7 @@ class VisionProjector(nn.Module):
         """Strict, by prefix: from_pretrained of one part of a whole checkpoint gives random weights and only warns."""
         wanted = {n: t for n, t in self.state_dict().items() if not n.startswith("projection.")}
         shapes = {name: tensor.shape for name, tensor in wanted.items()}
-        prefixes, stored = ("vision_model.", "qformer.", "query_tokens"), ("position_ids",)  # an arange of older files
+        prefixes, stored = PREFIXES["vision"], STORED["vision"]
         for name, tensor in read_exactly(source, shapes, prefixes, ignored=stored, flag="--vision"):
             wanted[name].copy_(tensor)
 
@@ -353,10 +355,21 @@ def learning_rate(step: int, total: int) -> float:
     return LR * min(warm, fall)
 
 
-def save_result(vision: VisionProjector, tokenizer, steps: int, captions: int) -> None:
-    """OUT's checkpoint, which stage 2 starts from."""
+def earlier_state(captions: list[Caption], images: ImageStore, per_step: int, models: dict[str, str]) -> tuple:
+    """-> what a resume must agree on, and how far an earlier run came: its steps and its state, or 0 and None."""
+    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
+    constants |= {f"model of --{role}": found for role, found in models.items()}
+    constants["tokenizer"] = tokenizer_sha256(load_tokenizer(LLM))
+    constants["pixels"] = Preprocess.from_folder(VISION, "instructblip").described()
+    pictures = [(images, [caption.image for caption in captions])]
+    return constants, *(resume_state(OUT, constants, pictures, files.MAY_CHANGE | _FREE) or (0, None))
+
+
+def save_result(vision: VisionProjector, tokenizer, models: dict[str, str], steps: int, captions: int) -> None:
+    """OUT's checkpoint, which stage 2 starts from; models: their hashes."""
     config = {"stage": "align", "vision": located(VISION), "llm": located(LLM), "quantize": QUANTIZE}
     config["near"] = {"vision": near(VISION, OUT), "llm": near(LLM, OUT)}  # if all of it moves
+    config["models_sha256"] = models
     config |= {"dim": vision.projection.out_features, "steps": steps, "captions": captions, "seed": SEED}
     config["tokenizer_sha256"], config["pixels"] = tokenizer_sha256(tokenizer), vision.preprocess.described()
     files.save_folder(OUT, {"projection.safetensors": vision.projection.state_dict()}, {"config.json": config})
@@ -380,11 +393,8 @@ def main() -> None:
 
     # the folder is this run's alone; the same command goes on where it stopped
     files.lock_folder(OUT, "align")
-    constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
-    constants["tokenizer"] = tokenizer_sha256(load_tokenizer(LLM))
-    constants["pixels"] = Preprocess.from_folder(VISION, "instructblip").described()
-    pictures = [(images, [caption.image for caption in captions])]
-    start, state = resume_state(OUT, constants, pictures, files.MAY_CHANGE | _FREE) or (0, None)
+    models = models_sha256({"llm": LLM, "vision": VISION})
+    constants, start, state = earlier_state(captions, images, per_step, models)
     if files.is_finished(OUT, "projection.safetensors", start, total):
         return
 
@@ -458,7 +468,7 @@ def main() -> None:
             say(f"stopped after step {done} of {total}; the same command resumes")
             raise SystemExit(143)
 
-    save_result(vision, tokenizer, total, len(captions))
+    save_result(vision, tokenizer, models, total, len(captions))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from common.llama import answer_ids, empty_llm, llm_shape, load_llm, load_tokeni
 from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World
 from common.resume import resume_state
+from common.same_model import require_same_models
 from common.seeds import seeded_rng
 from common.tokenizer import require_same, tokenizer_sha256
 from common.triplets import groups_of, names_of
@@ -212,6 +213,7 @@ def delta_row(pieces: list, reference: torch.Tensor, target: torch.Tensor) -> li
 def load_vdg(folder: str, device: torch.device | str, dtype: torch.dtype, llm: str = "", vision: str = ""):
     """A checkpoint of this script -> (vision projector, LLM with LoRA in eval mode, tokenizer, config.json as dict)."""
     config = read_stage(folder, "tune", llm, vision)
+    require_same_models(config, folder)
     model, tokenizer = load_llm(config["llm"], dtype, device, config["quantize"])
     require_same(tokenizer, config, folder)
     load_adapter(model, folder, config["lora"])
@@ -228,6 +230,7 @@ def write_merged(folder: str, out: str, kind: str, dtype: str, llm: str = "", vi
     if os.path.exists(out):
         raise UserError(f"--merge {out} exists; name a new folder")
     config = read_stage(folder, "tune", llm, vision)
+    require_same_models(config, folder)
     of_llm = read_config(config["llm"], ("llama",)).dtype
     precision = of_llm if dtype == "auto" and of_llm else ranks.pick_dtype(dtype, "cpu")
     aside = f"{out.rstrip('/')}.tmp"
@@ -335,11 +338,7 @@ def memory_options(aligned: dict, dtype: torch.dtype) -> dict[str, dict[str, flo
     """Flags -> bytes by purpose: of the run as it stands, then of ever smaller ones."""
     shape, vision = llm_shape(aligned["llm"]), vdg_align.vision_weights(aligned["vision"])
     itemsize = 2 if PLAN and DTYPE == "auto" else dtype.itemsize
-    linears = shape.linears()
-    if unknown := set(LORA_TARGETS) - linears.keys():
-        raise UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(linears)}")
-    lora = LORA_RANK * shape.layers * sum(sum(linears[name]) for name in LORA_TARGETS)
-    trained = lora + (768 + 1) * shape.width
+    trained = memory.of_lora(shape, LORA_RANK, LORA_TARGETS) + (768 + 1) * shape.width
     state = 2 if OPTIMIZER == "adamw8bit" else 8
 
     def parts(quantize: str, checkpoint: bool, batch: int) -> dict[str, float]:
@@ -377,6 +376,7 @@ def load_models(aligned: dict, dtype: torch.dtype, world: World) -> Model:
 def earlier_state(aligned: dict, per_step: int, triplets: list[Triplet], images: ImageStore) -> tuple:
     """-> what a resume must agree on, and how far an earlier run came: its steps and its state, or 0 and None."""
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(triplets)}
+    constants |= {f"model of --{role}": found for role, found in aligned["models_sha256"].items()}
     constants["tokenizer"] = tokenizer_sha256(load_tokenizer(aligned["llm"]))
     found = resume_state(OUT, constants, [(images, names_of(triplets))], files.MAY_CHANGE | _FREE)
     return constants, *(found or (0, None))
@@ -474,7 +474,7 @@ def measure_held_out(model: Model, held: list[Triplet], queries: dict, triplets:
 def save_result(model: Model, aligned: dict, trained: dict, world: World) -> None:
     """OUT's checkpoint with its card, read back; trained: steps and triplets."""
     lora = {"rank": LORA_RANK, "alpha": LORA_ALPHA, "dropout": LORA_DROPOUT, "targets": list(LORA_TARGETS)}
-    config = {"stage": "tune"} | {key: aligned[key] for key in ("vision", "llm", "dim", "quantize")}
+    config = {"stage": "tune"} | {key: aligned[key] for key in ("vision", "llm", "models_sha256", "dim", "quantize")}
     config["near"] = {key: near(aligned[key], OUT) for key in ("vision", "llm")}  # if all of it moves
     config |= {"lora": lora, "prompt": PROMPT} | trained | {"dataset": DATASET, "seed": SEED}
     config["tokenizer_sha256"] = tokenizer_sha256(model.tokenizer)
@@ -509,6 +509,7 @@ def main() -> None:
 
     # the folder is this run's alone; the same command goes on where it stopped
     files.lock_folder(OUT, "tune")
+    aligned["models_sha256"] = require_same_models(aligned, ALIGNED)
     constants, start, state = earlier_state(aligned, per_step, [*triplets, *held], images)
     if files.is_finished(OUT, "projection.safetensors", start, total):
         return

@@ -36,6 +36,14 @@ def frozen(shape: Shape, quantize: str, itemsize: int, vision: tuple[int, int]) 
     }
 
 
+def of_lora(shape: Shape, rank: int, targets: tuple[str, ...]) -> int:
+    """Weights of a LoRA on the linears of these names; UserError for a name that the LLM lacks."""
+    linears = shape.linears()
+    if unknown := set(targets) - linears.keys():
+        raise UserError(f"the LLM has no {', '.join(unknown)}; --lora_targets: {', '.join(linears)}")
+    return rank * shape.layers * sum(sum(linears[name]) for name in targets)
+
+
 def training(
     shape: Shape, itemsize: int, tokens: int, supervised: int, trained: int, state: int, lora: tuple, checkpoint: bool
 ) -> dict[str, float]:

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import zoo as writer
 from pictures import noise
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from test_real_pictures import run_stage
 from test_vdg_align import chat
 
@@ -121,6 +123,51 @@ def test_a_tokenizer_swapped_between_two_runs_is_refused(tuned, tmp_path):
     (tmp_path / "llama/tokenizer.json").write_text(text)
     for stage, name in ((vdg_align, "align"), (vdg_tune, "tune")):
         run_stage(stage, **tuned[name])
+
+
+def other_model(source: Path, folder: Path) -> Path:
+    """A copy with noise on every weight."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("*.safetensors"):
+        noisy = {name: tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in load_file(file).items()}
+        save_file(noisy, file, {"format": "pt"})
+    return folder
+
+
+def test_another_llm_or_vision_side_is_refused_wherever_it_is_loaded(zoo, tuned, tmp_path):
+    """A moved one is the same: stages 1 and 2 go on and generation takes it; a VDG of before knows no hash."""
+    vision, folder = zoo / "instructblip", tmp_path / "vdg"
+    others = {"llm": other_model(zoo / "llama", tmp_path / "b"), "vision": other_model(vision, tmp_path / "c")}
+    moved = {"llm": shutil.copytree(zoo / "llama", tmp_path / "d"), "vision": shutil.copytree(vision, tmp_path / "e")}
+    deltas = {"vdg": folder, "pairs": tmp_path / "own.jsonl", "images": tmp_path / "images", "max_pairs": 2}
+    deltas |= {"max_new": 2, "device": "cpu", "workers": 0, "out": tmp_path / "pseudo"}
+    stages = {"align": vdg_align, "tune": vdg_tune, "deltas": gen_deltas}
+    hows = {"align": tuned["align"], "tune": tuned["tune"], "deltas": deltas}
+    for name, stage in stages.items():
+        run_stage(stage, **hows[name])
+        run_stage(stage, **hows[name] | moved)
+
+    hows["deltas"] = deltas | {"max_pairs": 4}
+    hows["merge"], stages["merge"] = {"out": folder, "merge": tmp_path / "merged", "device": "cpu"}, vdg_tune
+    for role, other in others.items():
+        for name, where in (("tune", tmp_path / "align"), ("deltas", folder), ("merge", folder)):
+            with pytest.raises(UserError, match=f"^--{role} {other} is not the model that {where} was trained on: "):
+                run_stage(stages[name], **hows[name] | {role: other})
+        with pytest.raises(UserError, match=f"other constants .model of --{role}: "):
+            run_stage(vdg_align, **hows["align"] | {role: other})
+    said = len((tmp_path / "pseudo/pseudo.jsonl").read_text().splitlines())
+    run_stage(gen_deltas, **hows["deltas"] | moved)
+    run_stage(vdg_tune, **hows["merge"] | moved)
+    assert said == 2 and len((tmp_path / "pseudo/pseudo.jsonl").read_text().splitlines()) == 4
+
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config.pop("models_sha256")) == {"llm", "vision"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()  # it vouches for the file that was
+    before = hows["deltas"] | {"out": tmp_path / "again", "max_pairs": 2}
+    run_stage(gen_deltas, **before)
+    with pytest.raises(UserError, match="written with other settings .llm: "):
+        run_stage(gen_deltas, **before | {"llm": others["llm"], "max_pairs": 4})
 
 
 @pytest.mark.parametrize("change", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.004}])
