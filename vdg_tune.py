@@ -31,7 +31,7 @@ from common.blip2 import write_blip2
 from common.console import UserError, progress, run, say, warn
 from common.decode import Sampling, describe, prompt_parts, prompt_pieces, start_engine
 from common.disk import open_as_umask_says
-from common.exports import adapter_config
+from common.exports import adapter_config, require_adapter_config
 from common.flags import at_least, below, constants_of, one_of, override, within
 from common.hub import near, read_stage
 from common.images import ImageStore, load_bytes, require_same_pixels
@@ -40,20 +40,20 @@ from common.pretrained import copy_weights, read_config
 from common.ranks import Log, World
 from common.resume import resume_state
 from common.same_model import require_same_models
-from common.seeds import seeded_rng
 from common.tokenizer import require_same, tokenizer_sha256
 from common.triplets import groups_of, names_of
 from vdg_align import Packed, VisionProjector, caption_loss, encode, pace, pack, share_start
 
 # ---- data ----
 ALIGNED = "out/align"  # checkpoint of vdg_align.py; its config.json names the vision side and the LLM
-DATASET = "cirr"  # "cirr", "fashioniq" or "jsonl" (ROOT is then a file of triplets)
+DATASET = "cirr"  # "cirr", "fashioniq" (its captions as one text) or "jsonl" (of several texts the first) [ours]
 ROOT = "data/cirr"  # folder with captions/ and image_splits/, or the file of triplets
 SPLIT = "train"  # split to learn from [S4.1]
 CATEGORY = "all"  # FashionIQ: "dress", "shirt", "toptee" or all three
 IMAGES = ""  # folder of the images; empty: the usual places in and beside ROOT
 KEYS = ""  # jsonl: names of a record's parts elsewhere, reference=q_img,target=t_img,delta=q_text (see read_triplets)
 POOL = ""  # jsonl files of {"did", "img_path"} in which the targets of KEYS are ids (M-BEIR)
+HOLD_OUT = 0.0  # jsonl: so many triplets, or below 1 a share of them, are kept for evaluation, as in train_cir.py
 HELD_OUT = 0.02  # share kept out, in whole pairs, one at least: a loss each epoch [ours: the paper uses all; 0 does]
 MAX_CHARACTERS = 2000  # a longer delta stops the run at start-up rather than exhaust memory at step 4,000 [ours]
 
@@ -168,18 +168,8 @@ def adapter_tensors(llm: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_adapter(llm: nn.Module, folder: str, lora: dict) -> None:
-    """Add the LoRA saved in a folder to the LLM; lora are the settings that it was trained with, from config.json.
-
-    Wrong alpha, other targets, rsLoRA or a missing prefix load silently and wrongly elsewhere: each stops here."""
-    path = f"{folder}/adapter_config.json"
-    found = files.read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: wanted an object, PEFT's settings of a LoRA; copy it again")
-    wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
-    for key, value in wanted.items():
-        here, there = (sorted(v, key=str) if isinstance(v, list) else v or None for v in (found.get(key), value))
-        if here != there:
-            raise UserError(f"{path}: {key} is {repr(here)[:80]}, config.json says {there!r}; copy both files again")
+    """Add the LoRA saved in a folder to the LLM; lora are the settings that it was trained with, from config.json."""
+    require_adapter_config(folder, lora)
     add_lora(llm, lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
     fill_lora(llm, files.load_tensors(folder, "adapter_model.safetensors"), folder)
 
@@ -354,6 +344,8 @@ def split_triplets(triplets: list[Triplet], images: ImageStore) -> tuple[list[Tr
     listing = f"{OUT}/unreadable.txt"
     triplets = batches.drop_missing(triplets, lambda t: (t.reference, t.target), images, "triplets", listing, WORKERS)
     batches.check_texts(((t.id, t.delta) for t in triplets), ROOT, MAX_CHARACTERS)
+    if several := sum(bool(t.alternatives) for t in triplets if DATASET == "jsonl"):
+        say(f"{ROOT}: {several:,} of {len(triplets):,} triplets have several texts: the first is learnt")
     trained, held = held_out.split_pairs(triplets, HELD_OUT, SEED)
     if not trained:
         raise UserError(f"{ROOT} holds no triplet of {SPLIT} to train on; look at --root, --split, --held_out")
@@ -500,7 +492,7 @@ def main() -> None:
     options = memory_options(aligned, dtype)
     if PLAN:
         return memory.say(options)
-    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, KEYS, POOL)
+    triplets, images = training_triplets(DATASET, ROOT, SPLIT, CATEGORY, IMAGES, KEYS, POOL, HOLD_OUT)
     if CHECK:
         return check_data(triplets, images)
     triplets, held = split_triplets(triplets, images)

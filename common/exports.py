@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterable, Sequence
 
 from common.console import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 from common.images import ImageStore, shown
 
 EXPORTS = ("cirr", "stems", "release")
@@ -136,3 +136,18 @@ def adapter_config(lora: dict, llm: str) -> dict:
         "use_dora": False,
         "inference_mode": True,
     }
+
+
+def require_adapter_config(folder: str, lora: dict) -> None:
+    """UserError where a folder's adapter_config.json is not adapter_config(lora, ...).
+
+    Wrong alpha, other targets or rsLoRA load silently and wrongly elsewhere."""
+    path = f"{folder}/adapter_config.json"
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: wanted an object, PEFT's settings of a LoRA; copy it again")
+    wanted = adapter_config(lora, found.get("base_model_name_or_path")) | {"rank_pattern": {}, "alpha_pattern": {}}
+    for key, value in wanted.items():
+        here, there = (sorted(v, key=str) if isinstance(v, list) else v or None for v in (found.get(key), value))
+        if here != there:
+            raise UserError(f"{path}: {key} is {repr(here)[:80]}, config.json says {there!r}; copy both files again")

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 import transformers
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_vdg_align import chat, records, stage
+from test_vdg_align import chat, fresh, records, stage
 from zoo import draw
 
 import vdg_align
 import vdg_tune
 from common import held_out, llama, memory, ranks
-from common.annotations import Triplet, training_triplets
+from common.annotations import Triplet, read_own, training_triplets
 from common.batches import training_steps
 from common.console import UserError
 from common.decode import prompt_pieces, text_of
@@ -300,6 +300,24 @@ def test_a_held_out_pair_is_in_training_under_no_text():
     assert held == [once[i] for i in chosen] and trained == [t for t in once if t not in held]
     assert held_out.split_pairs(once, 0, seed=3) == (once, []) and held_out.split_pairs([], 0.1, 0) == ([], [])
     assert [len(part) for part in held_out.split_pairs(once, 0.001, seed=3)] == [99, 1]
+
+
+def test_what_evaluation_asks_is_not_learnt_and_of_several_texts_the_first_is(flags, tmp_path, monkeypatch, capsys):
+    """--hold_out leaves out those triplets that eval_cir.py --hold_out reads."""
+    names = [Path(name).name for name in sorted(Path(flags[7]).glob("1-*.png"))]
+    texts = [f"make it {'very ' * i}red" for i in range(9)]
+    lines = [
+        {"reference": names[i], "target": names[i - 1], "delta": [text, "what a model said"]}
+        for i, text in enumerate(texts)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = read_own(str(tmp_path / "own.jsonl"), flags[7], "", 3, "held").queries
+    module, learnt = fresh("vdg_tune", *flags, "--root", str(tmp_path / "own.jsonl"), "--hold_out", "3"), []
+    module.EPOCHS, module.HELD_OUT, module.OUT = 1, 0, str(tmp_path / "out")
+    monkeypatch.setattr(module, "answer_ids", lambda words, text: learnt.append(text) or answer_ids(words, text))
+    module.main()
+    assert len(asked) == 3 and set(learnt) == set(texts) - {query.delta for query in asked}
+    assert "6 of 6 triplets have several texts: the first is learnt" in capsys.readouterr().out
 
 
 def test_a_projection_of_another_width_is_refused(flags, whole, tmp_path):
