@@ -530,7 +530,7 @@ def main() -> None:
     # Algorithm 3: each step draws B triplets of D and B' of D', over all ranks
     draw = functools.partial(draw_batch, sources, batch=BATCH, seed=SEED, world=world)
     watch = ranks.Stopwatch()
-    bar = progress(images.follow(range(start, steps), draw, SEED), "training", steps, start)
+    bar = progress(images.follow(range(start, steps), draw, SEED, OUT), "training", steps, start)
     for batch, tokens in bar:
         # dropout and the rate are functions of the step
         seeds.seed_step(SEED, batch.step, world.rank)

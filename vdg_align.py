@@ -67,6 +67,7 @@ DTYPE = "auto"  # of the frozen models: bf16 on cuda [S4.1], fp32 on CPU; the pr
 SAVE_EVERY = 100  # steps between training states in OUT/last
 WORKERS = 16  # processes that decode images, one a CPU of this rank at most; 0 = none but its own
 PLAN = False  # only print the memory that the run would hold on cards of 80, 40 and 24 GB; nothing is loaded
+CHECK_DECODE = False  # with CHECK: also decode every picture, which finds those that are cut short
 CHECK = False  # only look at the data: counts of expected, present and unreadable images, then stop
 
 
@@ -386,7 +387,7 @@ def main() -> None:
     captions, images = read_captions()
     if CHECK:
         names, what = [caption.image for caption in captions], f"{len(captions):,} captions"
-        return batches.say_check(names, images, what, OUT, workers=WORKERS)
+        return batches.say_check(names, images, what, OUT, CHECK_DECODE, WORKERS)
     captions = check_captions(captions, images)
     per_step = BATCH * ACCUMULATE * world.size  # captions
     total = EPOCHS * math.ceil(len(captions) / per_step)  # steps
@@ -415,7 +416,7 @@ def main() -> None:
     bar = progress(loaded, "align", total, start)
     for (step, epoch, items), inputs in bar:
         # a rank that could not read its images stops all
-        batches.stop_together(inputs)
+        batches.stop_together(inputs, OUT)
 
         # a linear rise, then a cosine
         rate = learning_rate(step, total)

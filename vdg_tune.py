@@ -523,7 +523,7 @@ def main() -> None:
     bar = progress(loaded, "tune", total, start)
     for (step, epoch, items), inputs in bar:
         # a rank that could not read its images stops all
-        batches.stop_together(inputs)
+        batches.stop_together(inputs, OUT)
 
         # a linear rise, then one fall; dropout of this step
         rate = learning_rate(step, epoch)

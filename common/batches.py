@@ -14,6 +14,7 @@ from common.annotations import (
 from common.console import UserError, rank_size, say, warn
 from common.images import ImageStore, check_report, leave_out, unreadable
 from common.ranks import Log, World, any_rank, gather_objects
+from common.resume import note_broken
 from common.seeds import seeded_rng
 
 SLOW_AFTER = 60  # seconds in which a loop mostly waited for its pictures: rank 0 says so
@@ -133,11 +134,16 @@ def ahead(load: Callable[[Any], Any], jobs: Iterable) -> Iterator[tuple[Any, Any
             yield waiting[0], result(waiting[1])
 
 
-def stop_together(loaded: Any) -> None:
-    """All ranks stop, in one line, when one of them loaded a fault: one that stops alone leaves the others waiting."""
+def stop_together(loaded: Any, out: str = "") -> None:
+    """All ranks stop, in one line, when one of them loaded a fault: one that stops alone leaves the others waiting.
+
+    out: of a run that can be resumed; it notes there which pictures could not be read."""
     fault = (str(loaded) or type(loaded).__name__) if isinstance(loaded, Exception) else ""
     if any_rank(bool(fault)):
-        raise UserError(next(text for text in gather_objects(fault) if text))
+        faults = gather_objects((fault, getattr(loaded, "picture", "")))
+        text = next(text for text, _ in faults if text)
+        noted = note_broken(out, [picture for _, picture in faults if picture]) if out else False
+        raise UserError(text + ("; once it is replaced, the same command goes on" if noted else ""))
 
 
 def stop_if_not_finite(step: int, value: float, items: list, log: Log, remedy: str) -> None:

@@ -210,17 +210,20 @@ class TrainingImages:
         rows = [rows for _, rows in encode_in_turn(blocks, self._pixels, features, "encoding the bank")]
         return Bank(images, torch.cat(rows).to(self.compute.device))
 
-    def follow(self, steps: Iterable[int], draw: Callable[[int], Batch], seed: int) -> Iterator[tuple[Batch, Tensor]]:
+    def follow(
+        self, steps: Iterable[int], draw: Callable[[int], Batch], seed: int, out: str = ""
+    ) -> Iterator[tuple[Batch, Tensor]]:
         """(batch, tokens of this rank's references, then of its targets), the next one drawn and decoded meanwhile.
 
-        draw(step) -> its batch, in a thread. An image that one rank cannot read stops all ranks."""
+        draw(step) -> its batch, in a thread. An image that one rank cannot read stops all ranks; out: of stop_together.
+        """
 
         def load(step: int) -> tuple[Batch, Tensor]:
             batch = draw(step)
             return batch, self._load(batch, seed)
 
         for _, loaded in ahead(load, steps):
-            stop_together(loaded)
+            stop_together(loaded, out)
             batch, rows = loaded
             self.encoded = 0 if self.views else len(rows)
             yield batch, rows.to(self.compute.device, non_blocking=True) if self.views else self._encode(rows)

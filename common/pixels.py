@@ -58,10 +58,14 @@ def open_image(path: str | os.PathLike, large: str = "refuse", then: Callable[[I
 
     large: "refuse" a picture of more than MAX_PIXELS, or "reduce" it to a half, quarter or eighth of its sides, which
     JPEG alone can do while it decodes. then: what is made of the picture, returned in its place; a big picture is held
-    by one thread at a time until then() is done. UserError if the file cannot be read."""
-    with _opened(path, large) as (image, pixels), _turn(pixels):
-        image = _decode(image, path)
-        return then(image) if then else image
+    by one thread at a time until then() is done. UserError if the file cannot be read, with its path as `picture`."""
+    try:
+        with _opened(path, large) as (image, pixels), _turn(pixels):
+            image = _decode(image, path)
+            return then(image) if then else image
+    except UserError as fault:
+        fault.picture = os.fspath(path)  # a run notes it (common/resume.py)
+        raise
 
 
 def check_image(path: str | os.PathLike, large: str = "refuse") -> None:

@@ -1,5 +1,8 @@
-"""What a run began with: its pictures, by name and size. A resume names those that changed since."""
+"""What a run began with: its pictures, by name and size. A resume names those that changed since.
 
+A picture that stopped the run since it could not be read was in no step: it may be replaced."""
+
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +21,8 @@ def resume_state(
     """load_state; the first run writes out/last/pictures.txt, a later one is held against it.
 
     UserError on every rank names the first picture that is gone, new, or of another size in bytes: one step on it would
-    not be the step that the run would have made. A picture that changed and kept its size is not seen."""
+    not be the step that the run would have made. A picture that changed and kept its size is not seen. One that
+    note_broken knows may be another; the list then has its new size."""
     try:
         found = load_state(out, constants, may_change)
     except UserError as fault:  # other data are other constants: two hashes, which say little
@@ -28,7 +32,7 @@ def resume_state(
     if rank_size()[0] == 0:
         if found:
             change = _changes(out, pictures)
-        else:
+        if not found or (not change and _broken(out).is_file()):
             _write_list(out, pictures)
     if change := gather_objects(change)[0]:
         raise UserError(f"{out}: {change}; bring the old ones back, or start anew with another --out")
@@ -37,6 +41,29 @@ def resume_state(
 
 def _list(out: str | Path) -> Path:
     return Path(out) / "last" / "pictures.txt"
+
+
+def _broken(out: str | Path) -> Path:
+    return Path(out) / "last" / "broken.txt"
+
+
+def note_broken(out: str | Path, paths: list[str]) -> bool:
+    """Notes in out/last/broken.txt the files that could not be read as pictures, "812 /data/a.jpg" each: _changes lets
+    them be replaced. All ranks call it, rank 0 writes. Whether all of them are noted: one that changed after the run
+    began is not, since a step may have used it as it was."""
+    noted = False
+    if rank_size()[0] == 0 and paths and _list(out).is_file():
+        began = _list(out).stat().st_mtime
+        with contextlib.suppress(OSError):  # a full disk, a file that is gone: what could not be read is said anyway
+            old = [path for path in set(paths) if os.path.getmtime(path) <= began]
+            lines = {f"{os.path.getsize(path)} {os.path.abspath(path)}" for path in old} | _lines(_broken(out))
+            write_text(_broken(out), "".join(f"{line}\n" for line in sorted(lines)))
+            noted = len(old) == len(set(paths))
+    return gather_objects(noted)[0]
+
+
+def _lines(path: Path) -> set[str]:
+    return set(path.read_text(encoding="utf-8").split("\n")) - {""} if path.is_file() else set()
 
 
 def _sizes(pictures: Pictures) -> set[str]:
@@ -59,8 +86,11 @@ def _changes(out: str | Path, pictures: Pictures) -> str:
     """What became of the pictures since the list was written; empty for nothing, or without a list (an older run)."""
     if not _list(out).is_file():
         return ""
-    then, now = set(_list(out).read_text(encoding="utf-8").split("\n")) - {""}, _sizes(pictures)
+    then, now, broken = _lines(_list(out)), _sizes(pictures), _lines(_broken(out))
     before, after = _by_name(then - now), _by_name(now - then)
+    for n, name in before.keys() & after.keys():
+        if f"{before[n, name]} {os.path.abspath(pictures[int(n)][0].find(name))}" in broken:
+            del before[n, name], after[n, name]
     both = sorted(before.keys() & after.keys())
     kinds = {"changed": [f"{shown(name)} ({before[n, name]} bytes then, {after[n, name]} now)" for n, name in both]}
     kinds["gone"] = [shown(name) for _, name in sorted(before.keys() - after.keys())]

@@ -1,6 +1,7 @@
 """A run that goes on finds what it began with, or names what changed: pictures, tokenizer."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import search
 import train_cir
 import vdg_align
 import vdg_tune
-from common.console import UserError
+from common.batches import epoch_order, stop_together
+from common.console import UserError, rank_size
 from common.files import save_state
 from common.images import ImageStore
 from common.resume import resume_state
@@ -72,6 +74,53 @@ def test_every_rank_stops(tmp_path):
     (tmp_path / "images/1.png").write_bytes(b"x")
     one, two = run_ranks(2, _resume, str(tmp_path / "out"), str(tmp_path / "images"))
     assert one == two and "'1.png'" in one
+
+
+def _stop(out: str, folder: str, broken: list[str]) -> str:
+    """What a rank says that found its picture broken, or none."""
+    images, name = ImageStore(folder), broken[rank_size()[0]]
+    try:
+        stop_together(name and unreadable_of(images, name), out)
+    except UserError as fault:
+        return str(fault)
+    return ""
+
+
+def unreadable_of(images: ImageStore, name: str) -> Exception:
+    with pytest.raises(UserError) as found:
+        images.open(name)
+    return found.value
+
+
+def test_a_picture_that_no_step_could_read_may_be_replaced(tmp_path):
+    """Found by rank 1 of two: both say the same, and the list of the run takes the new file as it is from then on."""
+    folder, out = tmp_path / "images", tmp_path / "out"
+    three = names(folder, 3)
+    pictures = [(ImageStore(folder), three)]
+    os.truncate(folder / "1.png", 90)
+    os.truncate(folder / "2.png", 90)
+    resume_state(out, {}, pictures)
+    save_state(out, 3, {"w": 1}, {})
+    one, two = run_ranks(2, _stop, str(out), str(folder), ["", "1.png"])
+    assert one == two and one.endswith("; replace or remove the file; once it is replaced, the same command goes on")
+    assert (out / "last/broken.txt").read_text() == f"90 {folder}/1.png\n"
+    assert resume_state(out, {}, pictures)[0] == 3  # nothing was done about it yet
+
+    noise(16, 16, 1).save(folder / "1.png")
+    assert resume_state(out, {}, pictures)[0] == 3
+    for name in ("1.png", "2.png"):  # now a step may have used the one; nobody found the other broken
+        before = (folder / name).read_bytes()
+        noise(20, 20, 5).save(folder / name)
+        with pytest.raises(UserError, match=f"1 changed, first '{name}'"):
+            resume_state(out, {}, pictures)
+        (folder / name).write_bytes(before)
+
+    # one that changed after the run began: earlier steps may have used what it was
+    later = (out / "last/pictures.txt").stat().st_mtime + 5
+    os.utime(folder / "2.png", (later, later))
+    said = run_ranks(2, _stop, str(out), str(folder), ["2.png", ""])
+    assert said[0] == said[1] and said[0].endswith("; replace or remove the file")
+    assert "2.png" not in (out / "last/broken.txt").read_text()
 
 
 @pytest.fixture
@@ -168,6 +217,56 @@ def test_another_llm_or_vision_side_is_refused_wherever_it_is_loaded(zoo, tuned,
     run_stage(gen_deltas, **before)
     with pytest.raises(UserError, match="written with other settings .llm: "):
         run_stage(gen_deltas, **before | {"llm": others["llm"], "max_pairs": 4})
+
+
+def cirr(root: Path, images: Path) -> dict:
+    """Flags of eight triplets in CIRR's layout, no two of one picture."""
+    pictures = sorted(writer.draw(images, 16, seed=2))
+    table = {name[:-4]: f"./{name}" for name in pictures}
+    records = []
+    for i, (reference, target) in enumerate(zip(pictures[::2], pictures[1::2], strict=True)):
+        one = {"pairid": i, "reference": reference[:-4], "target_hard": target[:-4], "target_soft": {}}
+        members = {"id": i, "members": [reference[:-4], target[:-4]], "reference_rank": 0, "target_rank": 1}
+        records.append(one | {"caption": "make it red", "img_set": members})
+    for part, file, value in (("captions", "cap", records), ("image_splits", "split", table)):
+        (root / part).mkdir(parents=True)
+        (root / part / f"{file}.rc2.train.json").write_text(json.dumps(value))
+    return {"dataset": "cirr", "root": root, "images": images}
+
+
+@pytest.mark.parametrize("name", ["align", "tune", "train"])
+def test_a_run_that_met_a_picture_cut_short_goes_on_once_it_is_replaced(tuned, name, tmp_path, monkeypatch, capsys):
+    """It ends with the weights of a run that had the whole picture; --check_decode finds it before."""
+    monkeypatch.setattr(train_cir, "stop_requested", lambda: False)
+    stage = {"align": vdg_align, "tune": vdg_tune, "train": train_cir}[name]
+    batch = 1 if name == "align" else 2
+    how = tuned[name] | {"batch": batch, "save_every": 1, "workers": 1}
+    item = epoch_order(4 * batch, 0, 0)[-1]  # of the last of four steps
+    last = f"0-{item:03}.png"
+    if name != "align":
+        run_stage(vdg_align, **tuned["align"])
+        how |= cirr(tmp_path / "cirr", tmp_path / "images")
+        last = f"2-{2 * item:03}.png"
+    how |= {"steps": 4} if name == "train" else {}
+    picture, file = tmp_path / "images" / last, "model.safetensors" if name == "train" else "projection.safetensors"
+    noise(60, 60, 3).save(picture, "JPEG", quality=95)
+    whole = picture.read_bytes()
+    run_stage(stage, **how | {"out": tmp_path / "whole"})
+    picture.write_bytes(whole[: len(whole) // 2])
+
+    capsys.readouterr()
+    run_stage(stage, **how, check=True)
+    assert "0 unreadable" in capsys.readouterr().out
+    with pytest.raises(UserError, match="missing"):
+        run_stage(stage, **how, check=True, check_decode=True)
+    assert f"{last}: cannot be decoded" in (how["out"] / "missing.txt").read_text()
+    with pytest.raises(UserError, match=f"{last}: cannot be decoded .*once it is replaced, the same command goes on"):
+        run_stage(stage, **how)
+    assert sorted(path.name for path in (how["out"] / "last").glob("step-*")) == ["step-2", "step-3"]
+    picture.write_bytes(whole)
+    run_stage(stage, **how)
+    one, two = (load_file(out / file) for out in (tmp_path / "whole", how["out"]))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("change", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.004}])
