@@ -41,7 +41,7 @@ import torch
 
 import vdg_align
 import vdg_tune
-from common import memory
+from common import decode, llama, memory
 from common.annotations import FASHIONIQ_CATEGORIES, training_triplets
 from common.batches import ahead, chunks, drop_missing, gather_dealt, rank_batches, say_check, stop_together
 from common.browse import write_pages
@@ -371,7 +371,10 @@ def start_vdg(todo: list[dict], images: ImageStore, dtype: torch.dtype, world: W
     plain = not config["quantize"]
     if MERGE and plain:
         vdg_tune.merge_lora(llm)
-    prompt, order = prompt_parts(prompt_pieces(tokenizer, config["prompt"]))
+    pieces = prompt_pieces(tokenizer, config["prompt"])
+    longest = decode.prompt_length(pieces, vision.query_tokens.shape[1]) + MAX_NEW - 1  # the last token is never read
+    llama.require_room(config["llm"], tokenizer, [(f"a delta of --max_new {MAX_NEW} tokens", longest, ())])
+    prompt, order = prompt_parts(pieces)
     queries = encode_images(vision, images, names_of(todo), Path(OUT, "queries"), world)
 
     sampling = Sampling(tokenizer.eos_token_id, MAX_NEW, TEMPERATURE, TOP_K)

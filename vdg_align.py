@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from common import batches, files, memory, ranks, seeds
+from common import batches, files, llama, memory, ranks, seeds
 from common.annotations import Caption, read_chat
 from common.console import UserError, progress, run, say
 from common.flags import at_least, below, constants_of, override, within
@@ -31,7 +31,7 @@ from common.llama import answer_ids, attention, llm_shape, load_llm, load_tokeni
 from common.pretrained import build_empty, read_config, read_exactly, require_held
 from common.ranks import Log, World
 from common.resume import resume_state
-from common.same_model import PREFIXES, STORED, models_sha256
+from common.same_model import KINDS, PREFIXES, STORED, models_sha256
 from common.tokenizer import tokenizer_sha256
 
 # ---- models ----
@@ -84,7 +84,7 @@ def vision_classes(kind: str) -> tuple[type, type]:
 
 def empty_vision(source: str) -> tuple:
     """-> config.json, and ViT and Q-Former as shapes alone: a config.json that describes none stops here."""
-    config = read_config(source, ("instructblip", "blip-2"), "--vision")
+    config = read_config(source, KINDS["vision"], "--vision")
     vit, qformer = vision_classes(config.model_type)
 
     def build() -> nn.ModuleList:
@@ -99,6 +99,11 @@ def vision_weights(source: str) -> tuple[int, int]:
         return 990_000_000, 180_000_000  # ViT-g/14, Q-Former of InstructBLIP
     vit, qformer = (sum(p.numel() for p in part.parameters()) for part in empty_vision(source)[1])
     return vit, qformer
+
+
+def image_tokens(source: str) -> int:
+    """Q, the tokens that an image has."""
+    return read_config(source, KINDS["vision"], "--vision").num_query_tokens
 
 
 class VisionProjector(nn.Module):
@@ -235,12 +240,16 @@ def caption_loss(llm: nn.Module, batch: Packed, tokens: float, checkpoint: bool 
     return F.cross_entropy(logits, batch.labels, reduction="sum") / tokens
 
 
+def texts_around(caption: Caption) -> tuple[str, str]:
+    """The instruction before and after the image, in the order of the data."""
+    prompt = caption.prompt.strip()
+    return ("", f"\n{prompt}\n") if caption.image_first else (f"{prompt}\n", "\n")
+
+
 def caption_row(tokenizer, caption: Caption, image: torch.Tensor) -> list:
-    """Pieces of one caption's prompt: the instruction and the image tokens (Q, D) in the order of the data."""
-    start, prompt = [tokenizer.bos_token_id], caption.prompt.strip()
-    if caption.image_first:
-        return [start, image, tokenize(tokenizer, f"\n{prompt}\n")]
-    return [start + tokenize(tokenizer, f"{prompt}\n"), image, tokenize(tokenizer, "\n")]
+    """Pieces of one caption's prompt: the instruction and the image tokens (Q, D)."""
+    before, after = (tokenize(tokenizer, text) if text else [] for text in texts_around(caption))
+    return [[tokenizer.bos_token_id, *before], image, after]
 
 
 # ---- what this stage and the next do alike in a run ----
@@ -360,7 +369,10 @@ def earlier_state(captions: list[Caption], images: ImageStore, per_step: int, mo
     """-> what a resume must agree on, and how far an earlier run came: its steps and its state, or 0 and None."""
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(captions)}
     constants |= {f"model of --{role}": found for role, found in models.items()}
-    constants["tokenizer"] = tokenizer_sha256(load_tokenizer(LLM))
+    tokenizer, besides = load_tokenizer(LLM), image_tokens(VISION) + 2  # the start token and the end token
+    rows = ((f"{CHAT}: record {c.id}", besides, (*texts_around(c), c.text.strip())) for c in captions)
+    llama.require_room(LLM, tokenizer, rows)
+    constants["tokenizer"] = tokenizer_sha256(tokenizer)
     constants["pixels"] = Preprocess.from_folder(VISION, "instructblip").described()
     pictures = [(images, [caption.image for caption in captions])]
     return constants, *(resume_state(OUT, constants, pictures, files.MAY_CHANGE | _FREE) or (0, None))

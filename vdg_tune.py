@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import vdg_align
-from common import batches, files, held_out, memory, ranks, seeds
+from common import batches, files, held_out, llama, memory, ranks, seeds
 from common.annotations import Triplet, training_triplets
 from common.augment import Crop
 from common.blip2 import write_blip2
 from common.console import UserError, progress, run, say, warn
-from common.decode import Sampling, describe, prompt_parts, prompt_pieces, start_engine
+from common.decode import Sampling, describe, prompt_length, prompt_parts, prompt_pieces, start_engine
 from common.disk import open_as_umask_says
 from common.exports import adapter_config, require_adapter_config
 from common.flags import at_least, below, constants_of, one_of, override, within
@@ -369,7 +369,12 @@ def earlier_state(aligned: dict, per_step: int, triplets: list[Triplet], images:
     """-> what a resume must agree on, and how far an earlier run came: its steps and its state, or 0 and None."""
     constants = {**constants_of(globals()), "items a step": per_step, "data": batches.fingerprint(triplets)}
     constants |= {f"model of --{role}": found for role, found in aligned["models_sha256"].items()}
-    constants["tokenizer"] = tokenizer_sha256(load_tokenizer(aligned["llm"]))
+    tokenizer = load_tokenizer(aligned["llm"])
+    prompt = prompt_length(prompt_pieces(tokenizer, PROMPT), vdg_align.image_tokens(aligned["vision"]))
+    rows = [(f"{ROOT}: record {t.id}", prompt + 1, (t.delta.strip(),)) for t in triplets]  # 1: the end token
+    rows += [(f"a delta of --max_new {MAX_NEW} tokens", prompt + MAX_NEW - 1, ())] if HELD_OUT else []
+    llama.require_room(aligned["llm"], tokenizer, rows)
+    constants["tokenizer"] = tokenizer_sha256(tokenizer)
     found = resume_state(OUT, constants, [(images, names_of(triplets))], files.MAY_CHANGE | _FREE)
     return constants, *(found or (0, None))
 

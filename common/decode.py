@@ -133,6 +133,11 @@ def prompt_pieces(tokenizer, prompt: str) -> list:
     return pieces
 
 
+def prompt_length(pieces: list, image_tokens: int) -> int:
+    """Tokens of prompt_pieces once each image has its own."""
+    return sum(image_tokens if isinstance(piece, str) else len(piece) for piece in pieces)
+
+
 def prompt_parts(pieces: list) -> tuple[list[list[int]], list[str]]:
     """prompt_pieces -> ids [before, between, after the images], and the order of these: ["reference", "target"]."""
     first, second = [i for i, piece in enumerate(pieces) if isinstance(piece, str)]

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,29 @@ def answer_ids(tokenizer, text: str) -> list[int]:
     if not ids:
         raise UserError(f"a caption without text: {text!r}; a row needs at least one supervised token")
     return [*ids, tokenizer.eos_token_id]
+
+
+def positions_of(config) -> int:
+    """How many tokens a row may have: what config.json says, stretched where its rotary embedding is."""
+    most, rope = config.max_position_embeddings, config.rope_parameters or {}
+    trained = rope.get("original_max_position_embeddings") or most  # Llama 3 names both, linear scaling this one alone
+    return max(most, int(trained * (rope.get("factor") or 1)))
+
+
+def require_room(name: str, tokenizer, rows: Iterable[tuple[object, int, tuple]], flag: str = "--llm") -> None:
+    """UserError for the first row that is longer than the LLM has positions; rows: (its name, tokens besides, texts).
+
+    A token has a byte at least, so that a text is only tokenised where its bytes could be too many."""
+    most = positions_of(read_config(name, ("llama",), flag))
+    for row, others, texts in rows:
+        if others + sum(len(text.encode("utf-8", "surrogatepass")) + 3 for text in texts) <= most:  # "▁" before a text
+            continue
+        length = others + sum(len(tokenize(tokenizer, text)) for text in texts)
+        if length > most:
+            what = (
+                f"{named(name, flag)} reads {most:,} tokens at most, and {row} has {length:,} with prompt and pictures"
+            )
+            raise UserError(f"{what}; shorten the text, or take another LLM")
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None, causal: bool = False) -> torch.Tensor:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from common.llama import attention, normalise, run_layers
+from common.console import UserError
+from common.llama import attention, load_tokenizer, normalise, positions_of, require_room, run_layers
 
 BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}  # of the fraction
 
@@ -77,3 +78,28 @@ def test_attention_and_its_gradient_are_as_near_to_float64_as_pytorch_is(dtype):
     for mine, other, exact in zip(ours, theirs, truth, strict=True):
         assert mine.dtype == dtype
         assert (mine - exact).norm() <= 1.01 * (other - exact).norm() + 1e-7
+
+
+def test_positions_are_those_of_a_stretched_rotary_embedding():
+    """As Vicuna-16k and Llama 3.1 say it: the one names what the model was trained with, the other what it reads."""
+    linear = {"rope_type": "linear", "factor": 4.0}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"original_max_position_embeddings": 8192}
+    for most, scaling, wanted in ((4096, None, 4096), (4096, linear, 16384), (131072, llama3, 131072)):
+        record = {"model_type": "llama", "max_position_embeddings": most, "rope_scaling": scaling}
+        assert positions_of(LlamaConfig.from_dict(record)) == wanted
+
+
+def test_a_text_is_tokenised_only_where_it_could_be_too_long(zoo):
+    """The LLaMA has 256 positions; a letter that its tokenizer does not know is three bytes, a token each."""
+    tokenizer, name = load_tokenizer(str(zoo / "llama")), str(zoo / "llama")
+    words = tokenizer("\u9577" * 60, add_special_tokens=False).input_ids
+    assert len(words) >= 180
+
+    def refuse(*_, **__):
+        raise AssertionError("tokenised")
+
+    require_room(name, refuse, [("a", 100, ("make it red", "x" * 100)), ("b", 256, ())])
+    require_room(name, tokenizer, [("a", 256 - len(words), ("\u9577" * 60,)), ("b", 10, ("make it red " * 30,))])
+    with pytest.raises(UserError, match=f"^--llm {name} reads 256 tokens at most, and b has 257 with prompt"):
+        require_room(name, tokenizer, [("a", 10, ()), ("b", 257 - len(words), ("\u9577" * 60,))])

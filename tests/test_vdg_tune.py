@@ -21,10 +21,10 @@ from zoo import draw
 import vdg_align
 import vdg_tune
 from common import held_out, llama, memory, ranks
-from common.annotations import Triplet, read_own, training_triplets
+from common.annotations import Triplet, read_chat, read_own, training_triplets
 from common.batches import training_steps
 from common.console import UserError
-from common.decode import prompt_pieces, text_of
+from common.decode import Sampling, prompt_parts, prompt_pieces, start_engine, text_of
 from common.files import read_json, save_folder
 from common.flags import read_flags
 from common.images import load_pixels
@@ -318,6 +318,46 @@ def test_what_evaluation_asks_is_not_learnt_and_of_several_texts_the_first_is(fl
     module.main()
     assert len(asked) == 3 and set(learnt) == set(texts) - {query.delta for query in asked}
     assert "6 of 6 triplets have several texts: the first is learnt" in capsys.readouterr().out
+
+
+def short_of_positions(zoo, folder: Path, most: int) -> str:
+    """The LLaMA, which reads so many tokens."""
+    shutil.copytree(zoo / "llama", folder / str(most), dirs_exist_ok=True)
+    config = json.loads((folder / str(most) / "config.json").read_text())
+    (folder / str(most) / "config.json").write_text(json.dumps(config | {"max_position_embeddings": most}))
+    return str(folder / str(most))
+
+
+def test_no_stage_takes_a_row_that_is_longer_than_the_llm_reads(zoo, flags, whole, tmp_path):
+    """The longest row, as it is packed or decoded, still goes; with one position less the stage stops."""
+    vision, llm, tokenizer, _ = vdg_tune.load_vdg(str(whole), "cpu", torch.float32)
+    pieces = prompt_pieces(tokenizer, vdg_tune.PROMPT)
+    chat(tmp_path, 3)
+    captions = read_chat(str(tmp_path / "chat.json"))
+    rows = [vdg_align.caption_row(tokenizer, caption, torch.zeros(32, 64)) for caption in captions]
+    align = vdg_align.pack(llm.get_input_embeddings(), rows, [answer_ids(tokenizer, c.text) for c in captions])
+    triplets, _ = training_triplets("jsonl", flags[5], "train", images=flags[7])
+    answers = [answer_ids(tokenizer, t.delta) for t in triplets]
+    tune = vdg_tune.delta_batch(llm, vision, pieces, torch.zeros(len(answers), 2, 32, 24), answers)
+    greedy = Sampling(tokenizer.eos_token_id, 40, 0.0, 0)
+    decoded = start_engine(llm, prompt_parts(pieces)[0], 32, 2, greedy, False).pairs.keys.shape[2]
+
+    files = ["--chat", str(tmp_path / "chat.json"), "--images", str(tmp_path / "images"), "--device", "cpu"]
+    pairs = [{"id": i, "reference": t.reference, "target": t.target} for i, t in enumerate(triplets[:2])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    deltas = ["--vdg", str(whole), "--pairs", str(tmp_path / "pairs.jsonl"), "--images", flags[7], "--device", "cpu"]
+    short, tuned = ["--epochs", "1", "--workers", "0"], [*flags, "--epochs", "1"]
+    cases = {
+        "align": ("vdg_align", align, [*files, *short, "--vision", str(zoo / "instructblip")], "record item-2 has"),
+        "tune": ("vdg_tune", tune, [*tuned, "--held_out", "0"], "record 2 has"),
+        "held out": ("vdg_tune", decoded, [*tuned, "--max_new", "40"], "a delta of --max_new 40 tokens has"),
+        "deltas": ("gen_deltas", decoded, [*deltas, "--max_new", "40"], "a delta of --max_new 40 tokens has"),
+    }
+    for name, (which, longest, argv, words) in cases.items():
+        most = longest if isinstance(longest, int) else int(longest.positions.max()) + 1
+        with pytest.raises(UserError, match=f"reads {most - 1} tokens at most, and .*{words} {most} "):
+            stage(which, *argv, "--llm", short_of_positions(zoo, tmp_path, most - 1), "--out", str(tmp_path / name))
+        stage(which, *argv, "--llm", short_of_positions(zoo, tmp_path, most), "--out", str(tmp_path / name))
 
 
 def test_a_projection_of_another_width_is_refused(flags, whole, tmp_path):
