@@ -34,8 +34,9 @@ def require_same_models(config: dict, checkpoint: str) -> dict[str, str]:
 
     One from before their hashes were kept passes."""
     found = models_sha256(config)
-    for role, then in config.get("models_sha256", {}).items():
-        if found.get(role) != then:
+    then = config.get("models_sha256", found)
+    for role in KINDS:
+        if not isinstance(then, dict) or then.get(role) != found[role]:
             what = "other weights, the same in another precision, or used otherwise (heads, activation, positions)"
             flag = f"--{role}"
             raise UserError(

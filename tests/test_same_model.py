@@ -79,6 +79,9 @@ def test_a_checkpoint_names_flag_and_folder_of_the_other_model(zoo, tmp_path):
     assert require_same_models(config | {"models_sha256": found}, "out/vdg") == found
     with pytest.raises(UserError, match=r"^--vision .*/instructblip is not the model that out/vdg was trained on: "):
         require_same_models(config | {"models_sha256": found | {"vision": "0" * 16}}, "out/vdg")
+    for damaged in ({}, [], {"llm": found["vision"]}):
+        with pytest.raises(UserError, match="^--llm .*/llama is not the model"):
+            require_same_models(config | {"models_sha256": damaged}, "out/vdg")
 
 
 def test_eight_gigabytes_are_hashed_in_no_time(zoo, tmp_path):
