@@ -57,10 +57,10 @@ def _model_sha256(source: str, role: str) -> str:
     return ends_sha256((item for item in tensors if not item[0].endswith(left_out)), repr(use))
 
 
-def ends_sha256(named: Iterable[tuple[str, torch.Tensor]], more: str = "") -> str:
+def ends_sha256(tensors: Iterable[tuple[str, torch.Tensor]], more: str = "") -> str:
     """16 hex digits from (name, tensor) in any order: names, dtypes, shapes, the first and last PIECE bytes of each."""
     parts = []
-    for name, tensor in named:
+    for name, tensor in tensors:
         _read_no_more(tensor)
         data = tensor.flatten().view(torch.uint8)
         digest = hashlib.sha256(data[:PIECE].numpy())
