@@ -205,8 +205,13 @@ def sample_annotations(root: Path) -> list[Target]:
     chat(root / "chat", 12)
     targets.append(Target((root / "chat/chat.json",), lambda: annotations.read_chat(root / "chat/chat.json"), False))
     lines = [{"id": i, "reference": f"a{i}.jpg", "target": f"b{i}.jpg", "delta": f"more {i}"} for i in range(12)]
+    for line in lines[6:]:
+        line["target"] = [line["target"], f"c{line['id']}.jpg"]
     (root / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    targets.append(Target((root / "t.jsonl",), lambda: read_triplets(str(root / "t.jsonl")), False))
+    rows = [f'{i};"a{i}.jpg";b{i}.jpg;"more; {i}"' for i in range(12)]
+    (root / "t.csv").write_text("\n".join(["id;reference;target;delta", *rows]))
+    for name in ("t.jsonl", "t.csv"):
+        targets.append(Target((root / name,), lambda name=name: read_triplets(str(root / name)), False))
     return targets
 
 
