@@ -28,6 +28,8 @@ if [ -z "${VDG:-}" ]; then
 fi
 PAIRS=${PAIRS:-2000}
 LABEL=()
+OLD=$HERE/out/own/$(basename "$FOLDER")
+[ ! -d "$OLD" ] || echo "$OLD is of an earlier version: rename it to $OUT to keep its labels"
 mkdir -p "$OUT"
 echo "writes $OUT"
 

@@ -73,6 +73,7 @@ from common.notes import Notes, is_held_out, key_of, note, read_notes, teaching_
 from common.pixels import open_image
 from common.ranks import init_world
 from common.server import body_of, guarded, is_address, json_of, listen, number_of
+from common.trained_on import trained_pairs
 from eval_cir import load_baseline
 from train_cir import load_cir
 
@@ -189,7 +190,8 @@ def teaching_command(site: Site, folder: Path, train: list[dict], pseudo: list[d
     start = {name: p for name, p in inner(model).named_parameters() if name not in frozen and name != "tau"}
     backbone, tau = located(inner(model).source), inner(model).tau.item()
     config = {"stage": "cir", "build": {"backbone": backbone}, "tau": tau}
-    save_folder(folder / "start", {"model.safetensors": start}, {"config.json": config})
+    known = str(site.out / f"teach-{site.using}") if site.using else site.base[0]  # of a plain backbone none
+    save_folder(folder / "start", trained_pairs([], known) | {"model.safetensors": start}, {"config.json": config})
     constants, flags = site.engine.settings["constants"], site.flags
     given = {name: constants[name] for name in _KEPT.split() if name in constants}
     given |= {"BACKBONE": backbone, "START_FROM": folder / "start", "OUT": folder}

@@ -32,7 +32,7 @@ from common.ranks import all_sum, any_rank, stop_requested
 from common.resume import Pictures, resume_state
 from common.streams import Batch, Everyone, Source, draw_batch
 from common.towers import build_towers, text_proj_apart
-from common.trained_on import FILE, pairs_of
+from common.trained_on import trained_pairs
 from common.validation import Validation, begin_validation, read_validation, validate
 from common.vision import absorb_attention, fuse_attention, in_compute_dtype, in_eights
 from kernels.contrastive import l_tcc_ranks
@@ -399,6 +399,8 @@ def read_sources() -> list[Source]:
     if TRIPLETS:
         elsewhere = {"keys": KEYS, "pool": POOL, "hold_out": HOLD_OUT}
         human = streams.human_source(DATASET, ROOT, SPLIT, IMAGES, SAME_PAIRS, SAME_DELTAS, **elsewhere)
+    elif DATASET == "jsonl" and ROOT and HOLD_OUT:
+        human = streams.held_source(ROOT, IMAGES, KEYS, POOL, HOLD_OUT)
     if PSEUDO:
         auxiliary = streams.pseudo_source(PSEUDO, PSEUDO_IMAGES, PSEUDO_KEYS, POOL)
     return [human, auxiliary]
@@ -473,7 +475,7 @@ def measure(model: CirModel, validation: Validation, step: int, best: dict | Non
 
 
 def save_model(
-    model: CirModel, settings: dict, steps: int, best: dict | None, protocol: str, constants: dict, sources: list
+    model: CirModel, settings: dict, steps: int, best: dict | None, protocol: str, constants: dict, pairs: dict
 ) -> None:
     """Writes OUT/model.safetensors, of the best measured step or the last, OUT/config.json, in which tau stands, and
     OUT/trained_on.safetensors."""
@@ -484,8 +486,7 @@ def save_model(
     config |= {"step": kept["step"], "tau": tau, "constants": constants}
     if best:
         config["val"] = {"split": VAL_SPLIT, "protocol": protocol, "score": best["score"], "step": best["step"]}
-    pairs = pairs_of(sources, settings.get("start", ""))
-    save_folder(OUT, {FILE: pairs, "model.safetensors": weights}, {"config.json": config})
+    save_folder(OUT, pairs | {"model.safetensors": weights}, {"config.json": config})
     say(f"wrote {OUT}/model.safetensors: {MODEL} after step {kept['step']}")
 
 
@@ -502,6 +503,7 @@ def main() -> None:
         return streams.check_items(sources, validation.benchmarks, CHECK_DECODE, WORKERS, f"{OUT}/missing.txt")
     lock_folder(OUT, "cir")
     sources, validation = complete_data(sources, validation, world.size, compute.workers)
+    pairs = trained_pairs(sources, settings.get("start", ""))  # evaluation says how many of its queries are among them
     epochs = EPOCHS or _USUAL[MODEL][1]
     steps = STEPS or epochs * streams.steps_an_epoch(sources, BATCH, world.size)
 
@@ -567,8 +569,7 @@ def main() -> None:
         last = done == steps
         if last or done % LOG_EVERY == 0:
             record = summed(loss=loss, tcc=tcc, tdm=tdm, rev=rev)
-            record |= {"lr": rate, "grad_norm": norm, "tau": model.tau.item()}
-            record["images"] = images.encoded_by_all()
+            record |= {"lr": rate, "grad_norm": norm, "tau": model.tau.item(), "images": images.encoded_by_all()}
             record |= ranks.pace(watch.seconds(), done - start, steps - done, len(batch.draws))
             log.write(step=done, **record)
             bar.set_postfix(loss=record["loss"])
@@ -587,7 +588,7 @@ def main() -> None:
             say(f"stopped after step {done} of {steps}; the same command goes on from there")
             raise SystemExit(143)
 
-    save_model(model, settings, steps, best, validation.says, constants, sources)
+    save_model(model, settings, steps, best, validation.says, constants, pairs)
     ranks.barrier()
 
 

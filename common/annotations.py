@@ -7,9 +7,11 @@ import os
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 
+from common.batches import faults_of
 from common.console import UserError, say
 from common.files import read_json, read_lines
 from common.images import (
+    OWN_MISSING,
     ImageStore,
     list_images,
     open_store,
@@ -33,7 +35,6 @@ from common.triplets import (
 )
 
 FASHIONIQ_CATEGORIES = ("dress", "shirt", "toptee")
-OWN_MISSING = 0.1  # share of one's own pictures that may be broken
 # (queries, gallery images); FashionIQ "original" and CIRR "split", the other protocol's name as the last key
 OFFICIAL = {
     ("cirr", "train"): (28225, 16939),
@@ -488,7 +489,7 @@ def without_missing(benchmark: Benchmark, share: float, workers: int = 0) -> tup
     if not share and not own:
         return benchmark, "", {}
     names = names_of(benchmark)
-    faults = unreadable(names, benchmark.images, workers)
+    faults = faults_of(names, benchmark.images, workers)
     if not faults:
         return benchmark, "", {}
     first = f"{len(faults):,} of {len(names):,} images are missing or unreadable, first {next(iter(faults.values()))}"

@@ -8,11 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from common.annotations import (
-    OWN_MISSING,
-)
 from common.console import UserError, rank_size, say, warn
-from common.images import ImageStore, check_report, leave_out, unreadable
+from common.images import OWN_MISSING, ImageStore, check_report, leave_out, unreadable
 from common.ranks import Log, World, any_rank, gather_objects
 from common.resume import note_broken
 from common.seeds import seeded_rng

@@ -23,6 +23,8 @@ from common.disk import UNSUPPORTED, fresh, naming, open_regular, remove, sync, 
 
 # Constants whose change leaves the weights as they are: a run may be resumed with other values of these.
 MAY_CHANGE = frozenset({"OUT", "DEVICE", "CHECK", "CHECK_DECODE", "WORKERS", "SAVE_EVERY", "LOG_EVERY"})
+# Constants and hashes that runs of before did not keep: where one is absent there, nothing contradicts it.
+LATER = frozenset({"llm", "vision", "model of --llm", "model of --vision", "VALIDATION_SHA256", "HOLD_OUT"})
 JSON_LIMIT = 2 << 30  # bytes; LLaVA's chat.json, the largest file read, has 0.2 GB
 SMALL_JSON = 16 << 20  # bytes; of config.json, manifests and the like
 JSON_MEMORY = 2 << 30  # bytes that one JSON document may take once read; chat.json takes about 1 GB
@@ -253,18 +255,22 @@ class JsonlAppender:
         fingerprint = json.loads(json.dumps(fingerprint))
         if self.path.exists() and self.path.stat().st_size:
             found = read_json(meta, SMALL_JSON) if meta.exists() else {}
-            if found != fingerprint:
+            if _known_then(fingerprint, found) != fingerprint:
                 raise UserError(
                     f"{self.path} was written with other settings ({_difference(found, fingerprint)}); "
                     "use those, or another --out, or delete the file"
                 )
-        else:
-            write_json(meta, fingerprint, indent=2)
+        write_json(meta, fingerprint, indent=2)
         self.done = repair_jsonl(self.path)
 
     def append(self, record: dict) -> None:
         """One whole line or, on a full disk, none and an OSError."""
         append_line(self.path, record)
+
+
+def _known_then(now: dict, then: dict) -> dict:
+    """What a run began with, `then`, and of LATER what it did not keep as it is now."""
+    return {name: value for name, value in now.items() if name in LATER} | then
 
 
 def _difference(found: dict, wanted: dict) -> str:
@@ -430,7 +436,7 @@ def load_state(out: str | Path, constants: dict, may_change: Iterable[str] = MAY
             damage.append(str(error))
             warn(f"checkpoint {folder} does not verify ({error}); trying the one before")
             continue
-        ignored = set(may_change)
+        then, ignored = _known_then(constants, then), set(may_change)
         difference = _difference(
             {k: v for k, v in then.items() if k not in ignored},
             {k: v for k, v in constants.items() if k not in ignored},

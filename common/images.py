@@ -32,6 +32,7 @@ from common.pixels import MAX_PIXELS, check_image, open_image, regular_file, ver
 
 # Suffixes that a picture may have, tried in this order behind a name that has none. HEIC is here to be counted.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".heic", ".heif")
+OWN_MISSING = 0.1  # share of one's own pictures that may be broken
 MAX_NAME = 1024  # characters of a name in an annotation file
 # processor class -> (keeps the aspect ratio, mean, std, size) where the file is silent: what transformers assumes then
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -87,10 +88,10 @@ class ImageStore:
     """Finds the file of an image name below one or several root folders.
 
     `roots`: a folder, several joined by os.pathsep ("a:b"), or a list; the first that has the picture wins. `table`:
-    name -> path below a root, as in CIRR's split files. Under each root a name is tried as the table says, as it is,
-    and with each of EXTENSIONS, in capitals and in place of its own too. `own`: pictures of one's own, not a
-    benchmark's, of which some are always too large (they are read small) or broken (batches.drop_missing leaves them
-    out).
+    name -> path below a root, as in CIRR's split files. A name is tried as the table says, as it is, and with each of
+    EXTENSIONS, in capitals and in place of its own too, each way in all roots before the next. `own`: pictures of one's
+    own, not a benchmark's, of which some are always too large (they are read small) or broken (batches.drop_missing
+    leaves them out).
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class ImageStore:
     def _place(self, name: str) -> tuple[str, str] | None:
         if name not in self._found:
             candidates = self._candidates(safe_name(name))
-            places = ((root, self._look(root, *candidate)) for root in self.roots for candidate in candidates)
+            places = ((root, self._look(root, *candidate)) for candidate in candidates for root in self.roots)
             place = next((place for place in places if place[1]), None)
             if place is None:
                 return None
@@ -179,9 +180,13 @@ class ImageStore:
 
     def require_one_each(self, names: Iterable[str]) -> None:
         """UserError if one of the names is another picture in each of two roots: the first would be taken for both."""
-        alone = [ImageStore([root], self.table) for root in self.roots]
-        for name in names if len(alone) > 1 else ():
-            paths = [path for store in alone if (path := store.find(name))]
+        for name in names if len(self.roots) > 1 else ():
+            try:
+                candidates = self._candidates(safe_name(name))
+            except UserError:  # an odd name of a folder of one's own: unreadable() says so
+                continue
+            found = ([os.path.join(r, below) for r in self.roots if (below := self._look(r, *c))] for c in candidates)
+            paths = next(filter(None, found), [])
             if other := next((path for path in paths[1:] if not filecmp.cmp(paths[0], path, shallow=False)), None):
                 text = f"{shown(name)} is one picture in {paths[0]} and another in {other}"
                 raise UserError(f"{text}; name a folder above both, and the pictures by their paths below it")

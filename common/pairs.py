@@ -68,7 +68,7 @@ def described(pairs: list[dict], lines: Iterable[dict]) -> dict[int | str, dict]
 
 def with_deltas(pairs: list[dict], said: dict[int | str, dict]) -> list[dict]:
     """The pairs, each with what was said of it (described) and nothing that was said of it elsewhere."""
-    parts, records = ("delta", "reverse_delta", "flags"), []
+    parts, records = ("delta", "reverse_delta", "flags", "judged"), []
     for pair in pairs:
         record = {key: value for key, value in pair.items() if key not in parts}
         line = said[pair["id"]]

@@ -86,10 +86,13 @@ def _changes(out: str | Path, pictures: Pictures) -> str:
     """What became of the pictures since the list was written; empty for nothing, or without a list (an older run)."""
     if not _list(out).is_file():
         return ""
-    then, now, broken = _lines(_list(out)), _sizes(pictures), _lines(_broken(out))
+    then, broken = _lines(_list(out)), {_without_suffix(line) for line in _lines(_broken(out))}
+    stores = {line.split(" ", 1)[0] for line in then}  # an older list may lack some
+    now = {line for line in _sizes(pictures) if line.split(" ", 1)[0] in stores}
     before, after = _by_name(then - now), _by_name(now - then)
     for n, name in before.keys() & after.keys():
-        if f"{before[n, name]} {os.path.abspath(pictures[int(n)][0].find(name))}" in broken:
+        path = os.path.abspath(pictures[int(n)][0].find(name))
+        if _without_suffix(f"{before[n, name]} {path}") in broken:
             del before[n, name], after[n, name]
     both = sorted(before.keys() & after.keys())
     kinds = {"changed": [f"{shown(name)} ({before[n, name]} bytes then, {after[n, name]} now)" for n, name in both]}
@@ -97,6 +100,11 @@ def _changes(out: str | Path, pictures: Pictures) -> str:
     kinds["new"] = [shown(name) for _, name in sorted(after.keys() - before.keys())]
     counts = [f"{len(found):,} {kind}, first {found[0]}" for kind, found in kinds.items() if found]
     return "since the run began, of its pictures " + "; ".join(counts) if counts else ""
+
+
+def _without_suffix(line: str) -> str:
+    """A picture may be replaced by one of another format, which its name finds too."""
+    return os.path.splitext(line)[0]
 
 
 def _by_name(lines: set[str]) -> dict[tuple[str, str], str]:

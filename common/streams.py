@@ -9,13 +9,22 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from common.annotations import Benchmark, Triplet, held_of, join_captions, names_of, read_triplets, training_triplets
+from common.annotations import (
+    Benchmark,
+    Triplet,
+    held_of,
+    join_captions,
+    names_of,
+    own_store,
+    read_triplets,
+    training_triplets,
+)
 from common.batches import drop_missing, epoch_order
 from common.console import UserError, say
 from common.images import ImageStore, report_of, unreadable, write_faults
 from common.ranks import World
 from common.seeds import seeded_rng
-from common.triplets import with_text
+from common.triplets import pairs_of, with_text
 
 
 class Item(NamedTuple):
@@ -115,9 +124,14 @@ def human_source(
         say(f"{root}: {len(triplets) - len(said):,} of {len(triplets):,} triplets have no text and are left out")
     if not said:
         raise UserError(f"{root} holds no triplet to train on")
-    held = held_of(root, keys, pool, hold_out) if dataset == "jsonl" and hold_out else []
-    pairs = [(t.reference, t.target) for t in held]
-    return Source(store, human_items(said, dataset, same, same_deltas, alike=bool(keys)), pairs)
+    apart = held_source(root, images, keys, pool, hold_out).held if dataset == "jsonl" and hold_out else ()
+    return Source(store, human_items(said, dataset, same, same_deltas, alike=bool(keys)), apart)
+
+
+def held_source(root: str, images: str, keys: str, pool: str, hold_out: float) -> Source:
+    """Nothing to train on; the pairs of one's own triplets that --hold_out keeps."""
+    held = [pair for t in held_of(root, keys, pool, hold_out) for pair in pairs_of(t)]
+    return Source(own_store(root, images or None), held=held)
 
 
 def pseudo_source(file: str, images: str, keys: str = "", pool: str = "") -> Source:
@@ -259,7 +273,7 @@ def data_sha256(sources: list[Source], benchmarks: Sequence[Benchmark] = ()) -> 
     began with, or the best step would be the best of two different measurements."""
     hashes = {"TRIPLETS_SHA256": hashlib.sha256(json.dumps([source.items for source in sources]).encode()).hexdigest()}
     if benchmarks:
-        asked = repr([(benchmark.queries, benchmark.gallery) for benchmark in benchmarks])
+        asked = repr([(b.queries, [query.truths for query in b.queries], b.gallery) for b in benchmarks])
         hashes["VALIDATION_SHA256"] = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
     return hashes
 

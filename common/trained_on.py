@@ -1,7 +1,7 @@
 """Which pairs a checkpoint was trained on, as hashes: whoever measures it hears of queries that it has seen.
 
-A pair is known by its two files, whatever the text, and by the names of its pictures with the text, wherever they lie:
-a copy of the triplets, a part of them, or pictures that moved hide nothing. The hashes tell no names and no texts."""
+A pair is known by its two files, whatever the text, and by the names and sizes of its pictures with the text, wherever
+they lie: a copy of the triplets, a part of them, or pictures that moved hide nothing. The hashes tell no names."""
 
 import functools
 import hashlib
@@ -22,19 +22,21 @@ from common.triplets import plain_text
 FILE = "trained_on.safetensors"  # beside model.safetensors: {"pairs": (N,) int64, sorted}
 
 
-def _keys(reference: str, target: str, texts: tuple[str, ...], files: tuple[str, str]) -> Iterator[int]:
-    """The hashes by which a triplet is known; files: of the two pictures, empty for one that is not there."""
+def _keys(reference: str, target: str, texts: tuple[str, ...], files: tuple[tuple, tuple]) -> Iterator[int]:
+    """The hashes by which a triplet is known; files: of _file, of its two pictures."""
     if all(files):
-        yield _hash("files", *files)
+        yield _hash("files", *(path for path, _ in files))
     names = (unicodedata.normalize("NFC", name) for name in (reference, target))  # macOS takes accents apart
     stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
+    sizes = [str(size) for _, size in filter(None, files)]  # each product may have a front.jpg and a back.jpg
     for text in texts:
-        yield _hash("words", *stems, plain_text(text))
+        yield _hash("words", *stems, *sizes, plain_text(text))
 
 
-def _file(store: ImageStore, name: str) -> str:
+def _file(store: ImageStore, name: str) -> tuple:
+    """Real path and bytes of a picture's file; empty where it is not there."""
     path = store.find(name)
-    return os.path.realpath(path) if path else ""
+    return (os.path.realpath(path), os.path.getsize(path)) if path else ()
 
 
 def _hash(*parts: str) -> int:
@@ -42,14 +44,14 @@ def _hash(*parts: str) -> int:
     return int.from_bytes(digest[:8], signed=True)
 
 
-def pairs_of(sources: list[Source], start: str = "") -> dict[str, torch.Tensor]:
-    """The content of FILE: all triplets of the sources, with all texts that may be drawn, and those of the checkpoint
-    `start` that training begins from."""
+def trained_pairs(sources: list[Source], start: str = "") -> dict[str, dict[str, torch.Tensor]]:
+    """FILE and its content, for save_folder: all triplets of the sources, with all texts that may be drawn, and those
+    of the checkpoint `start` that training begins from. Nothing where that one does not say what it was trained on."""
     keys = _of_checkpoint(start) if start else set()
     if keys is None:
-        say(f"{start} has no {FILE}: of what this checkpoint was trained on only the present triplets will be known")
-        keys = set()
-    return {"pairs": torch.tensor(sorted(keys | _of_sources(sources)), dtype=torch.int64)}
+        say(f"{start} has no {FILE}: what this checkpoint was trained on will not be known")
+        return {}
+    return {FILE: {"pairs": torch.tensor(sorted(keys | _of_sources(sources)), dtype=torch.int64)}}
 
 
 def _of_sources(sources: list[Source]) -> set[int]:

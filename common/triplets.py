@@ -5,7 +5,7 @@ A mistake in a file is a UserError that names file and record."""
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.console import UserError, say
 from common.files import read_csv, read_json, read_jsonl
@@ -24,7 +24,8 @@ class Triplet:
     id: int | str | None = None
     members: tuple[str, ...] | None = None  # CIRR's image set, as listed: the reference and the target are among them
     alternatives: tuple[str, ...] = ()  # FashionIQ: its two raw captions; a list of texts: those after the first
-    truths: tuple[str, ...] = ()  # all right answers, the target among them, where a query has several
+    # all right answers, the target among them, where a query has several; VDG's training, which hashes repr, has no use
+    truths: tuple[str, ...] = field(default=(), repr=False)
     extra: dict | None = None
 
 
@@ -236,6 +237,11 @@ def with_text(triplets: list[Triplet], file: str) -> list[Triplet]:
     return kept
 
 
+def pairs_of(triplet: Triplet) -> list[tuple[str, str]]:
+    """The pairs along which it leads: one, or one a target."""
+    return [(triplet.reference, name) for name in triplet.truths or (triplet.target,)]
+
+
 def held_out(triplets: list[Triplet], count: float) -> tuple[list[Triplet], list[Triplet]]:
     """(to train on, `count` held out): a number of triplets, or below 1 a share of them.
 
@@ -252,7 +258,7 @@ def held_out(triplets: list[Triplet], count: float) -> tuple[list[Triplet], list
         raise UserError(f"--hold_out {count}: of {len(triplets):,} triplets that is none or too many")
     order = sorted(range(len(triplets)), key=lambda i: (key(triplets[i]), i))
     held = set(order[:number])
-    pairs = {(triplets[i].reference, triplets[i].target) for i in held}
+    pairs = {pair for i in held for pair in pairs_of(triplets[i])}
     kept = [t for t in triplets if (t.reference, t.target) not in pairs]
     return kept, [triplets[i] for i in sorted(held)]
 

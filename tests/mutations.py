@@ -135,7 +135,7 @@ VARIANTS = (
     Variant(
         "other settings mix in a part",
         "common/files.py",
-        "            if found != fingerprint:\n",
+        "            if _known_then(fingerprint, found) != fingerprint:\n",
         "            if found == 0:\n",
         (f"{FILES}::test_appender_refuses_another_fingerprint",),
     ),
@@ -381,7 +381,7 @@ VARIANTS = (
     Variant(
         "pairs are known by their texts alone",
         "common/trained_on.py",
-        '        yield _hash("files", *files)\n',
+        '        yield _hash("files", *(path for path, _ in files))\n',
         "        pass\n",
         ("test_real_layouts.py::test_held_out_queries_that_training_saw_by_another_way_are_counted",),
     ),

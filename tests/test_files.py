@@ -237,6 +237,22 @@ def test_everything_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     assert events == [("fsync", "a.txt.tmp"), ("replace", "a.txt"), ("fsync", tmp_path.name)]
 
 
+def test_a_hash_that_a_run_of_before_did_not_keep_refuses_nothing(tmp_path):
+    """What is there must be equal; from now on it is kept."""
+    save_state(tmp_path, 1, {"x": 1}, {"LR": 1.0})
+    assert load_state(tmp_path, {"LR": 1.0, "VALIDATION_SHA256": "a"})[0] == 1
+    with pytest.raises(UserError, match="OTHER: absent there"):
+        load_state(tmp_path, {"LR": 1.0, "OTHER": "a"})
+    save_state(tmp_path, 2, {"x": 1}, {"LR": 1.0, "VALIDATION_SHA256": "b"})
+    with pytest.raises(UserError, match='VALIDATION_SHA256: "b" there, "a" now'):
+        load_state(tmp_path, {"LR": 1.0, "VALIDATION_SHA256": "a"})
+    JsonlAppender(tmp_path / "a.jsonl", {"seed": 0}).append({"x": 1})
+    assert JsonlAppender(tmp_path / "a.jsonl", {"seed": 0, "llm": "a"}).done == [{"x": 1}]
+    for other in ({"seed": 0, "llm": "b"}, {"seed": 1, "llm": "a"}):
+        with pytest.raises(UserError, match="other settings"):
+            JsonlAppender(tmp_path / "a.jsonl", other)
+
+
 def test_constants_differ(tmp_path):
     save_state(tmp_path, 5, state_of(5), CONSTANTS)
     assert holds(load_state(tmp_path, {**CONSTANTS, "DEVICE": "cuda"}), 5)

@@ -38,7 +38,7 @@ from common.images import ImageStore, list_images
 from common.retrieval import index
 from common.streams import Item, Source, human_deltas, human_items
 from common.streams import draw as draw_items
-from common.trained_on import note_of_overlap, note_of_seen, pairs_of
+from common.trained_on import note_of_overlap, note_of_seen, trained_pairs
 from common.triplets import Triplet, held_out, read_triplets
 from common.validation import begin_validation, read_validation
 
@@ -551,8 +551,8 @@ def test_held_out_queries_that_training_saw_by_another_way_are_counted(own, zoo,
     capsys.readouterr()
     os.remove(tmp_path / "one/trained_on.safetensors")
     assert "is not known" in note_of_seen(str(tmp_path / "one"), [read_own(path, folder)])
-    assert pairs_of([], str(tmp_path / "one"))["pairs"].numel() == 0
-    assert "has no trained_on.safetensors" in capsys.readouterr().out
+    assert trained_pairs([], str(tmp_path / "one")) == {}
+    assert "has no trained_on.safetensors: what this checkpoint" in capsys.readouterr().out
 
 
 def test_a_name_of_two_pictures_stops_training_and_evaluation(own, tmp_path):
@@ -573,6 +573,13 @@ def test_a_name_of_two_pictures_stops_training_and_evaluation(own, tmp_path):
     with pytest.raises(UserError, match="'IMG_3.png' is one picture in"):
         read_own(a, both)
 
+    # a name that another folder has as it is leads there, not to what may have been converted
+    shutil.copy(one / "IMG_0.png", one / "x.jpg")
+    shutil.copy(two / "IMG_7.png", two / "x.png")
+    store = ImageStore([str(one), str(two)])
+    assert store.find("x.png") == str(two / "x.png") and store.find("x.jpg") == str(one / "x.jpg")
+    store.require_one_each(["x.png", "x.jpg", "b: x.jpg"])  # an odd name is left out elsewhere
+
 
 def test_no_stream_trains_on_a_pair_that_is_held_out(own, tmp_path, capsys):
     """Generated texts of all pairs, under other names of the same pictures, beside human triplets of which ten are
@@ -591,6 +598,47 @@ def test_no_stream_trains_on_a_pair_that_is_held_out(own, tmp_path, capsys):
             names = [os.path.relpath(os.path.realpath(sources[s].images.path(n)), folder) for s, n in item[:2]]
             assert tuple(names) not in held
     assert "12 of 60 auxiliary triplets are of pairs that --hold_out keeps" in capsys.readouterr().out
+
+
+def test_all_targets_of_a_held_out_query_are_kept_from_training(own, tmp_path):
+    """Also where the human triplets are not trained on."""
+    path, folder = own
+    lines = [{"reference": t.reference, "target": t.target, "delta": t.delta} for t in read_triplets(path)[:20]]
+    for i, line in enumerate(lines):
+        line["target"] = [line["target"], lines[(i + 1) % 20]["reference"]]
+    pairs = [(line["reference"], name) for line in lines for name in line["target"]]
+    single = [{"reference": one, "target": other, "delta": "new"} for one, other in pairs]
+    root, pseudo = jsonl(tmp_path / "several.jsonl", lines), jsonl(tmp_path / "pseudo.jsonl", single)
+    (held,) = read_own(root, folder, hold_out=1).queries
+    human = streams.human_source("jsonl", root, "", folder, hold_out=1)
+    for first, count in ((human, 19), (streams.held_source(root, folder, "", "", 1), 0)):
+        sources = [first, streams.pseudo_source(pseudo, folder)]
+        sources = streams.complete_sources(sources, 4, 1, str(tmp_path / "out"), 0)
+        assert [len(source.items) for source in sources] == [count, 38] and len(held.truths) == 2
+        assert note_of_overlap(sources, [read_own(root, folder, hold_out=1)]) == ""
+
+    # a triplet of the second target alone is not trained on either
+    also = {"reference": held.reference, "target": held.truths[1], "delta": "x"}
+    triplets = read_triplets(jsonl(tmp_path / "more.jsonl", [*lines, also]))
+    for count in range(1, 8):
+        trained, out = held_out(triplets, count)
+        pairs = {(t.reference, name) for t in out for name in t.truths or (t.target,)}
+        assert out and not any((t.reference, t.target) in pairs for t in trained)
+
+
+def test_pictures_of_one_name_in_many_folders_are_told_apart(tmp_path):
+    """A shop has a front.jpg and a back.jpg in the folder of each product, and one text for many of them."""
+    lines = []
+    for i in range(6):
+        for j, name in enumerate(("front", "back")):
+            (tmp_path / f"shop/{i}").mkdir(parents=True, exist_ok=True)
+            mixed.picture(2 * i + j, 20 + i, 9 + j).save(tmp_path / f"shop/{i}/{name}.png")
+        lines.append({"reference": f"{i}/front.png", "target": f"{i}/back.png", "delta": "from behind"})
+    root, folder = jsonl(tmp_path / "own.jsonl", lines), str(tmp_path / "shop")
+    sources = [streams.human_source("jsonl", root, "", folder, hold_out=2), Source()]
+    assert len(sources[0].items) == 4
+    assert note_of_overlap(sources, [read_own(root, folder, hold_out=2)]) == ""
+    assert "the pairs of 4 of these 6 queries" in note_of_overlap(sources, [read_own(root, folder)])
 
 
 def test_triplets_of_a_table_are_those_of_its_lines(own, tmp_path):

@@ -23,7 +23,7 @@ from common.batches import epoch_order, stop_together
 from common.console import UserError, rank_size
 from common.files import save_state
 from common.images import ImageStore
-from common.resume import resume_state
+from common.resume import note_broken, resume_state
 
 
 def names(folder: Path, count: int) -> list[str]:
@@ -121,6 +121,22 @@ def test_a_picture_that_no_step_could_read_may_be_replaced(tmp_path):
     said = run_ranks(2, _stop, str(out), str(folder), ["2.png", ""])
     assert said[0] == said[1] and said[0].endswith("; replace or remove the file")
     assert "2.png" not in (out / "last/broken.txt").read_text()
+
+
+def test_what_could_not_be_read_may_come_back_in_another_format(tmp_path):
+    """And a list of before, which lacks the pictures of validation, refuses none of them."""
+    folder, out = tmp_path / "images", tmp_path / "out"
+    three = names(folder, 3)
+    os.truncate(folder / "1.png", 90)
+    resume_state(out, {}, [(ImageStore(folder), three)])
+    save_state(out, 3, {"w": 1}, {})
+    assert note_broken(out, [str(folder / "1.png")])
+    (folder / "1.png").unlink()
+    noise(16, 16, 1).save(folder / "1.jpg")
+    assert resume_state(out, {}, [(ImageStore(folder), three), (ImageStore(folder), three[:1])])[0] == 3
+    (folder / "2.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="1 changed, first '2.png'"):
+        resume_state(out, {}, [(ImageStore(folder), three)])
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import zoo as writer
 from PIL import Image
+from safetensors.torch import load_file
 
 pytest.importorskip("starlette", reason="the page needs requirements-search.txt")
 pytest.importorskip("uvicorn", reason="the page needs requirements-search.txt")
@@ -732,6 +733,14 @@ def test_teach_switch_and_back(zoo, folder, tmp_path, monkeypatch):
         assert server.ask("api/use", {"teach": 7}).status == 400
     again = site_of(zoo / "clip", folder, out)  # another start answers with the taught model
     assert again.using == 1 and "taught (1)" in again.engine.name
+
+    # what it was taught goes with it into the next teaching, so that an evaluation hears of it
+    (tmp_path / "next").mkdir()
+    search.teaching_command(again, tmp_path / "next", read_jsonl(out / "teach-1/train.jsonl"), [])
+    known, then = (
+        load_file(f"{place}/trained_on.safetensors")["pairs"] for place in (out / "teach-1", tmp_path / "next/start")
+    )
+    assert len(known) and torch.equal(known, then)
     with serving(again) as server:
         assert server.ask("api/use", {"teach": 0}).json["using"] == 0 and scores_of(server) == first
         again.flags["TEACH_LR"] = "abc"  # train_cir.py refuses it: its line reaches the page

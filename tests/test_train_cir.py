@@ -589,6 +589,22 @@ def test_a_run_goes_on_where_its_data_lie_now(world, zoo, tmp_path):
         train(first)
 
 
+def test_a_damaged_start_stops_before_the_training(world, zoo, tmp_path):
+    """trained_on.safetensors of --start_from is read at the end's need; a fault of it must show at the beginning."""
+    train(arguments(world, zoo, tmp_path / "one", "sum", steps=1))
+    seen = load_file(tmp_path / "one/trained_on.safetensors")["pairs"]
+    more = arguments(world, zoo, tmp_path / "two", "sum", steps=1, start_from=tmp_path / "one")
+    file = tmp_path / "one/trained_on.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3] + b"abc")
+    with pytest.raises(UserError, match="trained_on.safetensors"):
+        train(more)
+    assert not (tmp_path / "two/log.jsonl").exists()
+    file.write_bytes(whole)
+    train(more)
+    assert torch.equal(load_file(tmp_path / "two/trained_on.safetensors")["pairs"], seen) and len(seen) > 24
+
+
 def test_a_resume_measures_by_the_queries_that_it_began_with(world, zoo, tmp_path):
     """Else the best step would be the best of two measurements."""
     moved = tmp_path / "moved"
