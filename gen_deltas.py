@@ -75,7 +75,7 @@ from common.ranks import (
     pick_dtype,
     stop_requested,
 )
-from common.same_model import require_same_models
+from common.same_model import models_sha256
 from common.seeds import seeded_rng
 from vdg_align import VisionProjector, vision_weights
 
@@ -403,7 +403,8 @@ def open_parts(dtype: torch.dtype, world: World) -> tuple[JsonlAppender, list[di
     """This rank's part, and the lines of all parts of this and earlier runs, on any number of ranks."""
     settings = {"vdg": digest_of(VDG), "dtype": str(dtype), "merge": MERGE, "seed": SEED, "reverse": REVERSE}
     settings |= {"temperature": TEMPERATURE, "top_k": TOP_K, "max_new": MAX_NEW}
-    settings |= require_same_models(read_stage(VDG, "tune", LLM, VISION), VDG)  # a VDG of before has no hash of them
+    config = read_stage(VDG, "tune", LLM, VISION)  # its hashes of both models are in digest_of; load_vdg compares them
+    settings |= {} if "models_sha256" in config else models_sha256(config)
     folder = Path(OUT, "parts")
     if world.rank == 0:  # alone: a rank that is already writing must not have its last line taken for a torn one
         for path in sorted(folder.glob("part-*-of-*.jsonl")):

@@ -223,6 +223,8 @@ def test_another_llm_or_vision_side_is_refused_wherever_it_is_loaded(zoo, tuned,
     said = len((tmp_path / "pseudo/pseudo.jsonl").read_text().splitlines())
     run_stage(gen_deltas, **hows["deltas"] | moved)
     run_stage(vdg_tune, **hows["merge"] | moved)
+    (moved["llm"] / "model.safetensors").unlink()
+    run_stage(gen_deltas, **hows["deltas"] | moved)  # all is described: nobody reads the weights
     assert said == 2 and len((tmp_path / "pseudo/pseudo.jsonl").read_text().splitlines()) == 4
 
     config = json.loads((folder / "config.json").read_text())
