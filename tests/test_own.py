@@ -37,6 +37,12 @@ if script == "gen_deltas.py":
 """
 
 
+def hear_signals() -> None:
+    """As in a terminal: what nohup or a shell's & made ignored, no trap of bash can hear."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Place:
     """A copy of the script, two folders of one name, a VDG; and a folder elsewhere from which it is called."""
 
@@ -57,7 +63,8 @@ class Place:
         self.calls.unlink(missing_ok=True)
         argv, pipe = ["bash", str(self.script), *argv], subprocess.PIPE
         env = self.env | more
-        return subprocess.Popen(argv, cwd=self.here, env=env, stderr=pipe, start_new_session=True)
+        heard = {"start_new_session": True, "preexec_fn": hear_signals}
+        return subprocess.Popen(argv, cwd=self.here, env=env, stderr=pipe, **heard)
 
     def run(self, *argv: str, **more: str) -> dict[str, dict]:
         """The calls of the stages, by script."""
