@@ -96,7 +96,8 @@ class Source(NamedTuple):
 
     images: ImageStore = ImageStore([])
     items: Sequence[Item] = ()  # none: nothing of this stream is trained on
-    held: Sequence[tuple[str, str]] = ()  # reference and target of what is held out: no stream may train on such a pair
+    # images of the references and targets that are held out: no stream may train on such a pair
+    held: Sequence[tuple[tuple[int, str], ...]] = ()
 
 
 _STREAMS = ("human", "auxiliary")
@@ -130,7 +131,7 @@ def human_source(
 
 def held_source(root: str, images: str, keys: str, pool: str, hold_out: float) -> Source:
     """Nothing to train on; the pairs of one's own triplets that --hold_out keeps."""
-    held = [pair for t in held_of(root, keys, pool, hold_out) for pair in pairs_of(t)]
+    held = [((0, one), (0, other)) for t in held_of(root, keys, pool, hold_out) for one, other in pairs_of(t)]
     return Source(own_store(root, images or None), held=held)
 
 
@@ -186,16 +187,10 @@ def complete_sources(
 
 
 def without_held(sources: list[Source]) -> list[Source]:
-    """The same without the items that lead along a pair which is held out, by whatever names or text."""
-    held = set()
-    for source in sources:
-        held |= {tuple(os.path.realpath(source.images.find(name) or name) for name in pair) for pair in source.held}
-    if not held:
-        return sources
-    file_of = functools.cache(lambda stream, name: os.path.realpath(sources[stream].images.path(name)))
-    kept = []
+    """The same, of one name each, without the items that lead along a pair which is held out."""
+    held, kept = {pair for source in sources for pair in source.held}, []
     for source, what in zip(sources, _STREAMS, strict=True):
-        items = [item for item in source.items if (file_of(*item.reference), file_of(*item.target)) not in held]
+        items = [item for item in source.items if (item.reference, item.target) not in held]
         if len(items) < len(source.items):
             lost = f"{len(source.items) - len(items):,} of {len(source.items):,} {what} triplets"
             say(f"{lost} are of pairs that --hold_out keeps for evaluation: left out")
@@ -217,6 +212,11 @@ def one_name_each(sources: list[Source], bank: bool) -> list[Source]:
         if bank:
             items = [item._replace(negatives=tuple(map(named, item.negatives))) for item in items]
         renamed.append(source._replace(items=items))
+
+    # what is held out follows, and gives no picture its name; where one is missing nothing can train on the pair
+    for stream, source in enumerate(sources):
+        there = [pair for pair in source.held if not source.images.missing(name for _, name in pair)]
+        renamed[stream] = renamed[stream]._replace(held=[tuple(map(named, pair)) for pair in there])
     return renamed
 
 
