@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
-# bare image, in fourteen minutes at most: that is what the time limits below add up to.
+# bare image, in fourteen minutes at most: about what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles
 #                                              # and, not by default: large (120 s more), quantized (200 s),
 #                                              # decoders (60 s; no GPU is wanted), demo (330 s)
+#   SKIP="alignment loss" bash bench/gpu.sh    # without these steps
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
 # Each step has its own time limit and its own log; one that hangs or fails costs nobody else anything. What is right
 # comes first, then what was changed and never timed. The last lines are a summary; the status is 1 if a step failed.
@@ -34,6 +35,7 @@ python -c "import torch, triton, transformers as t; print(torch.__version__, tri
 step() { # name, seconds, command ... -- what a rehearsal runs in its place
   local name=$1 limit=$2 began=$SECONDS status=0 command=()
   shift 2
+  [[ " ${SKIP:-} " != *" $name "* ]] || return 0
   while [ "$1" != -- ]; do command+=("$1") && shift; done
   [ -z "$REHEARSE" ] || { command=("${@:2}") && limit=$((4 * limit)); }
   timeout -k 5 "$limit" "${command[@]}" > "$OUT/$name.log" 2>&1 || status=$?
@@ -54,13 +56,13 @@ wants kernels && { step kernels 120 python $TESTS -n 6 -- $INTERPRET $TESTS -k "
 wants stages && { step devices 160 python bench/devices.py -- python bench/devices.py --second cpu --divide 5 & }
 wants tiles && { step compile 120 python bench/sweep.py --workers 8 --small 64 --repeats 1 \
   -- $INTERPRET bench/sweep.py --workers 2 --only flash $SMALL & }
-wait
+wants kernels && { step mining-check 60 python bench/mining.py --device cuda --check 1 \
+  -- $INTERPRET bench/mining.py --check 1 --n 33 --d 16 & }
 if wants kernels && command -v compute-sanitizer > /dev/null; then  # what reads or writes where it should not
-  step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 python $TESTS -k "$FEW" \
-    -- bash -c "echo 'compute-sanitizer wants a GPU: not rehearsed'"
+  step sanitizer 150 compute-sanitizer --tool memcheck --error-exitcode 9 python $TESTS -k "$FEW" \
+    -- bash -c "echo 'compute-sanitizer wants a GPU: not rehearsed'" &
 fi
-wants kernels && step mining-check 35 python bench/mining.py --device cuda --check 1 \
-  -- $INTERPRET bench/mining.py --check 1 --n 33 --d 16
+wait
 
 # What is measured runs alone; first what was changed since it was last timed.
 wants tiles && step whole-mining 30 python $SWEEP mining --out "$OUT/whole-mining.csv" \
@@ -76,7 +78,7 @@ if wants figures; then
   step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
   step generation 60 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
-  step tuning 75 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step tuning 100 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
 fi

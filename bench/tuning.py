@@ -7,10 +7,13 @@
 A step: projection of the Q-Former outputs, forward, backward, AdamW; LoRA of rank 64 on q and v, dropout 0.05 [S4.1].
 A batch is one subgroup: nine pairs of six references (or `--batch`), deltas of 5 to 33 tokens. Tokens of use: all that
 are no padding, counted once a row for everyone, also where the tree holds shared ones once. Before time is taken, all
-must give the same loss without dropout. `packed` holds the instruction once a batch, `tree` each reference too. Floor:
+must give the same loss without dropout. `packed` holds the instruction once a batch, `tree` each reference too; `peft` pads
+the rows to the longest, `peft-packed` lays them behind one another, each with its own positions. Floor:
 4 FLOP a frozen weight and token of use (forward, and backward without gradients of the weights) at the speed of a
 large product on the same device; sharing can pass it.
 """
+
+import itertools
 
 import generation  # beside this file
 import measure
@@ -59,13 +62,13 @@ def contestant(name: str, batch: int, steps: int, device: str, quantize: str, sh
     import torch
     from torch import nn
 
-    torch.backends.cuda.enable_cudnn_sdp(name == "peft")  # off in our stages, on as installed
+    torch.backends.cuda.enable_cudnn_sdp("peft" in name)  # off in our stages, on as installed
     llm = generation.random_llm(device, quantize, shape)
     ids = generation.problem(llm, 1, "cpu")[0]
     projection = new_projection(llm, device)
     work = batches(llm, batch, steps, device)
 
-    if name == "peft":
+    if "peft" in name:
         import peft
 
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(TARGETS))
@@ -76,7 +79,8 @@ def contestant(name: str, batch: int, steps: int, device: str, quantize: str, sh
         cast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
         def loss_of(queries, _, answers):
-            """The usual collator: rows padded to the longest, labels -100 elsewhere, HF's loss over all positions."""
+            """The usual collators: rows padded to the longest, or packed; labels -100 elsewhere, HF's loss over all
+            positions."""
             images = projection(queries).to(texts[0])
             rows, labels = [], []
             for (a, b), answer in zip(images, answers, strict=True):
@@ -84,10 +88,14 @@ def contestant(name: str, batch: int, steps: int, device: str, quantize: str, sh
                 rows.append(torch.cat([texts[0], a, texts[1], b, texts[2], embed(answer)]))
                 nothing = torch.full((len(rows[-1]) - len(answer),), -100, device=device)
                 labels.append(torch.cat([nothing, answer]))
-            x, y = (nn.utils.rnn.pad_sequence(v, True, p) for v, p in ((rows, 0.0), (labels, -100)))
-            mask = nn.utils.rnn.pad_sequence([torch.ones(len(r), device=device) for r in rows], True)
+            if name == "peft-packed":  # HF makes the mask from positions that begin again
+                x, y = torch.cat(rows)[None], torch.cat(labels)[None]
+                places = {"position_ids": torch.cat([torch.arange(len(r), device=device) for r in rows])[None]}
+            else:
+                x, y = (nn.utils.rnn.pad_sequence(v, True, p) for v, p in ((rows, 0.0), (labels, -100)))
+                places = {"attention_mask": (y != -100).flip(1).cummax(1).values.flip(1)}
             with cast:  # PEFT keeps its matrices in fp32
-                return llm(inputs_embeds=x, attention_mask=mask, labels=y).loss
+                return llm(inputs_embeds=x, labels=y, use_cache=False, **places).loss
 
     else:
         import vdg_align
@@ -125,12 +133,12 @@ def main() -> None:
         run, ready = contestant(found.serve, found.batch, found.steps, device, found.quantize, found.shape)
         return measure.serve(run, ready, device)
     contestants, seconds, ready = {}, {}, {}
-    for name in ("packed", "tree", "peft"):
+    for name in ("packed", "tree", "peft", "peft-packed"):
         argv = ["--serve", name, "--batch", str(found.batch), "--steps", str(found.steps), "--device", device]
         argv += ["--quantize", found.quantize, "--shape", found.shape]
         contestants[name] = measure.Contestant(__file__, *argv)
         ready[name] = contestants[name].ready
-        if device == "cuda":  # three models of 26 GB would not fit: one after another
+        if device == "cuda":  # four models of 26 GB would not fit: one after another
             seconds |= measure.interleave({name: contestants[name]}, found.rounds)
             contestants[name].close()
     for name, (loss, memory) in ready.items():
@@ -152,9 +160,9 @@ def main() -> None:
     size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {kind}, {found.batch} triplets a step"
     pace = {name: [tokens / s for s in times] for name, times in seconds.items()}
     rows = measure.pace_rows("tuning", size, device, pace, "tokens/s", floor)
-    for name in ("packed", "tree"):
-        value, note = measure.ratio(pace[name], pace["peft"])
-        rows.append(measure.row(f"tuning: {name} against PEFT, padded", size, device, value, "x", note=note))
+    for name, (peer, kind) in itertools.product(("packed", "tree"), (("peft", "padded"), ("peft-packed", "packed"))):
+        value, note = measure.ratio(pace[name], pace[peer])
+        rows.append(measure.row(f"tuning: {name} against PEFT, {kind}", size, device, value, "x", note=note))
     measure.publish(rows)
 
 
