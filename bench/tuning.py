@@ -7,10 +7,10 @@
 A step: projection of the Q-Former outputs, forward, backward, AdamW; LoRA of rank 64 on q and v, dropout 0.05 [S4.1].
 A batch is one subgroup: nine pairs of six references (or `--batch`), deltas of 5 to 33 tokens. Tokens of use: all that
 are no padding, counted once a row for everyone, also where the tree holds shared ones once. Before time is taken, all
-must give the same loss without dropout. `packed` holds the instruction once a batch, `tree` each reference too; `peft` pads
-the rows to the longest, `peft-packed` lays them behind one another, each with its own positions. Floor:
-4 FLOP a frozen weight and token of use (forward, and backward without gradients of the weights) at the speed of a
-large product on the same device; sharing can pass it.
+must give the same loss without dropout. `packed` holds the instruction once a batch, `tree` each reference too; `peft`
+pads the rows to the longest, `peft-packed` lays them behind one another, each with positions of its own. Floor: 4 FLOP
+a frozen weight and token of use (forward, and backward without gradients of the weights) at the speed of a large
+product on the same device; sharing can pass it.
 """
 
 import itertools
