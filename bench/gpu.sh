@@ -6,6 +6,7 @@
 #                                              # and, not by default: large (120 s more), quantized (200 s),
 #                                              # decoders (60 s; no GPU is wanted), demo (330 s)
 #   SKIP="alignment loss" bash bench/gpu.sh    # without these steps
+#   CARRIED=1 bash bench/gpu.sh                # the CPU's half of bench/devices.py lies in out/devices already
 #   bash bench/gpu.sh --rehearse [OUT]         # no GPU: each step on a CPU, cut small, kernels in Triton's interpreter
 # Each step has its own time limit and its own log; one that hangs or fails costs nobody else anything. What is right
 # comes first, then what was changed and never timed. The last lines are a summary; the status is 1 if a step failed.
@@ -53,7 +54,7 @@ TESTS="-m pytest -q -p no:cacheprovider tests/triton_kernels.py"
 
 # What is right, and what compiles: many processors and little of the GPU, side by side.
 wants kernels && { step kernels 120 python $TESTS -n 6 -- $INTERPRET $TESTS -k "$FEW" & }
-wants stages && { step devices 160 python bench/devices.py -- python bench/devices.py --second cpu --divide 5 & }
+wants stages && { step devices 160 python bench/devices.py ${CARRIED:+--part second} -- python bench/devices.py --second cpu --divide 5 & }
 wants tiles && { step compile 120 python bench/sweep.py --workers 8 --small 64 --repeats 1 \
   -- $INTERPRET bench/sweep.py --workers 2 --only flash $SMALL & }
 wants kernels && { step mining-check 60 python bench/mining.py --device cuda --check 1 \
@@ -79,6 +80,8 @@ if wants figures; then
   step generation 60 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
   step tuning 100 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step tuning-64 110 python bench/tuning.py --device cuda --batch 64 --rounds 3 \
+    -- python bench/tuning.py --batch 3 --steps 1 --rounds 1
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
 fi

@@ -13,7 +13,9 @@ a frozen weight and token of use (forward, and backward without gradients of the
 product on the same device; sharing can pass it.
 """
 
+import contextlib
 import itertools
+import sys
 
 import generation  # beside this file
 import measure
@@ -57,8 +59,6 @@ def new_projection(llm, device: str):
 
 def contestant(name: str, batch: int, steps: int, device: str, quantize: str, shape: str):
     """A function that trains once on each batch, the first batch's loss, and the GiB held at most."""
-    import contextlib
-
     import torch
     from torch import nn
 
@@ -123,6 +123,9 @@ def contestant(name: str, batch: int, steps: int, device: str, quantize: str, sh
     llm.train()
     run()
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
+    if device == "cuda":
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the seconds
+            measure.profile(f"{name}, {steps} steps", run, 10)
     return run, [loss, memory]
 
 
