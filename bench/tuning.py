@@ -14,8 +14,8 @@ product on the same device; sharing can pass it.
 """
 
 import contextlib
+import gc
 import itertools
-import sys
 
 import generation  # beside this file
 import measure
@@ -124,26 +124,39 @@ def contestant(name: str, batch: int, steps: int, device: str, quantize: str, sh
     run()
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
     if device == "cuda":
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the seconds
-            measure.profile(f"{name}, {steps} steps", run, 10)
+        measure.profile(f"{name}, {steps} steps", run, 10)
     return run, [loss, memory]
+
+
+def alone(name: str, found) -> tuple[dict, list]:
+    """The seconds of a contestant on a GPU that holds nobody else, and what contestant says of it."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    run, ready = contestant(name, found.batch, found.steps, found.device, found.quantize, found.shape)
+    return measure.interleave({name: lambda: measure.clock(run, found.device)}, found.rounds), ready
 
 
 def main() -> None:
     found = measure.arguments(__doc__, batch=9, steps=2, rounds=5, serve="", quantize="", shape="")
+    import torch
+
     device = found.device
     if found.serve:
         run, ready = contestant(found.serve, found.batch, found.steps, device, found.quantize, found.shape)
         return measure.serve(run, ready, device)
     contestants, seconds, ready = {}, {}, {}
     for name in ("packed", "tree", "peft", "peft-packed"):
+        if device == "cuda":  # four models of 26 GB would not fit: one after another
+            times, ready[name] = alone(name, found)
+            seconds |= times
+            gc.collect()  # a model's modules hold each other
+            torch.cuda.empty_cache()
+            continue
         argv = ["--serve", name, "--batch", str(found.batch), "--steps", str(found.steps), "--device", device]
         argv += ["--quantize", found.quantize, "--shape", found.shape]
         contestants[name] = measure.Contestant(__file__, *argv)
         ready[name] = contestants[name].ready
-        if device == "cuda":  # four models of 26 GB would not fit: one after another
-            seconds |= measure.interleave({name: contestants[name]}, found.rounds)
-            contestants[name].close()
     for name, (loss, memory) in ready.items():
         print(f"{name}: loss {loss:.6f}" + f", {memory:.1f} GiB at most" * bool(memory))
     losses = [loss for loss, _ in ready.values()]
