@@ -77,7 +77,7 @@ if wants figures; then
   step mining 40 python bench/mining.py --device cuda -- $INTERPRET bench/mining.py --rehearse 1 --n 150 --d 64 --repeats 1
   step loss 45 python bench/loss.py --device cuda -- python bench/loss.py --rehearse 1 --b 600 --d 300 --repeats 1
   step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
-  step generation 60 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
+  step generation 90 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
   step tuning 100 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
   step tuning-64 110 python bench/tuning.py --device cuda --batch 64 --rounds 3 \
