@@ -38,6 +38,7 @@ from common.annotations import (
     all_without_missing,
     check_benchmarks,
     note_of_targets,
+    own_alone,
     read_benchmarks,
     read_own,
     require_official,
@@ -502,6 +503,7 @@ def protocol_text() -> str:
 
 def read_asked() -> list[Benchmark]:
     """The benchmarks, with the counts that were published, or one's own; with --check every image is looked at."""
+    own_alone(DATASET, keys=KEYS, pool=POOL, hold_out=HOLD_OUT)
     if DATASET == "sessions":
         benchmarks = [read_sessions(ROOT, IMAGES or None, GALLERY)]
     elif DATASET == "icir":

@@ -321,6 +321,13 @@ def read_chat(path: str | os.PathLike) -> list[Caption]:
     return captions
 
 
+def own_alone(dataset: str, **flags: object) -> None:
+    """UserError where a flag that is of one's own triplets alone is given with another data set."""
+    for name, value in flags.items():
+        if value and dataset != "jsonl":
+            raise UserError(f"--{name} {value} is of --dataset jsonl alone, and this is {dataset}: leave it out")
+
+
 def training_triplets(
     dataset: str,
     root: str,
@@ -335,6 +342,7 @@ def training_triplets(
 
     For "jsonl" `root` is a file or several (read_triplets, with its `keys` and `pool`), and `hold_out` as many are kept
     for read_own. FashionIQ's queries without any text are left out."""
+    own_alone(dataset, keys=keys, hold_out=hold_out)
     if dataset == "cirr":
         benchmarks = [read_cirr(root, split, images)]
     elif dataset == "fashioniq":

@@ -464,6 +464,16 @@ def test_one_s_own_triplets_held_out_of_training_are_what_is_evaluated(own, tmp_
             held_out(read_triplets(path), count)
 
 
+@pytest.mark.parametrize("flag, value", [("hold_out", 10), ("keys", "reference=q_img"), ("pool", "pool.jsonl")])
+def test_a_flag_of_own_triplets_is_refused_with_a_benchmark(zoo, tmp_path, flag, value):
+    """It would change nothing, and whoever gave it would believe that it did."""
+    for stage in (eval_cir, *([train_cir] if flag != "pool" else [])):  # training reads ids of --pseudo from a pool too
+        given = {"dataset": "cirr", "root": tmp_path, flag: value, "out": tmp_path / "out"}
+        given |= {"baseline": "sum", "backbone": zoo / "clip"} if stage is eval_cir else {}
+        with pytest.raises(UserError, match=f"--{flag} .* is of --dataset jsonl alone, and this is cirr"):
+            run_stage(stage, **given)
+
+
 @pytest.mark.parametrize("hold_out, split, count", [(10, "held-out", 10), (0, "all", 60)])
 def test_the_report_names_what_was_measured(own, zoo, tmp_path, capsys, hold_out, split, count):
     """Not --split, which of one's own triplets nobody asked."""
