@@ -33,6 +33,7 @@ from common.ranks import Log, World
 from common.resume import resume_state
 from common.same_model import KINDS, PREFIXES, STORED, models_sha256
 from common.tokenizer import tokenizer_sha256
+from kernels.rows import Gather
 
 # ---- models ----
 VISION = "Salesforce/instructblip-vicuna-13b"  # ViT + Q-Former: folder or hub id, InstructBLIP or BLIP-2 [S4.1]
@@ -227,13 +228,11 @@ def caption_loss(llm: nn.Module, batch: Packed, tokens: float, checkpoint: bool 
     padding; attention, a few percent of the work, sees right-padded rows, where causal order is all the mask it needs.
     """
 
-    def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Rows of x (n, H, d) -> (*index.shape, H, d); embedding's backward adds up repeated rows in a fixed order."""
-        return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+    rows, home = Gather(batch.slots, len(batch.embeddings)), Gather(batch.home, batch.slots.numel())
 
     def attend(_, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = attention(*(take(x, batch.slots) for x in (q, k, v)), causal=True)  # (B, T, H, d)
-        return take(out.flatten(0, 1), batch.home)
+        out = attention(rows(q), rows(k), rows(v), causal=True)  # (B, T, H, d)
+        return home(out.flatten(0, 1))
 
     hidden = run_layers(llm, batch.embeddings, batch.positions, attend, batch.predict, checkpoint)
     logits = llm.lm_head(hidden).float()  # (M, V): a fifth of the positions

@@ -321,6 +321,13 @@ VARIANTS = (
         "torch.arange(stop, device=x.device) <= places[:, None] + 1",
         (f"{GEN}::test_greedy_tokens_equal_those_of_generate",),
     ),
+    Variant(
+        "gradients of a row's first places alone",
+        "kernels/rows.py",
+        "        total += tl.sum(",
+        "        total = tl.sum(",
+        ("test_triton_kernels.py::test_taken_rows_in_the_interpreter",),
+    ),
     # ---- mining and ranking ----
     Variant(
         "bf16 mining",

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import best_lists, contrastive_triton, decoding, similarity_topk
+from kernels import best_lists, contrastive_triton, decoding, rows, similarity_topk
 
 LISTS = {"WIDTH": 48, "LANES": 64, "OFFERS": 128}
 ROWS = {**LISTS, "ROWS": 1, "COLUMNS": 128}
@@ -26,6 +26,8 @@ KERNELS = [
      {"GROUP": 1, "WIDTH": 128, "PLACES": 16}),
     (decoding._one_token_kernel, {"q": HALF, "keys": HALF, "values": HALF, "out": HALF, "last": "*i64"},
      {"GROUP": 8, "WIDTH": 128, "PLACES": 16}),
+    (rows._add_up_kernel, {"grads": HALF, "out": HALF, "places": "*i64", "first": "*i64"},
+     {"PLACES": 8, "COLUMNS": 1024}),
     (similarity_topk._propose_kernel, {"queries": HALF, "gallery": HALF, "exclude": "*i64"},
      {"WIDTH": 32, "LANES": 32, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "UPCAST": False}),
     (similarity_topk._exact_kernel, {"rows": "*i64", "columns": "*i64", "leaves": "*i32", "scores": "*fp64"},
@@ -63,6 +65,6 @@ def test_kernel_compiles(case, capability):
 
 
 def test_no_kernel_is_left_out():
-    modules = best_lists, decoding, similarity_topk, contrastive_triton
+    modules = best_lists, decoding, rows, similarity_topk, contrastive_triton
     kernels = {f for module in modules for name, f in vars(module).items() if name.endswith("_kernel")}
     assert kernels == {kernel for kernel, _, _ in KERNELS}

@@ -8,11 +8,19 @@ import pytest
 from conftest import ROOT
 
 
-def test_kernels_in_the_interpreter():
+def run(*chosen):
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-x", "tests/triton_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "tests/triton_kernels.py", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_kernels_in_the_interpreter():
+    run("-k", "not taken_rows")
+
+
+def test_taken_rows_in_the_interpreter():
+    run("-k", "taken_rows")
 
 
 @pytest.mark.parametrize("asked, left", [("", ""), ("1", "0")])

@@ -10,8 +10,9 @@ from test_contrastive import errors, two_terms
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import vdg_align
 from common import decode
-from kernels import best_lists, contrastive_triton, decoding
+from kernels import best_lists, contrastive_triton, decoding, rows
 from kernels import similarity_topk as topk
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
 from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk_reference
@@ -339,3 +340,67 @@ def test_a_token_at_a_time_gives_what_the_whole_sequence_gives(place):
         start = place(i) if place is int else place(i, device=DEVICE)
         found.append(decode.feed(llm, x[:, i : i + 1], cache, start))
     torch.testing.assert_close(torch.stack(found, 1), wanted[:, 2:], rtol=1e-4, atol=1e-4)
+
+
+# ---- taken rows ----
+
+
+@pytest.mark.parametrize("dtype, error", [*ROUNDED, (torch.float64, 1e-14)])
+@pytest.mark.parametrize("n, heads, d, often", [(1, 1, 1, 1), (9, 3, 7, 64), (5, 2, 800, 9), (30, 1, 256, 8)])
+def test_taken_rows_and_their_gradients(n, heads, d, often, dtype, error):
+    """Rows taken often, once and never; gradients with gaps in memory. Against float64, and twice the same bits."""
+    generator = torch.Generator().manual_seed(n)
+    index = torch.cat([torch.randint(n, (2, n), generator=generator), torch.full((2, often), n // 2)], 1)
+    index[index == n // 3] = 0
+    x = torch.randn(n, heads, d, generator=generator).to(dtype)
+    up = torch.randn(*index.shape[::-1], heads, d, generator=generator).to(dtype).transpose(0, 1)
+    exact = up.double().flatten(0, 1)
+    wanted = torch.zeros(n, heads, d, dtype=torch.float64).index_add(0, index.flatten(), exact)
+    summed = torch.zeros_like(wanted).index_add(0, index.flatten(), exact.abs())
+    gather, found = rows.Gather(index.to(DEVICE), n), []
+    for _ in range(2):
+        mine = x.to(DEVICE, copy=True).requires_grad_()
+        taken = gather(mine)
+        taken.backward(up.to(DEVICE))
+        assert torch.equal(taken.detach().cpu(), x[index])
+        found.append(mine.grad)
+    assert torch.equal(*found) and found[0].dtype == dtype
+    assert ((found[0].cpu().double() - wanted).abs() <= error * wanted.abs() + min(error, 1e-6) * summed).all()
+    assert ("places" in vars(gather)) == (dtype != torch.float64)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_taken_rows_of_a_batch_of_captions(checkpoint, monkeypatch):
+    """Loss and gradients as F.embedding gives them: a shared instruction, a shared image, rows of different length."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    llm = LlamaForCausalLM(config).eval().requires_grad_(False).to(DEVICE)
+    results = []
+    for by_kernel in (True, False):
+        made = []
+        monkeypatch.setattr(rows, "takes_kernels", lambda x, by_kernel=by_kernel: by_kernel)
+        monkeypatch.setattr(vdg_align, "Gather", lambda *a, made=made: made.append(rows.Gather(*a)) or made[-1])
+        images = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        first, *others = images.unbind()
+        prompts = [[[1, 7, 8], first, [9], image] for image in (*others, *others[:1])]
+        batch = vdg_align.pack(llm.get_input_embeddings(), prompts, [[5, 6, 7, 2], [5, 2], [9] * 14 + [2]])
+        loss = vdg_align.caption_loss(llm, batch, 7, checkpoint)
+        loss.backward()
+        results.append((loss.detach(), images.grad))
+        assert ["places" in vars(gather) for gather in made] == [by_kernel] * 2
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5 * results[1][1].abs().max().item())
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.mem_get_info()[1] < 60 << 30, reason="needs a GPU of 64 GB")
+def test_gradients_of_taken_rows_past_two_to_the_31():
+    many = 450_000
+    for index, n in ((torch.arange(many) % 8, 8), (torch.arange(many - 3, many), many)):
+        x = torch.zeros(n, 40, 128, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        up = torch.zeros(len(index), 40, 128, dtype=torch.bfloat16, device=DEVICE)
+        up[-3:] = torch.tensor([1, 2, 3], device=DEVICE)[:, None, None]
+        rows.Gather(index.to(DEVICE), n)(x).backward(up)
+        wanted = torch.zeros(n).index_add(0, index[-3:], torch.tensor([1.0, 2, 3]))
+        assert torch.equal(x.grad.amax((1, 2)).float().cpu(), wanted)
+        assert torch.equal(x.grad.amin((1, 2)).float().cpu(), wanted)
