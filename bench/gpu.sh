@@ -49,7 +49,7 @@ INTERPRET="env TRITON_INTERPRET=1 python"
 SWEEP="bench/sweep.py --workers 0 --only"
 SMALL="--small 6400 --first 2 --repeats 1"
 FEW="(topk_equals and 3-70) or exact_scores or error_of_a_proposal or (half_precision and 260) or (l_tcc_with_bank and 20-0)"
-FEW="$FEW or (upper_triangle and 130) or rotary or one_token"
+FEW="$FEW or (upper_triangle and 130) or rotary or one_token or taken_rows_and"
 TESTS="-m pytest -q -p no:cacheprovider tests/triton_kernels.py"
 
 # What is right, and what compiles: many processors and little of the GPU, side by side.
@@ -96,8 +96,8 @@ if wants quantized; then
   step int8 100 python bench/tuning.py --device cuda --shape 7b --quantize int8 --rounds 2 \
     -- python bench/tuning.py --batch 2 --steps 1 --rounds 1 --quantize int8
 fi
-wants tiles && step tiles 30 python $SWEEP propose,rotate,one,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
-  -- $INTERPRET $SWEEP propose,rotate,one,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
+wants tiles && step tiles 30 python $SWEEP propose,rotate,one,rows,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
+  -- $INTERPRET $SWEEP propose,rotate,one,rows,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
 if wants demo; then
   JOBS=8 step demo 330 bash demo.sh -- bash -c "echo 'demo.sh runs on a CPU as it is: not rehearsed'"
   cp out/demo/metrics.json "$OUT/" 2> /dev/null

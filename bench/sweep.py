@@ -24,6 +24,7 @@ import mining
 import torch
 
 from kernels import best_lists, contrastive_triton, decoding
+from kernels import rows as taken_rows
 from kernels import similarity_topk as topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +54,7 @@ STRIP += [(2, 1024, 8, 1), (8, 256, 4, 1), (32, 128, 4, 1), (32, 64, 4, 1), (16,
 ALONG = [best_lists.TILES["along"], (1, 256, 1), (1, 512, 1), (1, 512, 2), (2, 256, 1), (2, 256, 2), (2, 128, 1)]
 ALONG += [(1, 1024, 2), (1, 1024, 4), (4, 256, 4), (4, 128, 2)]
 ROTATE = [decoding.TILES["rotate"], (16, 4), (8, 2), (4, 1), (16, 2), (16, 1), (32, 8)]
+ROWS = [taken_rows.TILE, (4, 1024, 4), (8, 512, 2), (16, 512, 4), (4, 512, 2), (2, 1024, 4)]
 ONE_TOKEN = [decoding.TILES["one token"], (16, 2), (32, 2), (32, 4), (8, 1), (4, 1)]
 
 
@@ -132,6 +134,21 @@ def rotate(n: int, tokens: int, heads: int):
     return run, 4 * x.numel()
 
 
+def gradients(n: int, places: int, width: int):
+    """Back from the rows of attention, 40 places of which all rows share; work in bytes read and written."""
+    own = torch.arange(n * places, device=DEVICE).view(n, places)
+    own[:, : places // 3] = own[0, : places // 3]
+    gather, grads = taken_rows.Gather(own, n * places), half(n * places, width, torch.bfloat16)
+    rows = torch.zeros(n * places, 1, width, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    taken = gather(rows).view_as(grads)
+
+    def run(candidate):
+        taken_rows.TILE, rows.grad = candidate, None
+        taken.backward(grads, retain_graph=True)
+
+    return run, 4 * grads.numel()
+
+
 def one_token(n: int, places: int, heads: int):
     """Attention of a decoding step of Llama-2-13B, one layer; work in bytes of keys and values."""
     q = half(n * heads, 128, torch.bfloat16).view(n, 1, heads, 128)
@@ -153,6 +170,7 @@ def cases(small: int) -> dict:
         "mining as a whole D=2048, N=102,436": (lambda: whole(size(102_436), 2048), MINING),
         "rotate, 512 x 41 tokens": (lambda: rotate(size(512), size(41), size(40)), ROTATE),
         "one token, 512 rows, 122 places": (lambda: one_token(size(512), size(122), size(40)), ONE_TOKEN),
+        "rows taken, 64 x 122 of 5,120": (lambda: gradients(size(64), size(122), size(5120)), ROWS),
         "propose D=2048, 16,384 x 102,400": (lambda: propose(size(16_384), size(102_400), 2048), PROPOSE),
         "propose D=256, 16,384 x 409,600": (lambda: propose(size(16_384), size(409_600), 256), NARROW),
         "absorb for rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),
