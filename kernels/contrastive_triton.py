@@ -8,16 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contrastive_torch import merge, row_blocks
+from kernels.contrastive_torch import row_blocks
 from kernels.similarity_topk import fullest_waves, processors, product
 
 STRIP = 1 << 27  # logits held at a time by the Triton path where they are written (512 MiB of fp32)
 FUSED_WIDTH = 256  # up to this D products of 16-bit inputs stay in registers
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
-# Tiles by compute capability: rows, columns, (depth,) warps, stages; "sums down": columns, rows, warps. Fixed, so that
-# all ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200 (but "sums" was timed at
-# D = 768 alone, above what it serves now); 8.0 not measured.
+# Tiles by compute capability: rows, columns, (depth,) warps, stages; "sums down": columns, rows, warps; "merge": parts,
+# columns, warps. Fixed, so that all ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200
+# (but "sums" was timed at D = 768 alone, above what it serves now; "merge" not at all); 8.0 not measured.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
@@ -25,6 +25,7 @@ TILES = {
         "sums down": (64, 32, 4),
         "flash": (64, 64, 8, 1),
         "strip": (16, 128, 4, 1),
+        "merge": (8, 128, 4),
     },
     (9, 0): {
         "sums": (256, 128, 64, 8, 3),
@@ -32,6 +33,7 @@ TILES = {
         "sums down": (64, 32, 4),
         "flash": (128, 64, 8, 3),
         "strip": (16, 128, 4, 1),
+        "merge": (8, 128, 4),
     },
 }
 OTHER_TILES = {  # any other GPU, and the interpreter
@@ -40,6 +42,7 @@ OTHER_TILES = {  # any other GPU, and the interpreter
     "sums down": (32, 8, 4),
     "flash": (32, 32, 8, 1),
     "strip": (16, 64, 4, 1),
+    "merge": (2, 32, 4),
 }
 
 
@@ -75,16 +78,17 @@ def _tile_of_logits(
 
 @triton.jit
 def _exponentials(u, BETA: tl.constexpr):
-    """contrastive_torch.powers_of in a kernel."""
+    """contrastive_torch.powers_of in a kernel. By exp2, four instructions shorter than exp."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     if BETA == 0.0:
-        big = tl.exp(u)
+        big = tl.exp2(LOG2E * u)
         small = big
     elif BETA == 0.5:
-        small = tl.exp(0.5 * u)
+        small = tl.exp2((0.5 * LOG2E) * u)
         big = small * small * small
     else:
-        big = tl.exp((1 + BETA) * u)
-        small = tl.exp(BETA * u)
+        big = tl.exp2(((1 + BETA) * LOG2E) * u)
+        small = tl.exp2((BETA * LOG2E) * u)
     return big, small
 
 
@@ -160,6 +164,36 @@ def _strip_sums_kernel(
     tl.store(at, highest, mask=anchor < n)
     tl.store(at + total, tl.sum(big * fade_big, 1), mask=anchor < n)
     tl.store(at + 2 * total, tl.sum(small * fade_small, 1), mask=anchor < n)
+
+
+@triton.jit
+def _merge_kernel(parts, whole, count, n, BETA: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """contrastive_torch.merge of parts (count, 3, n) into the o, S and T in whole (3, n), in a fixed order."""
+    LOWEST: tl.constexpr = -1e37
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = tl.arange(0, PARTS)
+    top = tl.full([PARTS, COLUMNS], LOWEST, tl.float32)
+    big, small = tl.zeros([PARTS, COLUMNS], tl.float32), tl.zeros([PARTS, COLUMNS], tl.float32)
+    for begin in range(0, count, PARTS):
+        at = parts + (begin + here).to(tl.int64)[:, None] * 3 * n + column[None, :]
+        mask = (begin + here < count)[:, None] & (column < n)[None, :]
+        new_top = tl.load(at, mask=mask, other=LOWEST)
+        new_big, new_small = tl.load(at + n, mask=mask, other=0.0), tl.load(at + 2 * n, mask=mask, other=0.0)
+        higher = tl.maximum(top, new_top)
+        fade_big, fade_small = _exponentials(top - higher, BETA)
+        e_big, e_small = _exponentials(new_top - higher, BETA)
+        big, small = big * fade_big + new_big * e_big, small * fade_small + new_small * e_small
+        top = higher
+    mask = column < n
+    before = tl.load(whole + column, mask=mask, other=LOWEST)
+    highest = tl.maximum(tl.max(top, 0), before)
+    e_big, e_small = _exponentials(before - highest, BETA)
+    old_big = tl.load(whole + n + column, mask=mask, other=0.0) * e_big
+    old_small = tl.load(whole + 2 * n + column, mask=mask, other=0.0) * e_small
+    e_big, e_small = _exponentials(top - highest[None, :], BETA)
+    tl.store(whole + column, highest, mask=mask)
+    tl.store(whole + n + column, old_big + tl.sum(big * e_big, 0), mask=mask)
+    tl.store(whole + 2 * n + column, old_small + tl.sum(small * e_small, 0), mask=mask)
 
 
 @triton.jit
@@ -254,22 +288,31 @@ def _fused(x: Tensor) -> bool:
 def statistics(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float):
     """What contrastive_torch.statistics returns (the bank's rows have sums too, which nobody reads)."""
     sums = _sums_fused if _fused(x) else _sums_of_strips
-    nothing = torch.zeros(3, 1, device=x.device)
-    nothing[0] = torch.finfo(torch.float32).min
-    row_out, splits, columns = sums(x, c, label, first_row, first_column, scale, beta, nothing)
-    rows = [merge(part, beta) if len(part) else nothing.expand(3, len(x)) for part in row_out.split(splits)]
-    return torch.stack(rows), torch.stack(columns)
+    rows, columns = (torch.zeros(2, 3, n, device=x.device) for n in (len(x), len(c)))
+    rows[:, 0] = columns[:, 0] = -1e37  # the kernels' LOWEST
+    row_out, splits = sums(x, c, label, first_row, first_column, scale, beta, columns)
+    for group, part in zip(rows, row_out.split(splits), strict=True):
+        _merge(part, group, beta)
+    return rows, columns
 
 
-def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, nothing: Tensor):
-    """Partial sums of rows (splits, 3, R), the splits of either group, and the sums of columns (3, M) by group."""
+def _merge(parts: Tensor, whole: Tensor, beta: float) -> None:
+    """o, S and T of parts (P, 3, n) into those of whole (3, n), in one launch."""
+    count, _, n = parts.shape
+    at_once, columns, warps = _tile_sizes(parts, "merge")
+    with torch.cuda.device_of(parts):
+        _merge_kernel[(triton.cdiv(n, columns),)](parts, whole, count, n, beta, at_once, columns, num_warps=warps)
+
+
+def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
+    """Partial sums of rows (splits, 3, R), and the splits of either group; merges those of columns into `columns`
+    (2 groups, 3, M)."""
     r, m, d = len(x), len(c), x.size(1)
     tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums")
     launches = triton.cdiv(r, STRIP_TILES * tile_rows)
     blocks = row_blocks([0, first_row, r], 1, triton.cdiv(triton.cdiv(r, launches), tile_rows) * tile_rows)
     per_split, splits = _cut(m, first_column, tile_columns, triton.cdiv(_tallest(blocks), tile_rows), x)
     row_out = torch.empty(sum(splits), 3, r, device=x.device)  # every program writes its part, be it empty
-    columns = [nothing.expand(3, m), nothing.expand(3, m)]
     for part in blocks:
         column_out = torch.empty(triton.cdiv(part.stop - part.start, tile_rows), 3, m, device=x.device)
         with torch.cuda.device_of(x):
@@ -277,13 +320,12 @@ def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, b
                 x, c, label, scale, row_out, column_out, part.start, part.stop, r, m, d, first_column, per_split,
                 beta, tile_rows, tile_columns, depth, not x.is_cuda, num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        group = int(part.start >= first_row)
-        columns[group] = merge(torch.cat([columns[group][None], column_out]), beta)
-    return row_out, splits, columns
+        _merge(column_out, columns[int(part.start >= first_row)], beta)
+    return row_out, splits
 
 
-def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, nothing: Tensor):
-    """What _sums_fused returns, from strips of products."""
+def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
+    """What _sums_fused does, from strips of products."""
     r, m = len(x), len(c)
     rows, row_columns, row_warps = _tile_sizes(x, "sums along")
     columns_at_once, column_rows, column_warps = _tile_sizes(x, "sums down")
@@ -292,7 +334,6 @@ def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tenso
     per_split, splits = _cut(m, first_column, row_columns, triton.cdiv(tallest, rows), x)
     per_part, (_, parts) = _cut(tallest, 0, column_rows, triton.cdiv(m, columns_at_once), x)
     row_out = torch.empty(sum(splits), 3, r, device=x.device)  # every program writes its part, be it empty
-    columns = [nothing.expand(3, m), nothing.expand(3, m)]
     for part in blocks:
         s, n = product(x[part], c.T), part.stop - part.start
         column_out = torch.empty(parts, 3, m, device=x.device)
@@ -305,9 +346,8 @@ def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tenso
             _strip_sums_kernel[triton.cdiv(m, columns_at_once), parts](
                 *down, beta, columns_at_once, column_rows, True, num_warps=column_warps
             )
-        group = int(part.start >= first_row)
-        columns[group] = merge(torch.cat([columns[group][None], column_out]), beta)
-    return row_out, splits, columns
+        _merge(column_out, columns[int(part.start >= first_row)], beta)
+    return row_out, splits
 
 
 def _tallest(blocks: list[slice]) -> int:

@@ -36,6 +36,7 @@ KERNELS = [
      {"BETA": 0.5, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "UPCAST": False}),
     (contrastive_triton._strip_sums_kernel, {}, {**STRIP, "DOWN": True}),
     (contrastive_triton._strip_sums_kernel, {}, {**STRIP, "DOWN": False}),
+    (contrastive_triton._merge_kernel, {}, {"BETA": 0.5, "PARTS": 8, "COLUMNS": 128}),
     (contrastive_triton._flash_gradient_kernel, {"rows": HALF, "columns": HALF},
      {"BETA": 0.5, "ROWS": 64, "COLUMNS": 64, "WIDTH": 64, "UPCAST": False}),
     (contrastive_triton._strip_gradient_kernel, {"g": HALF}, STRIP),
@@ -43,7 +44,7 @@ KERNELS = [
 POINTERS = {
     "scores", "values", "columns", "indices", "offers", "kth_of_columns", "queries", "gallery", "rows", "scale",
     "label", "row_out", "column_out", "row_vectors", "column_vectors", "row_label", "column_label", "row_own",
-    "column_own", "s", "g", "out",
+    "column_own", "s", "g", "out", "parts", "whole",
 }  # fmt: skip
 WHOLE = {"label": "*i64", "row_label": "*i64", "column_label": "*i64", "indices": "*i32"}
 
