@@ -13,15 +13,19 @@ from kernels.similarity_topk import fullest_waves, processors, product
 
 STRIP = 1 << 27  # logits held at a time by the Triton path where they are written (512 MiB of fp32)
 FUSED_WIDTH = 256  # up to this D products of 16-bit inputs stay in registers
+ONE_READING = True  # of each strip serves the sums of its rows and those of its columns; else two do
+WARPS = 32  # of the kernel of both sums for each multiprocessor: some three times what its registers hold
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
 # Tiles by compute capability: rows, columns, (depth,) warps, stages; "sums down": columns, rows, warps; "merge": parts,
 # columns, warps. Fixed, so that all ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200
-# (but "sums" was timed at D = 768 alone, above what it serves now; "merge" not at all); 8.0 not measured.
+# (but "sums" was timed at D = 768 alone, above what it serves now; "sums both" and "merge" not at all). 8.0 was not
+# measured.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
-        "sums along": (2, 1024, 4),  # of a written strip
+        "sums both": (16, 128, 1, 1),  # of a written strip
+        "sums along": (2, 1024, 4),  # the same in two readings
         "sums down": (64, 32, 4),
         "flash": (64, 64, 8, 1),
         "strip": (16, 128, 4, 1),
@@ -29,6 +33,7 @@ TILES = {
     },
     (9, 0): {
         "sums": (256, 128, 64, 8, 3),
+        "sums both": (16, 128, 1, 3),
         "sums along": (2, 1024, 4),
         "sums down": (64, 32, 4),
         "flash": (128, 64, 8, 3),
@@ -38,6 +43,7 @@ TILES = {
 }
 OTHER_TILES = {  # any other GPU, and the interpreter
     "sums": (32, 64, 32, 4, 2),
+    "sums both": (8, 32, 1, 1),
     "sums along": (2, 64, 4),
     "sums down": (32, 8, 4),
     "flash": (32, 32, 8, 1),
@@ -77,18 +83,18 @@ def _tile_of_logits(
 
 
 @triton.jit
-def _exponentials(u, BETA: tl.constexpr):
-    """contrastive_torch.powers_of in a kernel. By exp2, four instructions shorter than exp."""
+def _exponentials(u, BETA: tl.constexpr, unit=1.0):
+    """contrastive_torch.powers_of in a kernel, of u times unit. By exp2, four instructions shorter than exp."""
     LOG2E: tl.constexpr = 1.4426950408889634
     if BETA == 0.0:
-        big = tl.exp2(LOG2E * u)
+        big = tl.exp2((LOG2E * unit) * u)
         small = big
     elif BETA == 0.5:
-        small = tl.exp2((0.5 * LOG2E) * u)
+        small = tl.exp2((0.5 * LOG2E * unit) * u)
         big = small * small * small
     else:
-        big = tl.exp2(((1 + BETA) * LOG2E) * u)
-        small = tl.exp2((BETA * LOG2E) * u)
+        big = tl.exp2(((1 + BETA) * LOG2E * unit) * u)
+        small = tl.exp2((BETA * LOG2E * unit) * u)
     return big, small
 
 
@@ -164,6 +170,56 @@ def _strip_sums_kernel(
     tl.store(at, highest, mask=anchor < n)
     tl.store(at + total, tl.sum(big * fade_big, 1), mask=anchor < n)
     tl.store(at + 2 * total, tl.sum(small * fade_small, 1), mask=anchor < n)
+
+
+@triton.jit
+def _both_sums_kernel(
+    s, label, scale, row_out, column_out, start_row, n, m, first_column, per_split, r,
+    BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What _sums_kernel writes, from one reading of a written strip s (n, M) of products, rows start_row.. of R.
+
+    A tile lies in one warp, four neighbouring columns in a lane: each lane sums its columns over its rows, and keeps
+    its own sums of each row, which meet at the end. Sums are of raw products: the scale comes in with the exponent."""
+    LOWEST: tl.constexpr = -1e30  # times the scale still finite
+    NEAR: tl.constexpr = 4
+    unit = tl.load(scale)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    whole_rows = (tl.program_id(0) + 1) * ROWS <= n
+    own = tl.load(label + start_row + row, mask=row < n, other=-1)
+    last_own, first_own = tl.max(own, 0), tl.min(tl.where(own < 0, m, own), 0)
+    start, stop, _ = _span(tl.program_id(1), 0, first_column, m, per_split)
+    stop = tl.minimum(start + per_split, stop)
+    top = tl.full([ROWS, COLUMNS // NEAR], LOWEST, tl.float32)
+    big = tl.zeros([ROWS, COLUMNS // NEAR], tl.float32)
+    small = tl.zeros([ROWS, COLUMNS // NEAR], tl.float32)
+    for begin in tl.range(start, stop, COLUMNS, num_stages=STAGES):
+        column = begin + tl.arange(0, COLUMNS)
+        at = s + row.to(tl.int64)[:, None] * m + column[None, :]
+        p = tl.load(at, mask=(row < n)[:, None] & (column < stop)[None, :], other=0.0)
+        end = begin + COLUMNS
+        # few tiles hold a positive or end early
+        if (begin <= last_own and end > first_own) or (end > stop or not whole_rows):
+            negative = (row < n)[:, None] & (column < stop)[None, :] & (own[:, None] != column[None, :])
+            p = tl.where(negative, p, float("-inf"))
+        near = tl.reshape(p, [ROWS, COLUMNS // NEAR, NEAR])
+        higher = tl.maximum(top, tl.max(near, 2))
+        fade_big, fade_small = _exponentials(top - higher, BETA, unit)
+        new_big, new_small = _exponentials(near - higher[:, :, None], BETA, unit)
+        big, small = big * fade_big + tl.sum(new_big, 2), small * fade_small + tl.sum(new_small, 2)
+        top = higher
+        column_top = tl.maximum(tl.max(p, 0), LOWEST)
+        new_big, new_small = _exponentials(p - column_top[None, :], BETA, unit)
+        out = column_out + tl.program_id(0).to(tl.int64) * 3 * m + column
+        tl.store(out, column_top * unit, mask=column < stop)
+        tl.store(out + m, tl.sum(new_big, 0), mask=column < stop)
+        tl.store(out + 2 * m, tl.sum(new_small, 0), mask=column < stop)
+    highest = tl.max(top, 1)
+    fade_big, fade_small = _exponentials(top - highest[:, None], BETA, unit)
+    out = row_out + tl.program_id(1).to(tl.int64) * 3 * r + start_row + row
+    tl.store(out, highest * unit, mask=row < n)
+    tl.store(out + r, tl.sum(big * fade_big, 1), mask=row < n)
+    tl.store(out + 2 * r, tl.sum(small * fade_small, 1), mask=row < n)
 
 
 @triton.jit
@@ -287,7 +343,7 @@ def _fused(x: Tensor) -> bool:
 
 def statistics(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float):
     """What contrastive_torch.statistics returns (the bank's rows have sums too, which nobody reads)."""
-    sums = _sums_fused if _fused(x) else _sums_of_strips
+    sums = _sums_fused if _fused(x) else _both_sums_of_strips if ONE_READING else _sums_of_strips
     rows, columns = (torch.zeros(2, 3, n, device=x.device) for n in (len(x), len(c)))
     rows[:, 0] = columns[:, 0] = -1e37  # the kernels' LOWEST
     row_out, splits = sums(x, c, label, first_row, first_column, scale, beta, columns)
@@ -324,8 +380,29 @@ def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, b
     return row_out, splits
 
 
+def _both_sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
+    """What _sums_fused does, from strips of products, each read once."""
+    r, m = len(x), len(c)
+    rows, at_once, warps, stages = _tile_sizes(x, "sums both")
+    blocks = row_blocks([0, first_row, r], m, STRIP)
+    tiles = triton.cdiv(_tallest(blocks), rows)
+    per_split, splits = _cut(m, first_column, at_once, tiles, x, max(1, WARPS // warps))
+    row_out = torch.empty(sum(splits), 3, r, device=x.device)  # every program writes its part, be it empty
+    column_out = torch.empty(tiles, 3, m, device=x.device)
+    for part in blocks:
+        s, n = product(x[part], c.T), part.stop - part.start
+        used = column_out[: triton.cdiv(n, rows)]
+        with torch.cuda.device_of(x):
+            _both_sums_kernel[len(used), sum(splits)](
+                s, label, scale, row_out, used, part.start, n, m, first_column, per_split, r,
+                beta, rows, at_once, stages, num_warps=warps,
+            )  # fmt: skip
+        _merge(used, columns[int(part.start >= first_row)], beta)
+    return row_out, splits
+
+
 def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
-    """What _sums_fused does, from strips of products."""
+    """The same as _both_sums_of_strips, each strip read twice."""
     r, m = len(x), len(c)
     rows, row_columns, row_warps = _tile_sizes(x, "sums along")
     columns_at_once, column_rows, column_warps = _tile_sizes(x, "sums down")
@@ -354,9 +431,11 @@ def _tallest(blocks: list[slice]) -> int:
     return max((part.stop - part.start for part in blocks), default=1)
 
 
-def _cut(n: int, first: int, tile: int, programs: int, x: Tensor) -> tuple[int, tuple[int, int]]:
-    """What each program sums of n others, in whole tiles, and the splits that makes of either group."""
-    wanted = max(fullest_waves(programs, processors(x)), processors(x) // programs)  # few programs: more splits
+def _cut(n: int, first: int, tile: int, programs: int, x: Tensor, at_once: int = 1) -> tuple[int, tuple[int, int]]:
+    """What each program sums of n others, in whole tiles, and the splits that makes of either group. at_once: programs
+    that a multiprocessor holds."""
+    places = processors(x) * at_once
+    wanted = max(fullest_waves(programs, places), places // programs)  # few programs: more splits
     per_split = triton.cdiv(triton.cdiv(n, tile), wanted) * tile
     return per_split, _tiles(0, first, n, per_split)
 

@@ -248,6 +248,13 @@ VARIANTS = (
         ("test_contrastive.py::test_finite_at_cosine_one",),
     ),
     Variant(
+        "a positive is summed with the negatives",
+        "kernels/contrastive_triton.py",
+        "        if (begin <= last_own and end > first_own) or (end > stop or not whole_rows):\n",
+        "        if end > stop or not whole_rows:\n",
+        ("test_triton_kernels.py::test_kernels_in_the_interpreter",),
+    ),
+    Variant(
         "a loss that is no number goes on",
         "train_cir.py",
         "        batches.stop_if_not_finite(batch.step + 1, loss.item() + norm, batch.own_draws, log, remedy)\n",

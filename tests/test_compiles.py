@@ -34,6 +34,7 @@ KERNELS = [
      {"LEVELS": 8, "PAIRS": 16}),
     (contrastive_triton._sums_kernel, {"rows": HALF, "columns": HALF},
      {"BETA": 0.5, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "UPCAST": False}),
+    (contrastive_triton._both_sums_kernel, {}, {**STRIP, "STAGES": 3}),
     (contrastive_triton._strip_sums_kernel, {}, {**STRIP, "DOWN": True}),
     (contrastive_triton._strip_sums_kernel, {}, {**STRIP, "DOWN": False}),
     (contrastive_triton._merge_kernel, {}, {"BETA": 0.5, "PARTS": 8, "COLUMNS": 128}),

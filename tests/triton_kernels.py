@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import vdg_align
 from common import decode
-from kernels import best_lists, contrastive_triton, decoding, rows
+from kernels import best_lists, contrastive_torch, contrastive_triton, decoding, rows
 from kernels import similarity_topk as topk
 from kernels.contrastive import hn_nce, hn_nce_reference, l_tcc
 from kernels.similarity_topk import exact_topk, similarity_topk, similarity_topk_reference
@@ -208,6 +208,51 @@ def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, 
     wanted = run(hn_nce_reference, torch.float64, "cpu")
     close(run(hn_nce, torch.float32, DEVICE), wanted, 1e-5, run(hn_nce_reference, torch.float32, "cpu"))
     assert used == {"statistics", "gradient"}
+
+
+@pytest.mark.parametrize("one_reading", [True, False])
+@pytest.mark.parametrize("beta, scale", [(0.5, 100.0), (0.25, 20.0), (0.0, 20.0)])
+@pytest.mark.parametrize(
+    "n, m, bank, first_row, first_column, labels",
+    [
+        (5, 33, 0, 0, 0, (7, 0)),  # fewer rows than a tile, one column more than a tile
+        (16, 32, 0, 0, 0, (7, 0)),  # whole tiles
+        (29, 97, 3, 13, 35, (7, 0)),  # both borders within a tile
+        (9, 70, 2, 9, 1, (7, 0)),  # one group of rows; in a group of one column, its row's positive
+        (6, 1, 0, 3, 0, (7, 0)),  # every row has that column as its positive: no negatives at all
+        (60, 272, 7, 19, 16, (7, 0)),  # aligned columns, several strips of either group
+        (17, 272, 0, 0, 0, (1, 113)),  # the last positive of a tile's rows in the first column of a tile
+        (17, 272, 0, 0, 0, (1, 127)),  # the first positive of a tile's rows in the last column of a tile
+    ],
+)
+def test_sums_of_strips_at_their_edges(
+    n, m, bank, first_row, first_column, labels, beta, scale, one_reading, monkeypatch
+):
+    """(1 + beta) o + log S and beta o + log T of rows and columns in either group, of rows at very different levels."""
+    monkeypatch.setattr(contrastive_triton, "ONE_READING", one_reading)
+    monkeypatch.setattr(contrastive_triton, "STRIP", 17 * m)
+    x, c = unit(n, 6, 50).float(), unit(m, 6, 51).float()
+    label = torch.cat([torch.full((bank,), -1), (torch.arange(n - bank) * labels[0] + labels[1]) % m])
+    x[bank:] += 2 * c[label[bank:]]  # a positive that is summed would be the largest of its row
+    x[::3] *= 5
+
+    def sums(module, dtype, device):
+        inputs = x.to(device, dtype), c.to(device, dtype), label.to(device), bank, first_row, first_column
+        return module.statistics(*inputs, torch.tensor(scale, dtype=dtype, device=device), beta)
+
+    found = sums(contrastive_triton, torch.float32, DEVICE)
+    again = sums(contrastive_triton, torch.float32, DEVICE)
+    wanted = sums(contrastive_torch, torch.float64, "cpu")
+    for got, same, want in zip(found, again, wanted, strict=True):
+        assert torch.equal(got, same) and got.isfinite().all()
+        got = got.cpu().double()
+        if want is wanted[0]:  # the bank's rows have sums that nobody reads
+            got, want = got[..., bank:], want[..., bank:]
+        for i, power in ((1, 1 + beta), (2, beta))[: 1 + (beta > 0)]:
+            assert torch.equal(got[:, i] == 0, want[:, i] == 0)
+            there = want[:, i] > 0
+            of_got, of_want = ((power * t[:, 0] + t[:, i].log())[there] for t in (got, want))
+            torch.testing.assert_close(of_got, of_want, rtol=3e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("d", [24, 260])
