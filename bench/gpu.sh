@@ -3,7 +3,7 @@
 # bare image, in fourteen minutes at most: about what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles
-#                                              # and, not by default: large (120 s more), quantized (200 s),
+#                                              # and, not by default: large (120 s more), quantized (240 s),
 #                                              # decoders (60 s; no GPU is wanted), demo (330 s)
 #   SKIP="alignment loss" bash bench/gpu.sh    # without these steps
 #   CARRIED=1 bash bench/gpu.sh                # the CPU's half of bench/devices.py lies in out/devices already
@@ -79,9 +79,9 @@ if wants figures; then
   step phases 20 python bench/phases.py -- $INTERPRET bench/phases.py --n 24 --d 64 --repeats 0
   step generation 90 python bench/generation.py --device cuda --pairs 512 --rounds 1 --only ours-512,generate-64 \
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
-  step tuning 100 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
-  step tuning-64 110 python bench/tuning.py --device cuda --batch 64 --rounds 3 \
-    -- python bench/tuning.py --batch 3 --steps 1 --rounds 1
+  step tuning 120 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
+  step tuning-64 110 python bench/tuning.py --device cuda --batch 64 --rounds 3 --only packed,tree,peft \
+    -- python bench/tuning.py --batch 3 --steps 1 --rounds 1 --only packed,tree
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
 fi
@@ -91,13 +91,13 @@ if wants large; then
     -- $INTERPRET bench/mining.py --rehearse 1 --n 300 --d 64 --repeats 1
 fi
 if wants quantized; then
-  step nf4 100 python bench/tuning.py --device cuda --shape 7b --quantize nf4 --rounds 2 \
+  step nf4 120 python bench/tuning.py --device cuda --shape 7b --quantize nf4 --rounds 2 \
     -- python bench/tuning.py --batch 2 --steps 1 --rounds 1 --quantize nf4
-  step int8 100 python bench/tuning.py --device cuda --shape 7b --quantize int8 --rounds 2 \
+  step int8 120 python bench/tuning.py --device cuda --shape 7b --quantize int8 --rounds 2 \
     -- python bench/tuning.py --batch 2 --steps 1 --rounds 1 --quantize int8
 fi
-wants tiles && step tiles 30 python $SWEEP propose,rotate,one,rows,absorb,sums,flash,strip --out "$OUT/tiles.csv" \
-  -- $INTERPRET $SWEEP propose,rotate,one,rows,absorb,sums,flash,strip $SMALL --out "$OUT/tiles.csv"
+wants tiles && step tiles 30 python $SWEEP propose,rotate,one,rows,absorb,sums,merge,flash,strip --out "$OUT/tiles.csv" \
+  -- $INTERPRET $SWEEP propose,rotate,one,rows,absorb,sums,merge,flash,strip $SMALL --out "$OUT/tiles.csv"
 if wants demo; then
   JOBS=8 step demo 330 bash demo.sh -- bash -c "echo 'demo.sh runs on a CPU as it is: not rehearsed'"
   cp out/demo/metrics.json "$OUT/" 2> /dev/null

@@ -41,12 +41,11 @@ SUMS = [
     (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3),
     (128, 256, 64, 8, 3), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 128, 8, 2),
 ]  # fmt: skip
-SUMS_BOTH = [
-    (16, 128, 1, 3), (16, 128, 1, 1), (16, 128, 1, 2), (32, 64, 1, 3), (32, 64, 1, 1), (32, 32, 1, 3), (32, 32, 1, 1),
-    (16, 64, 1, 3), (16, 64, 1, 1), (8, 128, 1, 3), (64, 32, 1, 3), (16, 256, 2, 3), (32, 64, 2, 3), (32, 128, 2, 3),
+STRIP_SUMS = [
+    (64, 32, 1, 3), (16, 128, 1, 1), (16, 128, 1, 3), (32, 64, 1, 3), (32, 64, 1, 1), (32, 32, 1, 3), (32, 32, 1, 1),
+    (16, 64, 1, 3), (16, 64, 1, 1), (8, 128, 1, 3), (64, 32, 1, 1), (16, 256, 2, 3), (32, 64, 2, 3), (32, 128, 2, 3),
 ]  # fmt: skip
-SUMS_ALONG = [(2, 1024, 4), (4, 512, 4)]  # what reading a strip twice takes, beside SUMS_BOTH
-MERGE = [(8, 128, 4), (4, 128, 2), (8, 128, 8), (4, 128, 4), (8, 64, 4), (16, 64, 4), (16, 128, 8)]
+MERGE = [(8, 64, 4), (4, 128, 2), (8, 128, 8), (4, 128, 4), (8, 128, 4), (16, 64, 4), (16, 128, 8)]
 FLASH = [
     (128, 64, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2),
     (128, 64, 8, 1), (64, 32, 4, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2),
@@ -57,7 +56,7 @@ STRIP += [(16, 256, 4, 1), (16, 256, 2, 1), (8, 256, 2, 1), (8, 128, 2, 1), (8, 
 ALONG = [best_lists.TILES["along"], (1, 256, 1), (1, 512, 1), (1, 512, 2), (2, 256, 1), (2, 256, 2), (2, 128, 1)]
 ALONG += [(1, 1024, 2), (1, 1024, 4), (4, 256, 4), (4, 128, 2)]
 ROTATE = [decoding.TILES["rotate"], (16, 4), (8, 2), (4, 1), (16, 2), (16, 1), (32, 8)]
-ROWS = [taken_rows.TILE, (4, 1024, 4), (8, 512, 2), (16, 512, 4), (4, 512, 2), (2, 1024, 4)]
+ROWS = [taken_rows.TILE, (8, 1024, 4), (8, 512, 2), (16, 512, 4), (4, 512, 2), (2, 1024, 4)]
 ONE_TOKEN = [decoding.TILES["one token"], (16, 2), (32, 2), (32, 4), (8, 1), (4, 1)]
 
 
@@ -107,14 +106,13 @@ def absorb(both: bool, n: int, d: int):
 
 
 def loss(kernel: str, n: int, d: int, dtype):
-    """Sums, or the gradient, of l_tcc with n triplets; work in FLOP. `sums along` reads strips twice."""
+    """Sums, or the gradient, of l_tcc with n triplets; work in FLOP."""
     x, c = half(n, d, dtype), half(n, d, dtype, seed=1)
     label, scale = torch.arange(n, device=DEVICE), torch.tensor(100.0, device=DEVICE)
     shape = x, c, label, 0, 0, 0, scale, 0.5
 
     def sums(candidate):
         put_tile(kernel, candidate)
-        contrastive_triton.ONE_READING = kernel != "sums along"
         return contrastive_triton.statistics(*shape)
 
     vectors = [torch.full((2, 3, n), 1.0, device=DEVICE) for _ in "rc"]
@@ -123,7 +121,7 @@ def loss(kernel: str, n: int, d: int, dtype):
         put_tile(kernel, candidate)
         return contrastive_triton.gradient(*shape, vectors, torch.ones(n, device=DEVICE))
 
-    return (sums, 2 * n * n * d) if kernel.startswith(("sums", "merge")) else (gradient, 6 * n * n * d)
+    return (sums, 2 * n * n * d) if kernel in ("sums", "strip sums", "merge") else (gradient, 6 * n * n * d)
 
 
 def rotate(n: int, tokens: int, heads: int):
@@ -180,8 +178,7 @@ def cases(small: int) -> dict:
         "absorb for rows, 8,192 x 8,192": (lambda: absorb(False, size(8192), 2048), ALONG),
         "absorb for rows and columns, 8,192 x 8,192": (lambda: absorb(True, size(8192), 2048), ALONG),
         "sums bf16 D=256, B=32,768": (lambda: loss("sums", size(32_768), 256, bf16), SUMS),
-        "sums both bf16 D=768, B=32,768": (lambda: loss("sums both", size(32_768), 768, bf16), SUMS_BOTH),
-        "sums along bf16 D=768, B=32,768": (lambda: loss("sums along", size(32_768), 768, bf16), SUMS_ALONG),
+        "strip sums bf16 D=768, B=32,768": (lambda: loss("strip sums", size(32_768), 768, bf16), STRIP_SUMS),
         "merge bf16 D=768, B=32,768": (lambda: loss("merge", size(32_768), 768, bf16), MERGE),
         "flash bf16 D=256, B=32,768": (lambda: loss("flash", size(32_768), 256, bf16), FLASH),
         "strip bf16 D=768, B=32,768": (lambda: loss("strip", size(32_768), 768, bf16), STRIP),

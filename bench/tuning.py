@@ -3,6 +3,7 @@
     python bench/tuning.py                      # LLaMA of 30 M parameters, fp32, CPU
     python bench/tuning.py --device cuda        # 13B, bf16, random weights made on the device
     ... --shape 7b --quantize nf4               # Llama-2-7B's shape as NF4 (or int8) by bitsandbytes, LoRA in fp32
+    ... --batch 64 --only packed,tree,peft      # without a peer whose attention to a packed line is quadratic
 
 A step: projection of the Q-Former outputs, forward, backward, AdamW; LoRA of rank 64 on q and v, dropout 0.05 [S4.1].
 A batch is one subgroup: nine pairs of six references (or `--batch`), deltas of 5 to 33 tokens. Tokens of use: all that
@@ -138,7 +139,7 @@ def alone(name: str, found) -> tuple[dict, list]:
 
 
 def main() -> None:
-    found = measure.arguments(__doc__, batch=9, steps=2, rounds=5, serve="", quantize="", shape="")
+    found = measure.arguments(__doc__, batch=9, steps=2, rounds=5, serve="", quantize="", shape="", only="")
     import torch
 
     device = found.device
@@ -146,7 +147,8 @@ def main() -> None:
         run, ready = contestant(found.serve, found.batch, found.steps, device, found.quantize, found.shape)
         return measure.serve(run, ready, device)
     contestants, seconds, ready = {}, {}, {}
-    for name in ("packed", "tree", "peft", "peft-packed"):
+    chosen = found.only.split(",") if found.only else ["packed", "tree", "peft", "peft-packed"]
+    for name in chosen:
         if device == "cuda":  # four models of 26 GB would not fit: one after another
             times, ready[name] = alone(name, found)
             seconds |= times
@@ -177,6 +179,8 @@ def main() -> None:
     pace = {name: [tokens / s for s in times] for name, times in seconds.items()}
     rows = measure.pace_rows("tuning", size, device, pace, "tokens/s", floor)
     for name, (peer, kind) in itertools.product(("packed", "tree"), (("peft", "padded"), ("peft-packed", "packed"))):
+        if not {name, peer} <= set(chosen):
+            continue
         value, note = measure.ratio(pace[name], pace[peer])
         rows.append(measure.row(f"tuning: {name} against PEFT, {kind}", size, device, value, "x", note=note))
     measure.publish(rows)

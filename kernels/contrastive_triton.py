@@ -13,39 +13,31 @@ from kernels.similarity_topk import fullest_waves, processors, product
 
 STRIP = 1 << 27  # logits held at a time by the Triton path where they are written (512 MiB of fp32)
 FUSED_WIDTH = 256  # up to this D products of 16-bit inputs stay in registers
-ONE_READING = True  # of each strip serves the sums of its rows and those of its columns; else two do
-WARPS = 32  # of the kernel of both sums for each multiprocessor: some three times what its registers hold
+WARPS = 32  # of the kernel of a strip's sums for each multiprocessor: some three times what its registers hold
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
-# Tiles by compute capability: rows, columns, (depth,) warps, stages; "sums down": columns, rows, warps; "merge": parts,
-# columns, warps. Fixed, so that all ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200
-# (but "sums" was timed at D = 768 alone, above what it serves now; "sums both" and "merge" not at all). 8.0 was not
-# measured.
+# Tiles by compute capability: rows, columns, (depth,) warps, stages; "merge": parts, columns, warps. Fixed, so that all
+# ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200 (but "sums" was timed at D = 768
+# alone, above what it serves now). 8.0 was not measured.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
-        "sums both": (16, 128, 1, 1),  # of a written strip
-        "sums along": (2, 1024, 4),  # the same in two readings
-        "sums down": (64, 32, 4),
+        "strip sums": (16, 128, 1, 1),  # of a written strip
         "flash": (64, 64, 8, 1),
         "strip": (16, 128, 4, 1),
         "merge": (8, 128, 4),
     },
     (9, 0): {
         "sums": (256, 128, 64, 8, 3),
-        "sums both": (16, 128, 1, 3),
-        "sums along": (2, 1024, 4),
-        "sums down": (64, 32, 4),
+        "strip sums": (64, 32, 1, 3),
         "flash": (128, 64, 8, 3),
         "strip": (16, 128, 4, 1),
-        "merge": (8, 128, 4),
+        "merge": (8, 64, 4),
     },
 }
 OTHER_TILES = {  # any other GPU, and the interpreter
     "sums": (32, 64, 32, 4, 2),
-    "sums both": (8, 32, 1, 1),
-    "sums along": (2, 64, 4),
-    "sums down": (32, 8, 4),
+    "strip sums": (8, 32, 1, 1),  # and where loads are narrow: larger tiles would spill registers there
     "flash": (32, 32, 8, 1),
     "strip": (16, 64, 4, 1),
     "merge": (2, 32, 4),
@@ -136,44 +128,6 @@ def _sums_kernel(
 
 @triton.jit
 def _strip_sums_kernel(
-    s, label, scale, out, start_row, n, m, row_step, column_step, first, per_split, total,
-    BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr,
-):  # fmt: skip
-    """o, S and T of n anchors over one split of the m others, (splits, 3, total), from a written strip s of products:
-    those of its rows, or, DOWN, of its columns (out then begins at its first column, else at its first row). label:
-    the positive of each row of the strip. Each lane sums for itself, and the lanes of an anchor meet at the end."""
-    LOWEST: tl.constexpr = -1e37
-    anchor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    start, stop, _ = _span(tl.program_id(1), 0, first, m, per_split)
-    stop = tl.minimum(start + per_split, stop)
-    own = tl.load(label + start_row + anchor, mask=(anchor < n) & (DOWN == 0), other=-1)[:, None]
-    top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)
-    big, small = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in range(start, stop, COLUMNS):
-        other = begin + tl.arange(0, COLUMNS)
-        negative = (anchor < n)[:, None] & (other < stop)[None, :]
-        if DOWN:
-            positive = tl.load(label + start_row + other, mask=other < stop, other=-1)[None, :]
-            negative = negative & (positive != anchor[:, None])
-        else:
-            negative = negative & (own != other[None, :])
-        at = anchor.to(tl.int64)[:, None] * row_step + other.to(tl.int64)[None, :] * column_step
-        logits = tl.load(s + at, mask=negative, other=float("-inf")) * tl.load(scale)
-        higher = tl.maximum(top, logits)
-        fade_big, fade_small = _exponentials(top - higher, BETA)
-        new_big, new_small = _exponentials(logits - higher, BETA)
-        big, small = big * fade_big + new_big, small * fade_small + new_small
-        top = higher
-    highest = tl.max(top, 1)
-    fade_big, fade_small = _exponentials(top - highest[:, None], BETA)
-    at = out + tl.program_id(1).to(tl.int64) * 3 * total + anchor
-    tl.store(at, highest, mask=anchor < n)
-    tl.store(at + total, tl.sum(big * fade_big, 1), mask=anchor < n)
-    tl.store(at + 2 * total, tl.sum(small * fade_small, 1), mask=anchor < n)
-
-
-@triton.jit
-def _both_sums_kernel(
     s, label, scale, row_out, column_out, start_row, n, m, first_column, per_split, r,
     BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -343,7 +297,7 @@ def _fused(x: Tensor) -> bool:
 
 def statistics(x, c, label, bank: int, first_row: int, first_column: int, scale: Tensor, beta: float):
     """What contrastive_torch.statistics returns (the bank's rows have sums too, which nobody reads)."""
-    sums = _sums_fused if _fused(x) else _both_sums_of_strips if ONE_READING else _sums_of_strips
+    sums = _sums_fused if _fused(x) else _sums_of_strips
     rows, columns = (torch.zeros(2, 3, n, device=x.device) for n in (len(x), len(c)))
     rows[:, 0] = columns[:, 0] = -1e37  # the kernels' LOWEST
     row_out, splits = sums(x, c, label, first_row, first_column, scale, beta, columns)
@@ -380,10 +334,11 @@ def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, b
     return row_out, splits
 
 
-def _both_sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
+def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
     """What _sums_fused does, from strips of products, each read once."""
     r, m = len(x), len(c)
-    rows, at_once, warps, stages = _tile_sizes(x, "sums both")
+    aligned = m % 16 == 0 and first_column % 16 == 0  # loads of 16 bytes
+    rows, at_once, warps, stages = _tile_sizes(x, "strip sums") if aligned else OTHER_TILES["strip sums"]
     blocks = row_blocks([0, first_row, r], m, STRIP)
     tiles = triton.cdiv(_tallest(blocks), rows)
     per_split, splits = _cut(m, first_column, at_once, tiles, x, max(1, WARPS // warps))
@@ -393,37 +348,11 @@ def _both_sums_of_strips(x, c, label, first_row: int, first_column: int, scale: 
         s, n = product(x[part], c.T), part.stop - part.start
         used = column_out[: triton.cdiv(n, rows)]
         with torch.cuda.device_of(x):
-            _both_sums_kernel[len(used), sum(splits)](
+            _strip_sums_kernel[len(used), sum(splits)](
                 s, label, scale, row_out, used, part.start, n, m, first_column, per_split, r,
                 beta, rows, at_once, stages, num_warps=warps,
             )  # fmt: skip
         _merge(used, columns[int(part.start >= first_row)], beta)
-    return row_out, splits
-
-
-def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
-    """The same as _both_sums_of_strips, each strip read twice."""
-    r, m = len(x), len(c)
-    rows, row_columns, row_warps = _tile_sizes(x, "sums along")
-    columns_at_once, column_rows, column_warps = _tile_sizes(x, "sums down")
-    blocks = row_blocks([0, first_row, r], m, STRIP)
-    tallest = _tallest(blocks)
-    per_split, splits = _cut(m, first_column, row_columns, triton.cdiv(tallest, rows), x)
-    per_part, (_, parts) = _cut(tallest, 0, column_rows, triton.cdiv(m, columns_at_once), x)
-    row_out = torch.empty(sum(splits), 3, r, device=x.device)  # every program writes its part, be it empty
-    for part in blocks:
-        s, n = product(x[part], c.T), part.stop - part.start
-        column_out = torch.empty(parts, 3, m, device=x.device)
-        along = s, label, scale, row_out[:, :, part.start :], part.start, n, m, *s.stride(), first_column, per_split, r
-        down = s, label, scale, column_out, part.start, m, n, *s.T.stride(), 0, per_part, m
-        with torch.cuda.device_of(x):
-            _strip_sums_kernel[triton.cdiv(n, rows), sum(splits)](
-                *along, beta, rows, row_columns, False, num_warps=row_warps
-            )
-            _strip_sums_kernel[triton.cdiv(m, columns_at_once), parts](
-                *down, beta, columns_at_once, column_rows, True, num_warps=column_warps
-            )
-        _merge(column_out, columns[int(part.start >= first_row)], beta)
     return row_out, splits
 
 

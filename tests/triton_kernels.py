@@ -210,7 +210,6 @@ def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, 
     assert used == {"statistics", "gradient"}
 
 
-@pytest.mark.parametrize("one_reading", [True, False])
 @pytest.mark.parametrize("beta, scale", [(0.5, 100.0), (0.25, 20.0), (0.0, 20.0)])
 @pytest.mark.parametrize(
     "n, m, bank, first_row, first_column, labels",
@@ -225,11 +224,8 @@ def test_hn_nce_with_uneven_incoming_gradients(used, n, m, d, alpha, beta, tau, 
         (17, 272, 0, 0, 0, (1, 127)),  # the first positive of a tile's rows in the last column of a tile
     ],
 )
-def test_sums_of_strips_at_their_edges(
-    n, m, bank, first_row, first_column, labels, beta, scale, one_reading, monkeypatch
-):
+def test_sums_of_strips_at_their_edges(n, m, bank, first_row, first_column, labels, beta, scale, monkeypatch):
     """(1 + beta) o + log S and beta o + log T of rows and columns in either group, of rows at very different levels."""
-    monkeypatch.setattr(contrastive_triton, "ONE_READING", one_reading)
     monkeypatch.setattr(contrastive_triton, "STRIP", 17 * m)
     x, c = unit(n, 6, 50).float(), unit(m, 6, 51).float()
     label = torch.cat([torch.full((bank,), -1), (torch.arange(n - bank) * labels[0] + labels[1]) % m])
