@@ -17,8 +17,8 @@ WARPS = 32  # of the kernel of a strip's sums for each multiprocessor: some thre
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
 # Tiles by compute capability: rows, columns, (depth,) warps, stages; "merge": parts, columns, warps. Fixed, so that all
-# ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200 (but "sums" was timed at D = 768
-# alone, above what it serves now). 8.0 was not measured.
+# ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200 ("strip sums": 7 %; where M is no
+# multiple of 16 it spills registers; "sums" was timed at D = 768 alone, above what it serves now). 8.0: not measured.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
@@ -29,15 +29,15 @@ TILES = {
     },
     (9, 0): {
         "sums": (256, 128, 64, 8, 3),
-        "strip sums": (64, 32, 1, 3),
+        "strip sums": (16, 128, 1, 3),
         "flash": (128, 64, 8, 3),
         "strip": (16, 128, 4, 1),
-        "merge": (8, 64, 4),
+        "merge": (8, 128, 4),
     },
 }
 OTHER_TILES = {  # any other GPU, and the interpreter
     "sums": (32, 64, 32, 4, 2),
-    "strip sums": (8, 32, 1, 1),  # and where loads are narrow: larger tiles would spill registers there
+    "strip sums": (8, 32, 1, 1),
     "flash": (32, 32, 8, 1),
     "strip": (16, 64, 4, 1),
     "merge": (2, 32, 4),
@@ -337,8 +337,7 @@ def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, b
 def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
     """What _sums_fused does, from strips of products, each read once."""
     r, m = len(x), len(c)
-    aligned = m % 16 == 0 and first_column % 16 == 0  # loads of 16 bytes
-    rows, at_once, warps, stages = _tile_sizes(x, "strip sums") if aligned else OTHER_TILES["strip sums"]
+    rows, at_once, warps, stages = _tile_sizes(x, "strip sums")
     blocks = row_blocks([0, first_row, r], m, STRIP)
     tiles = triton.cdiv(_tallest(blocks), rows)
     per_split, splits = _cut(m, first_column, at_once, tiles, x, max(1, WARPS // warps))
