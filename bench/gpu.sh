@@ -81,7 +81,7 @@ if wants figures; then
     -- python bench/generation.py --pairs 16 --rounds 1 --new 4 --only ours-16,generate-64
   step tuning 120 python bench/tuning.py --device cuda --rounds 3 -- python bench/tuning.py --batch 2 --steps 1 --rounds 1
   step tuning-64 110 python bench/tuning.py --device cuda --batch 64 --rounds 3 --only packed,tree,peft \
-    -- python bench/tuning.py --batch 3 --steps 1 --rounds 1 --only packed,tree
+    -- python bench/tuning.py --batch 3 --steps 1 --rounds 1 --only packed
   step alignment 40 python bench/alignment.py --device cuda --batch 64 \
     -- python bench/alignment.py --batch 2 --steps 1 --rounds 1
 fi
