@@ -204,10 +204,9 @@ class BlipTdm(CirModel):
         """Text attending to image tokens: -> hidden states (B, T, D), mask (B, T)."""
         ids, mask = self.tokenize(texts, "cpu", backward)
         ids[:, 0] = self.first_token  # the tokenizer writes [CLS]; the cross-attention was trained behind [ENC]
-        # quarters of a large batch, by length: padded to the longest of all, half of the tokens would be none [ours]
-        least = (
-            16 if tokens.device.type == "cpu" else 192
-        )  # a group of fewer costs a GPU more in launches than it saves
+        # up to four groups, by length: padded to the longest of all, half of the tokens would be none [ours]; on a GPU
+        # large ones, as its time goes into launches
+        least = 16 if tokens.device.type == "cpu" else 192
         lengths, groups, parts = mask.sum(1), max(1, min(4, len(texts) // least)), []
         order = lengths.argsort(stable=True)
         longest = [int(lengths[rows[-1]]) for rows in order.chunk(groups)]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CUDA checks of the kernels, the six stages on CPU and GPU, every GPU row of bench/results.csv, and the tile sizes, on a
-# bare image, in fourteen minutes at most: about what the time limits below add up to.
+# bare image, in fifteen minutes: what the time limits below add up to.
 #   bash bench/gpu.sh [OUT]                    # logs, tables and rows into OUT (out/gpu)
 #   PARTS="kernels tiles" bash bench/gpu.sh    # some parts only: kernels stages figures tiles
 #                                              # and, not by default: large (120 s more), quantized (240 s),
@@ -49,7 +49,7 @@ INTERPRET="env TRITON_INTERPRET=1 python"
 SWEEP="bench/sweep.py --workers 0 --only"
 SMALL="--small 6400 --first 2 --repeats 1"
 FEW="(topk_equals and 3-70) or exact_scores or error_of_a_proposal or (half_precision and 260) or (l_tcc_with_bank and 20-0)"
-FEW="$FEW or (upper_triangle and 130) or rotary or one_token or taken_rows_and"
+FEW="$FEW or (upper_triangle and 130) or rotary or one_token or taken_rows_and or (at_their_edges and 0.25)"
 TESTS="-m pytest -q -p no:cacheprovider tests/triton_kernels.py"
 
 # What is right, and what compiles: many processors and little of the GPU, side by side.

@@ -191,6 +191,11 @@ def cases(small: int) -> dict:
     }
 
 
+def result_of(run, candidate):
+    result = run(candidate)
+    return result() if callable(result) else result
+
+
 def same(found, wanted) -> bool:
     """Whether a candidate gives what the committed tile gives, but for rounding."""
     for a, b in zip(*(x if isinstance(x, tuple | list) else (x,) for x in (found, wanted)), strict=True):
@@ -231,19 +236,16 @@ def main() -> None:
     rows, began = [], time.time()
     for name, (prepare, candidates) in chosen.items():
         run, work = prepare()
-        times, wanted = {}, None
+        times, wanted = {}, result_of(run, candidates[0])
         for i, candidate in enumerate(candidates[: found.first or None]):
             if i % of != share:
                 continue
             try:
-                result = run(candidate)
-                result = result() if callable(result) else result
-                wanted = result if wanted is None else wanted
                 times[candidate] = float("nan")
-                if same(result, wanted):
+                if same(result_of(run, candidate), wanted):
                     times[candidate] = median_ms(functools.partial(run, candidate), 1 if found.share else found.repeats)
                 else:
-                    print(f"{name} {candidate}: WRONG: other numbers than the first candidate's", flush=True)
+                    print(f"{name} {candidate}: WRONG: other numbers than the committed tile's", flush=True)
             except Exception as error:  # noqa: BLE001  too many registers, too much shared memory: the row says so
                 times[candidate] = float("nan")
                 print(f"{name} {candidate}: {type(error).__name__}: {str(error)[:90]}", flush=True)

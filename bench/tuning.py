@@ -7,7 +7,7 @@
 
 A step: projection of the Q-Former outputs, forward, backward, AdamW; LoRA of rank 64 on q and v, dropout 0.05 [S4.1].
 A batch is one subgroup: nine pairs of six references (or `--batch`), deltas of 5 to 33 tokens. Tokens of use: all that
-are no padding, counted once a row for everyone, also where the tree holds shared ones once. Before time is taken, all
+are no padding, counted once a row for everyone, also where the tree holds shared ones once. All
 must give the same loss without dropout. `packed` holds the instruction once a batch, `tree` each reference too; `peft`
 pads the rows to the longest, `peft-packed` lays them behind one another, each with positions of its own. Floor: 4 FLOP
 a frozen weight and token of use (forward, and backward without gradients of the weights) at the speed of a large
@@ -152,6 +152,7 @@ def main() -> None:
         if device == "cuda":  # four models of 26 GB would not fit: one after another
             times, ready[name] = alone(name, found)
             seconds |= times
+            print(f"{name}: {' '.join(f'{s:.4f}' for s in times[name])} s", flush=True)  # should a later one not end
             gc.collect()  # a model's modules hold each other
             torch.cuda.empty_cache()
             continue
@@ -178,11 +179,12 @@ def main() -> None:
     size = f"{(weights + 2 * head) / 1e6:,.0f}M parameters, {kind}, {found.batch} triplets a step"
     pace = {name: [tokens / s for s in times] for name, times in seconds.items()}
     rows = measure.pace_rows("tuning", size, device, pace, "tokens/s", floor)
-    for name, (peer, kind) in itertools.product(("packed", "tree"), (("peft", "padded"), ("peft-packed", "packed"))):
+    peers = ("peft", "padded"), ("peft-packed", "packed")
+    for name, (peer, way) in itertools.product(("packed", "tree"), peers):
         if not {name, peer} <= set(chosen):
             continue
         value, note = measure.ratio(pace[name], pace[peer])
-        rows.append(measure.row(f"tuning: {name} against PEFT, {kind}", size, device, value, "x", note=note))
+        rows.append(measure.row(f"tuning: {name} against PEFT, {way}", size, device, value, "x", note=note))
     measure.publish(rows)
 
 

@@ -17,8 +17,9 @@ WARPS = 32  # of the kernel of a strip's sums for each multiprocessor: some thre
 STRIP_TILES = 128  # tiles of rows whose partial sums of all columns are held at a time
 
 # Tiles by compute capability: rows, columns, (depth,) warps, stages; "merge": parts, columns, warps. Fixed, so that all
-# ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200 ("strip sums": 7 %; where M is no
-# multiple of 16 it spills registers; "sums" was timed at D = 768 alone, above what it serves now). 8.0: not measured.
+# ranks sum alike. [ours] 9.0: within 2 % of the fastest of bench/sweep.py on an H200, but "strip sums", 7 % ("sums" was
+# timed at D = 768 alone, above what it serves now). 8.0: not measured. Where M or the first group's columns are no
+# multiple of 16, "strip sums" spills registers: right, but not timed.
 TILES = {
     (8, 0): {
         "sums": (128, 128, 32, 8, 3),
@@ -128,19 +129,21 @@ def _sums_kernel(
 
 @triton.jit
 def _strip_sums_kernel(
-    s, label, scale, row_out, column_out, start_row, n, m, first_column, per_split, r,
+    s, label, scale, row_out, column_out, n, m, first_column, per_split,
     BETA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What _sums_kernel writes, from one reading of a written strip s (n, M) of products, rows start_row.. of R.
+    """o, S and T of a tile of rows over one split of the columns, (splits, 3, n), and of those columns over the tile,
+    (tiles, 3, M), from one reading of a written strip s (n, M) of products. label (n,): the positive of each row.
 
-    A tile lies in one warp, four neighbouring columns in a lane: each lane sums its columns over its rows, and keeps
-    its own sums of each row, which meet at the end. Sums are of raw products: the scale comes in with the exponent."""
+    A tile lies in one warp, four neighbouring columns in a lane where rows and groups begin at multiples of 16 columns:
+    each lane sums its columns over its rows, and keeps its own sums of each row, which meet at the end. Sums are of raw
+    products: the scale comes in with the exponent."""
     LOWEST: tl.constexpr = -1e30  # times the scale still finite
     NEAR: tl.constexpr = 4
     unit = tl.load(scale)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     whole_rows = (tl.program_id(0) + 1) * ROWS <= n
-    own = tl.load(label + start_row + row, mask=row < n, other=-1)
+    own = tl.load(label + row, mask=row < n, other=-1)
     last_own, first_own = tl.max(own, 0), tl.min(tl.where(own < 0, m, own), 0)
     start, stop, _ = _span(tl.program_id(1), 0, first_column, m, per_split)
     stop = tl.minimum(start + per_split, stop)
@@ -170,15 +173,15 @@ def _strip_sums_kernel(
         tl.store(out + 2 * m, tl.sum(new_small, 0), mask=column < stop)
     highest = tl.max(top, 1)
     fade_big, fade_small = _exponentials(top - highest[:, None], BETA, unit)
-    out = row_out + tl.program_id(1).to(tl.int64) * 3 * r + start_row + row
+    out = row_out + tl.program_id(1).to(tl.int64) * 3 * n + row
     tl.store(out, highest * unit, mask=row < n)
-    tl.store(out + r, tl.sum(big * fade_big, 1), mask=row < n)
-    tl.store(out + 2 * r, tl.sum(small * fade_small, 1), mask=row < n)
+    tl.store(out + n, tl.sum(big * fade_big, 1), mask=row < n)
+    tl.store(out + 2 * n, tl.sum(small * fade_small, 1), mask=row < n)
 
 
 @triton.jit
-def _merge_kernel(parts, whole, count, n, BETA: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
-    """contrastive_torch.merge of parts (count, 3, n) into the o, S and T in whole (3, n), in a fixed order."""
+def _merge_kernel(parts, whole, count, n, step, BETA: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """contrastive_torch.merge of parts (count, 3, n) into whole (3, n), whose rows are `step` apart; in fixed order."""
     LOWEST: tl.constexpr = -1e37
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = tl.arange(0, PARTS)
@@ -198,12 +201,12 @@ def _merge_kernel(parts, whole, count, n, BETA: tl.constexpr, PARTS: tl.constexp
     before = tl.load(whole + column, mask=mask, other=LOWEST)
     highest = tl.maximum(tl.max(top, 0), before)
     e_big, e_small = _exponentials(before - highest, BETA)
-    old_big = tl.load(whole + n + column, mask=mask, other=0.0) * e_big
-    old_small = tl.load(whole + 2 * n + column, mask=mask, other=0.0) * e_small
+    old_big = tl.load(whole + step + column, mask=mask, other=0.0) * e_big
+    old_small = tl.load(whole + 2 * step + column, mask=mask, other=0.0) * e_small
     e_big, e_small = _exponentials(top - highest[None, :], BETA)
     tl.store(whole + column, highest, mask=mask)
-    tl.store(whole + n + column, old_big + tl.sum(big * e_big, 0), mask=mask)
-    tl.store(whole + 2 * n + column, old_small + tl.sum(small * e_small, 0), mask=mask)
+    tl.store(whole + step + column, old_big + tl.sum(big * e_big, 0), mask=mask)
+    tl.store(whole + 2 * step + column, old_small + tl.sum(small * e_small, 0), mask=mask)
 
 
 @triton.jit
@@ -300,9 +303,7 @@ def statistics(x, c, label, bank: int, first_row: int, first_column: int, scale:
     sums = _sums_fused if _fused(x) else _sums_of_strips
     rows, columns = (torch.zeros(2, 3, n, device=x.device) for n in (len(x), len(c)))
     rows[:, 0] = columns[:, 0] = -1e37  # the kernels' LOWEST
-    row_out, splits = sums(x, c, label, first_row, first_column, scale, beta, columns)
-    for group, part in zip(rows, row_out.split(splits), strict=True):
-        _merge(part, group, beta)
+    sums(x, c, label, first_row, first_column, scale, beta, rows, columns)
     return rows, columns
 
 
@@ -310,13 +311,13 @@ def _merge(parts: Tensor, whole: Tensor, beta: float) -> None:
     """o, S and T of parts (P, 3, n) into those of whole (3, n), in one launch."""
     count, _, n = parts.shape
     at_once, columns, warps = _tile_sizes(parts, "merge")
+    sizes = count, n, whole.stride(0)
     with torch.cuda.device_of(parts):
-        _merge_kernel[(triton.cdiv(n, columns),)](parts, whole, count, n, beta, at_once, columns, num_warps=warps)
+        _merge_kernel[(triton.cdiv(n, columns),)](parts, whole, *sizes, beta, at_once, columns, num_warps=warps)
 
 
-def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
-    """Partial sums of rows (splits, 3, R), and the splits of either group; merges those of columns into `columns`
-    (2 groups, 3, M)."""
+def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, of_rows, of_columns):
+    """Merges the sums of rows and of columns into those of either group, (2, 3, R) and (2, 3, M)."""
     r, m, d = len(x), len(c), x.size(1)
     tile_rows, tile_columns, depth, warps, stages = _tile_sizes(x, "sums")
     launches = triton.cdiv(r, STRIP_TILES * tile_rows)
@@ -330,29 +331,30 @@ def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, b
                 x, c, label, scale, row_out, column_out, part.start, part.stop, r, m, d, first_column, per_split,
                 beta, tile_rows, tile_columns, depth, not x.is_cuda, num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        _merge(column_out, columns[int(part.start >= first_row)], beta)
-    return row_out, splits
+        _merge(column_out, of_columns[int(part.start >= first_row)], beta)
+    for group, parts in zip(of_rows, row_out.split(splits), strict=True):
+        _merge(parts, group, beta)
 
 
-def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, columns: Tensor):
+def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, of_rows, of_columns):
     """What _sums_fused does, from strips of products, each read once."""
     r, m = len(x), len(c)
     rows, at_once, warps, stages = _tile_sizes(x, "strip sums")
     blocks = row_blocks([0, first_row, r], m, STRIP)
     tiles = triton.cdiv(_tallest(blocks), rows)
     per_split, splits = _cut(m, first_column, at_once, tiles, x, max(1, WARPS // warps))
-    row_out = torch.empty(sum(splits), 3, r, device=x.device)  # every program writes its part, be it empty
-    column_out = torch.empty(tiles, 3, m, device=x.device)
     for part in blocks:
         s, n = product(x[part], c.T), part.stop - part.start
-        used = column_out[: triton.cdiv(n, rows)]
+        row_out = torch.empty(sum(splits), 3, n, device=x.device)  # every program writes its part, be it empty
+        column_out = torch.empty(triton.cdiv(n, rows), 3, m, device=x.device)
         with torch.cuda.device_of(x):
-            _strip_sums_kernel[len(used), sum(splits)](
-                s, label, scale, row_out, used, part.start, n, m, first_column, per_split, r,
+            _strip_sums_kernel[len(column_out), len(row_out)](
+                s, label[part], scale, row_out, column_out, n, m, first_column, per_split,
                 beta, rows, at_once, stages, num_warps=warps,
             )  # fmt: skip
-        _merge(used, columns[int(part.start >= first_row)], beta)
-    return row_out, splits
+        _merge(column_out, of_columns[int(part.start >= first_row)], beta)
+        for group, parts in zip(of_rows, row_out.split(splits), strict=True):
+            _merge(parts, group[:, part], beta)
 
 
 def _tallest(blocks: list[slice]) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kernels.decoding import takes_kernels
 
-# Places that a program reads together, columns at most, warps. [ours] of bench/sweep.py on an H200 (4, 1024, 4) was a
-# fifth faster: a warp reads 256 columns of 16 bits at once and adds without the others.
+# Places that a program reads together, columns at most, warps: a warp reads 256 columns of 16 bits at once and adds
+# without the others. [ours] (4, 1024, 4) was a fifth faster in bench/sweep.py on an H200, autograd included; its
+# numbers were not looked at there.
 TILE = (8, 1024, 4)
 
 

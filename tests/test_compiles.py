@@ -1,6 +1,10 @@
 """Every Triton kernel compiles for GPUs that are not here: the interpreter, which runs them in the other tests, takes
 more than the compiler does (a variable whose type changes in a branch, say)."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch  # noqa: F401  before triton
 import triton
@@ -62,6 +66,25 @@ def test_kernel_compiles(case, capability):
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     assert compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_sums_of_a_strip_spill_no_registers(capability, tmp_path):
+    """As they are launched: the committed tile in its warps, numbers and addresses that are multiples of 16."""
+    rows, columns, warps, stages = contrastive_triton.TILES[capability // 10, 0]["strip sums"]
+    kernel, constants = contrastive_triton._strip_sums_kernel, {"BETA": 0.5, "ROWS": rows, "COLUMNS": columns}
+    constants["STAGES"] = stages
+    names = [parameter.name for parameter in kernel.params]
+    kinds = {name: WHOLE.get(name, REAL) if name in POINTERS else "i32" for name in names}
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    assert re.findall(r"STACK:(\d+)", said.stdout) == ["0"]
 
 
 def test_no_kernel_is_left_out():
