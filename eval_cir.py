@@ -125,7 +125,7 @@ RERANK_WEIGHT = 1.0  # score of the re-ranking: cosine / tau + this * log p(matc
 AUDIT = False  # also rank by image alone and by text alone, and measure over the queries that neither answers [ours]
 
 # ---- one query over a folder of pictures ----
-REFERENCE = ""  # picture to start from
+REFERENCE = ""  # picture to start from: a path, or a name in GALLERY
 TEXT = ""  # what to change
 GALLERY = ""  # folder searched, its features are kept beside it; jsonl, sessions: .txt or .json of names, "" = all
 TOP = 10  # pictures named and shown; of a benchmark: named in OUT/found.jsonl, 10 at least
@@ -243,7 +243,7 @@ def embed_folder(system: System, folder: str, compute: Compute) -> Pictures:
         raise UserError(f"--gallery {folder}: no picture in it can be read, see {OUT}/unreadable.txt")
     hashes = [content[name] for name in names]
     todo = {digest: name for digest, name in zip(hashes, names, strict=True) if digest not in kept}
-    say(f"{folder}: {len(names):,} pictures, {len(todo):,} to encode")
+    say(f"{folder}: {len(names):,} pictures, {len(todo):,} to encode; kept in {file}")
     if todo:
         digests = list(todo)
         try:
@@ -261,7 +261,8 @@ def answer_query(system: System, compute: Compute) -> None:
     """Ranks the pictures of GALLERY for one query: prints names, writes OUT/query.png and OUT/query.html."""
     keep_apart(OUT, GALLERY, "--out --gallery")  # it holds a contact sheet
     # the reference first: a wrong name shows before the gallery is encoded
-    folder, name = os.path.split(os.path.abspath(REFERENCE))
+    asked = next((p for p in (REFERENCE, os.path.join(GALLERY, REFERENCE)) if os.path.isfile(p)), REFERENCE)
+    folder, name = os.path.split(os.path.abspath(asked))
     alone = compute._replace(batch=1, workers=0)
     ((_, tokens, _),) = encode(system.model, ImageStore(folder, own=True), [name], alone, "reference")
     pictures = embed_folder(system, GALLERY, compute)
@@ -269,7 +270,7 @@ def answer_query(system: System, compute: Compute) -> None:
     with compute.autocast():
         c = system.model.eval().compose(tokens, [TEXT])
     ((_, scores),) = score_blocks(F.normalize(c.float(), dim=1).cpu(), pictures.features)  # (1, M)
-    reference = file_sha256(REFERENCE)
+    reference = file_sha256(asked)
     scores[0, [i for i, digest in enumerate(pictures.hashes) if digest == reference]] = -torch.inf  # no answer
     order = best(scores, min(max(TOP, RERANK), int((scores > -torch.inf).sum())))
     if RERANK:
@@ -283,7 +284,7 @@ def answer_query(system: System, compute: Compute) -> None:
         name = pictures.names[j]
         say(f"{n:3d}  {scores[0, j]:.4f}  {name}")
         found.append((os.path.join(GALLERY, name), f"{n} · {name}"))
-    pages.write_answer(REFERENCE, TEXT, found, OUT, f"In {GALLERY}")
+    pages.write_answer(asked, TEXT, found, OUT, f"In {GALLERY}")
     say(f"wrote {OUT}/query.png and query.html")
 
 

@@ -93,6 +93,10 @@ def _dataset_folder(root: str | os.PathLike, dataset: str, subfolders: tuple[str
     for folder in (root, *(os.path.join(root, name) for name in subfolders)):
         if all(os.path.isdir(os.path.join(folder, part)) for part in ("captions", "image_splits")):
             return folder
+    if os.path.isfile(root):
+        raise UserError(
+            f"{root} is a file, {dataset} a folder of annotations; a file of one's own wants --dataset jsonl"
+        )
     raise UserError(f"{root}: no {dataset} annotations; wanted captions/ and image_splits/ here or in {subfolders[0]}/")
 
 

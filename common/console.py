@@ -47,6 +47,18 @@ def run(main: Callable[[], None]) -> None:
         sys.modules["torch"].distributed.destroy_process_group()
 
 
+def interrupt_quietly() -> None:
+    """From now on an interrupt before run(), while libraries are imported, is one line too."""
+    usual = sys.excepthook
+
+    def say_it(kind, error, trace):
+        if kind is not KeyboardInterrupt:
+            return usual(kind, error, trace)
+        _out(sys.stderr, "error: interrupted")
+
+    sys.excepthook = say_it
+
+
 def fail(error: Exception) -> None:
     """Prints the error as one line and exits with status 1. Of several ranks with the same error one speaks."""
     rank = rank_size()[0]
@@ -152,17 +164,20 @@ def progress(iterable: Iterable, desc: str, total: int | None = None, initial: i
     shows numbers behind the bar from its next line on; it prints nothing by itself."""
     from tqdm import tqdm
 
+    terminal = sys.stderr.isatty()
+
     class Bar(tqdm):
         def display(self, *given, **named):
             try:
-                return super().display(*given, **named)
+                if terminal:
+                    return super().display(*given, **named)
+                print(self, file=sys.stderr, flush=True)  # a line of its own, which a message cannot run into
             except OSError:  # nobody reads it any more
                 return hush(sys.stderr)
 
         def set_postfix(self, ordered_dict=None, refresh=False, **values):  # tqdm's own prints a line each call
             super().set_postfix(ordered_dict, refresh=refresh, **values)
 
-    terminal = sys.stderr.isatty()
     if total is None and initial and hasattr(iterable, "__len__"):
         total = initial + len(iterable)
     return Bar(
@@ -174,6 +189,7 @@ def progress(iterable: Iterable, desc: str, total: int | None = None, initial: i
         mininterval=0.2 if terminal else QUIET,
         delay=0 if terminal else QUIET,
         dynamic_ncols=True,
+        leave=terminal,  # else display() has said the last of it
     )
 
 
@@ -181,7 +197,8 @@ def say(*text: Any) -> None:
     """Prints on rank 0, above a progress bar if there is one."""
     if rank_size()[0] == 0:
         line = printable(" ".join(map(str, text)))
-        _out(sys.stdout, line, sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print)
+        bars = "tqdm" in sys.modules and sys.stderr.isatty()
+        _out(sys.stdout, line, sys.modules["tqdm"].tqdm.write if bars else print)
 
 
 def warn(text: str) -> None:

@@ -274,10 +274,12 @@ def _known_then(now: dict, then: dict) -> dict:
 
 
 def _difference(found: dict, wanted: dict) -> str:
-    """ "LR: 0.1 there, 0.2 now; ..." for the entries of two JSON records that differ."""
+    """ "LR: 0.1 there, 0.2 now; ..." for the entries of two JSON records that differ; of hashes that they changed."""
     then, now = ({name: json.dumps(value) for name, value in record.items()} for record in (found, wanted))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return "; ".join(f"{name}: {then.get(name, 'absent')} there, {now.get(name, 'absent')} now" for name in names)
+    said = {name: f"{name}: {then.get(name, 'absent')} there, {now.get(name, 'absent')} now" for name in names}
+    said |= {name: f"{name}: the data changed since" for name in names if name.endswith("_SHA256")}
+    return "; ".join(said.values())
 
 
 # ---- hashes and manifests ----

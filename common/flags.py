@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.console import UserError, fail, hush, rank_size
+from common.console import UserError, fail, hush, interrupt_quietly, rank_size
 
 _TOO_LARGE = {int: 2**63, float: 2.0**127}  # of int64 and float32: such a number, or inf, fails only where it is used
 
@@ -199,8 +199,9 @@ def _command_line(file: str) -> dict[str, Any]:
 
 
 def early_help(name: str, file: str) -> None:
-    """`early_help(__name__, __file__)` above `import torch`: --help and a wrong flag are answered before it."""
+    """`early_help(__name__, __file__)` above `import torch`: --help, a wrong flag and Ctrl-C are answered there."""
     if name == "__main__":
+        interrupt_quietly()
         _command_line(file)
 
 

@@ -21,7 +21,7 @@ from common.annotations import (
 )
 from common.batches import drop_missing, epoch_order
 from common.console import UserError, say
-from common.images import ImageStore, report_of, unreadable, write_faults
+from common.images import OWN_MISSING, ImageStore, report_of, unreadable, write_faults
 from common.ranks import World
 from common.seeds import seeded_rng
 from common.triplets import pairs_of, with_text
@@ -336,7 +336,9 @@ def check_items(sources: list[Source], benchmarks: list[Benchmark], decode: bool
         lines += faults.values()
     write_faults(lines, listing)
     if lines:
-        raise UserError(f"{len(lines):,} images missing or unreadable, all in {listing}; fetch them or fix --images")
+        goes_on = f"training leaves out up to {OWN_MISSING:.0%} of one's own triplets, evaluation --missing"
+        what = f"{len(lines):,} images missing or unreadable, all in {listing}; fetch them or fix --images"
+        raise UserError(f"{what} ({goes_on})")
 
 
 _order_of = functools.lru_cache(maxsize=4)(epoch_order)  # asked for at every step

@@ -98,6 +98,9 @@ def test_cirr_from_a_small_folder(tmp_path):
         read_cirr(str(tmp_path), "mine", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="captions/"):
         read_cirr(str(tmp_path / "img_raw"), "mine")
+    (tmp_path / "own.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="own.jsonl is a file, CIRR a folder .* --dataset jsonl"):
+        read_cirr(str(tmp_path / "own.jsonl"), "mine")
     with pytest.raises(UserError, match="split.rc2.val.json not found.*split.rc2.mine.json"):
         read_cirr(str(tmp_path), "val")
 

@@ -711,6 +711,7 @@ def test_one_query_over_a_folder_of_pictures(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "out" / "query.html").read_text().count("<figure") == 5
     assert models == [9 + 1]
     assert ask(TOP=99) == order and models[-1] == 1  # only the reference is encoded again
+    assert ask(TOP=99, REFERENCE="p0.png") == order  # its name in the gallery will do
     (gallery / "sub" / "p1.png").rename(gallery / "moved.png")
     Image.new("RGB", (20, 30), (1, 2, 250)).save(gallery / "sub" / "p3.png")
     assert len(ask()) == 8 and models[-1] == 1 + 1  # by content: the changed one, not the moved one

@@ -201,6 +201,25 @@ def test_a_bar_in_a_file_is_silent_at_first(monkeypatch):
     assert sys.stderr.getvalue() == ""
 
 
+def test_a_bar_in_a_file_has_lines_of_its_own():
+    """A message does not run into the bar, and the last line is the last step's."""
+    program = SPEAKS.replace('"x" * 9000', '"said"')
+    command = [sys.executable, "-c", program, os.devnull, "bar"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if "said" in line] == [f"line {i} said" for i in range(4)]
+    bars = [line for line in lines if line.startswith("steps:")]
+    assert "0/4" in bars[0] and "4/4" in bars[-1] and len(bars) + 5 == len(lines)  # and one warning
+
+
+def test_an_interrupt_before_the_run_is_one_line():
+    program = "from common import flags; flags.early_help('__main__', 'eval_cir.py'); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "error: interrupted\n" and done.returncode != 0
+
+
 # ---- disks ----
 
 

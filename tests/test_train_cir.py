@@ -585,7 +585,7 @@ def test_a_run_goes_on_where_its_data_lie_now(world, zoo, tmp_path):
     train(first)
     lines = (moved / "pseudo.jsonl").read_text().splitlines(keepends=True)
     (moved / "pseudo.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(UserError, match="TRIPLETS_SHA256"):
+    with pytest.raises(UserError, match="TRIPLETS_SHA256: the data changed since"):
         train(first)
 
 
