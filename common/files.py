@@ -14,7 +14,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +161,14 @@ def read_jsonl(path: str | Path, limit: int = JSON_LIMIT, memory: int | None = N
     return records
 
 
-def read_csv(path: str | Path, limit: int = JSON_LIMIT) -> list[dict[str, str]]:
+def read_csv(
+    path: str | Path, limit: int = JSON_LIMIT, known: Collection[str] = (), exact: Collection[str] = ()
+) -> list[dict[str, str]]:
     """The rows of a table as records, named by its first line; blank lines skipped. UTF-8, with or without a byte order
     mark. Between fields stands what the first line has most of: a comma, a semicolon or a tab.
 
+    known: names, in lower case, that the first line may also write in capitals or with blanks around them.
+    exact: names that are kept as they are written.
     UserError for a row with more or fewer fields than the first line."""
     try:
         text = _read_bytes(path, limit).decode("utf-8-sig")
@@ -174,7 +178,13 @@ def read_csv(path: str | Path, limit: int = JSON_LIMIT) -> list[dict[str, str]]:
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=between, strict=True)
     records = []
     try:
-        if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
+        written = list(table.fieldnames or ())
+        plain = [name.strip().lower() for name in written]
+        table.fieldnames = [
+            low if low in known and low not in written and name not in exact else name
+            for name, low in zip(written, plain, strict=True)
+        ]
+        if len(set(table.fieldnames)) < len(written):
             raise UserError(f"{path}: its first line names a column twice")
         for row in table:
             if None in row or None in row.values():  # DictReader's name for what is too much, and for what is absent

@@ -4,7 +4,7 @@ A mistake in a file is a UserError that names file and record."""
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from common.console import UserError, say
@@ -12,6 +12,8 @@ from common.files import read_csv, read_json, read_jsonl
 from common.images import safe_name, shown
 
 PARTS = ("reference", "target", "delta", "negatives", "id")  # of a triplet, which --keys may find under other names
+KNOWN = (*PARTS, "caption", "members")  # all keys that are read under their own names
+_ENDINGS = ".jsonl and .ndjson hold a JSON object a line, .csv and .tsv a table, a file of any other name one JSON list"
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,31 @@ def texts_of(values: object, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def read_records(path: str) -> Iterable[tuple[str, dict]]:
-    """records_of a file: .jsonl or .ndjson, .csv or .tsv, and any other as a JSON list."""
-    readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": read_csv, ".tsv": read_csv}
-    return records_of(path, readers.get(os.path.splitext(path)[1].lower(), read_json)(path))
+def read_records(path: str, exact: Collection[str] = ()) -> Iterable[tuple[str, dict]]:
+    """records_of a file: .jsonl or .ndjson, .csv or .tsv, and any other as a JSON list.
+
+    A table may write KNOWN names in capitals or with blanks around them, but not those in `exact` (what --keys says)."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in (".csv", ".tsv"):
+        return records_of(path, _table(path, exact))
+    if ending in (".jsonl", ".ndjson"):
+        return records_of(path, read_jsonl(path))
+    try:
+        return records_of(path, read_json(path))
+    except UserError as error:
+        if "not JSON at" not in str(error):
+            raise
+        raise UserError(f"{error}; {_ENDINGS}") from None
+
+
+def _table(path: str, exact: Collection[str]) -> list[dict[str, str]]:
+    """read_csv; UserError where the first line is already a row, or names other columns that no --keys tells of."""
+    records = read_csv(path, known=KNOWN, exact=exact)
+    if records and not exact and not any(name in KNOWN for name in records[0]):
+        found = ", ".join(map(shown, records[0]))
+        wanted = f"the first line must name the columns, reference,target,delta (found {found})"
+        raise UserError(f"{path}: {wanted}; a stage that has --keys takes other names")
+    return records
 
 
 def require_unique(values: Iterable, path: str, what: str) -> None:
@@ -90,7 +113,7 @@ def read_triplets(path: str | os.PathLike, keys: str = "", pool: str = "") -> li
     places, paths_of = parse_keys(keys), read_pool(pool)
     triplets = []
     for file in split_paths(path):
-        for where, record in read_records(file):
+        for where, record in read_records(file, places.values()):
             number = len(triplets)
             one = _triplet(record, where, places, paths_of, number) if places else _plain(record, where, number)
             triplets.append(one)

@@ -661,10 +661,34 @@ def test_triplets_of_a_table_are_those_of_its_lines(own, tmp_path):
     assert read_own(table, folder).gallery == read_own(path, folder).gallery
     renamed = put(tmp_path / "own.tsv", Path(table).read_text().replace("delta", "says").replace(";", "\t"))
     assert [t.delta for t in read_triplets(renamed, "delta=says")] == [t.delta for t in wanted]
-    with pytest.raises(UserError, match='record 0: has no "reference"'):
-        read_triplets(put(tmp_path / "headless.csv", "a,b,c\nd,e,f"))
+    headless = put(tmp_path / "headless.csv", "a,b,c\nd,e,f")
+    with pytest.raises(UserError, match="csv: the first line must name the columns, reference,target,delta .found 'a'"):
+        read_triplets(headless)
+    assert read_triplets(headless, "reference=a,target=b,delta=c")[0].delta == "f"
     with pytest.raises(UserError, match='"members" is .*, wanted list'):
         read_triplets(jsonl(tmp_path / "m.jsonl", [{"reference": "a", "target": "b", "delta": "c", "members": "def"}]))
+
+
+def test_a_table_may_write_its_columns_with_capitals_and_blanks(tmp_path):
+    table = put(tmp_path / "own.csv", "Reference, Target ,DELTA,Brand\na,b,red,X")
+    (one,) = read_triplets(table)
+    assert (one.reference, one.target, one.delta, one.extra) == ("a", "b", "red", {"Brand": "X"})
+    (one,) = read_triplets(table, "delta=Brand")
+    assert (one.reference, one.delta) == ("a", "X")
+    (one,) = read_triplets(table, "delta=DELTA")
+    assert one.delta == "red"
+    both = put(tmp_path / "both.csv", "reference,target,delta,Delta\na,b,red,blue")
+    assert read_triplets(both)[0].delta == "red" and read_triplets(both, "delta=Delta")[0].delta == "blue"
+    with pytest.raises(UserError, match="names a column twice"):
+        read_triplets(put(tmp_path / "twice.csv", "reference,target,Delta,DELTA\na,b,red,blue"))
+
+
+@pytest.mark.parametrize("name", ["own.txt", "own.json", "own"])
+def test_lines_in_a_file_of_another_ending_say_how_endings_are_read(tmp_path, name):
+    line = '{"reference": "a", "target": "b", "delta": "red"}\n'
+    with pytest.raises(UserError, match="Extra data.*; .jsonl and .ndjson hold a JSON object a line, .csv and .tsv a"):
+        read_triplets(put(tmp_path / name, 2 * line))
+    assert len(read_triplets(put(tmp_path / "own.ndjson", 2 * line))) == 2
 
 
 def test_a_query_may_have_several_targets(own, zoo, tmp_path, capsys):
