@@ -38,16 +38,14 @@ import torch
 from PIL import Image
 
 from common.annotations import read_triplets
-from common.batches import chunks
+from common.asked import answer, read_asked
 from common.cir_model import inner, one_vector, read_settings
-from common.console import UserError, progress, run, say
+from common.console import UserError, run, say
 from common.encoding import Compute
 from common.files import (
-    file_sha256,
     keep_apart,
     lock_folder,
     read_json,
-    read_jsonl,
     save_folder,
     sync,
     write_json,
@@ -72,7 +70,7 @@ from common.memory import advise
 from common.notes import Notes, is_held_out, key_of, note, read_notes, teaching_data, verdicts
 from common.pixels import open_image
 from common.ranks import init_world
-from common.server import body_of, guarded, is_address, json_of, listen, number_of
+from common.server import body_of, guarded, is_address, json_of, listen, number_of, only
 from common.trained_on import trained_pairs
 from eval_cir import load_baseline
 from train_cir import load_cir
@@ -82,7 +80,7 @@ GALLERY = ""  # folder of the pictures, searched recursively
 CHECKPOINT = ""  # folder written by train_cir.py; empty: plain BACKBONE, the sum of picture and text feature
 BACKBONE = ""  # without CHECKPOINT: CLIP or BLIP, empty: the embedded CLIP, which knows product photographs only
 # With CHECKPOINT: where its CLIP or BLIP lies now, if it is no longer where it was.
-QUERIES = ""  # .jsonl of {"reference", "delta"} (either may be missing): answered without a page
+QUERIES = ""  # triplets or {"reference", "delta"}, either may be missing, .jsonl or .csv: answered without a page
 TOP = 48  # pictures found for a query
 
 # ---- page ----
@@ -132,24 +130,6 @@ def load_model(checkpoint: str, backbone: str, device) -> tuple[torch.nn.Module,
 def model_name(base: tuple[str, str], number: int) -> str:
     plain = "/".join(base[1].split("/")[-3:])  # of a folder the end, of a hub id all
     return (base[0] or f"plain {plain}") + f", taught ({number})" * bool(number)
-
-
-def answer_file(engine: Engine, file: str, out: str, top: int) -> None:
-    """Writes the record of each query with its results: [{"name", "score"}], best first."""
-    store, records, queries, answers = ImageStore(engine.gallery.folder, own=True), read_jsonl(file), [], []
-    for number, record in enumerate(records, 1):
-        name, text = (record.get(key) or "" for key in ("reference", "delta"))
-        if not (isinstance(name, str) and isinstance(text, str) and (name or text.strip())):
-            raise UserError(f'{file} line {number}: wanted "reference" (a name), "delta" (a text), or both')
-        path = store.path(name) if name else ""
-        own = engine.gallery.ids.get(file_sha256(path), -1) if path else -1
-        queries.append(Query(path, (text.strip(),) if text.strip() else (), own))
-    for part in chunks(progress(list(zip(records, queries, strict=True)), "answering"), engine.compute.batch):
-        for (record, _), found in zip(part, find(engine, [query for _, query in part], top), strict=True):
-            named = [{"name": engine.gallery.names[id], "score": round(score, 6)} for id, score in found]
-            answers.append(record | {"results": named})
-    write_jsonl(out, answers)
-    say(f"wrote {out}: {len(answers):,} queries, {top} pictures each at most")
 
 
 # ---- teaching ----
@@ -333,6 +313,7 @@ async def api_gallery(request) -> dict:
 
 async def api_search(request) -> dict:
     site, data = request.app.state.site, await json_of(request)
+    only(data, "reference", "texts", "top")
     query, name, text = asked(site, data)
     top = number_of(data, "top", site.flags["TOP"], 1, _MOST)
     started = time.perf_counter()
@@ -376,6 +357,7 @@ async def api_upload(request) -> dict:
 async def api_mark(request) -> dict:
     """Right true, false, or null, which takes the mark away."""
     site, data = request.app.state.site, await json_of(request)
+    only(data, "reference", "texts", "target", "right")
     query, reference, text = asked(site, data)
     if not (reference and text):
         raise UserError("a mark wants a reference and a text: it becomes a triplet to learn from")
@@ -562,6 +544,7 @@ def main() -> None:
         raise UserError(f"the page needs {' and '.join(missing)}: pip install -r requirements-search.txt")
     out = Path((INDEX if QUERIES else OUT) or f"out/search/{os.path.basename(os.path.abspath(GALLERY))}")
     pairs = read_triplets(LABEL) if LABEL else []
+    queries = read_asked(QUERIES, GALLERY) if QUERIES else []  # first: a mistake shows before the folder is indexed
     flag = "--index" if QUERIES else "--out"
     keep_apart(out, GALLERY, f"{flag} --gallery")  # it holds thumbnails and uploads
     lock_folder(out, flag=flag)
@@ -581,7 +564,7 @@ def main() -> None:
     say(says)
     engine = Engine(model, settings, model_name(base, using), gallery, compute)
     if QUERIES:
-        return answer_file(engine, QUERIES, OUT, TOP)
+        return answer(engine, queries, OUT, TOP)
 
     # ---- page
     notes = read_notes(out, HELD_OUT, pairs, gallery.of_name)

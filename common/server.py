@@ -96,6 +96,12 @@ async def json_of(request) -> dict:
     return data
 
 
+def only(data: dict, *known: str) -> None:
+    """UserError that names the keys of a request's JSON that nobody reads: what they say would be left out silently."""
+    if strange := [key for key in data if key not in known]:
+        raise UserError(f"{', '.join(map(shown, strange))}: unknown; wanted {', '.join(known)}")
+
+
 def number_of(table, name: str, default: int | None, least: int, most: int) -> int:
     """A whole number of a request's JSON or of its address."""
     value = table.get(name, default)

@@ -66,7 +66,7 @@ def texts_of(values: object, where: str) -> tuple[str, ...]:
 def read_records(path: str, exact: Collection[str] = ()) -> Iterable[tuple[str, dict]]:
     """records_of a file: .jsonl or .ndjson, .csv or .tsv, and any other as a JSON list.
 
-    A table may write KNOWN names in capitals or with blanks around them, but not those in `exact` (what --keys says)."""
+    A table may write KNOWN names in capitals or with blanks around them; names in `exact` (of --keys) stay."""
     ending = os.path.splitext(path)[1].lower()
     if ending in (".csv", ".tsv"):
         return records_of(path, _table(path, exact))
@@ -126,9 +126,14 @@ def split_paths(path: str | os.PathLike) -> list[str]:
     return [path] if os.path.exists(path) else [part.strip() for part in path.split(",") if part.strip()] or [path]
 
 
+def delta_key(record: dict) -> str:
+    """Where the text of a record stands that no --keys names."""
+    return "caption" if "caption" in record and "delta" not in record else "delta"
+
+
 def _plain(record: dict, where: str, number: int) -> Triplet:
     """A record in this project's own words, or in those of the VDG release."""
-    key = "caption" if "caption" in record and "delta" not in record else "delta"
+    key = delta_key(record)
     if absent := [name for name in ("reference", "target", key) if name not in record]:
         found = ", ".join(map(shown, record)) or "nothing"
         raise UserError(
@@ -136,7 +141,7 @@ def _plain(record: dict, where: str, number: int) -> Triplet:
         )
     if not isinstance(record.get(key), list):
         field_of(record, key, str, where)
-    delta, *others = _spoken(record[key], key, where)
+    delta, *others = spoken(record[key], key, where)
     members = field_of(record, "members", list, where) if record.get("members") else ()
     names = tuple(safe_name(name, f"{where}: member") for name in members)
     reference = name_of(record, "reference", where)
@@ -160,7 +165,7 @@ def several_of(targets: Iterable[str]) -> tuple[str, ...]:
     return targets if len(targets) > 1 else ()
 
 
-def _spoken(value: object, key: str, where: str) -> tuple[str, ...]:
+def spoken(value: object, key: str, where: str) -> tuple[str, ...]:
     """The texts of a delta; of several the blank ones are left out, unless there is no other."""
     if isinstance(value, str):
         return (value,)
@@ -211,7 +216,7 @@ def _triplet(record: dict, where: str, places: dict[str, str], paths_of: dict[st
         return _names(names, places[part], where)
 
     reference, targets = images("reference"), images("target")
-    delta, *others = _spoken(value_at(record, places["delta"], where), places["delta"], where)
+    delta, *others = spoken(value_at(record, places["delta"], where), places["delta"], where)
     extra = {k: v for k, v in record.items() if k not in places.values()}
     if "negatives" in places:
         extra["negatives"] = images("negatives")

@@ -363,16 +363,58 @@ def test_queries_of_a_file(plain, folder, tmp_path):
     engine = engine_of(plain, index(plain, folder, tmp_path / "out"))
     asked = [{"id": 7, "reference": "0-003.png", "delta": "red"}, {"delta": "a box"}, {"reference": "0-001.png"}]
     write_jsonl(tmp_path / "queries.jsonl", asked)
-    search.answer_file(engine, tmp_path / "queries.jsonl", tmp_path / "results.jsonl", 4)
+
+    def ask():
+        file, out = str(tmp_path / "queries.jsonl"), tmp_path / "results.jsonl"
+        search.answer(engine, search.read_asked(file, str(folder)), out, 4)
+
+    ask()
     lines = read_jsonl(tmp_path / "results.jsonl")
     assert [{k: v for k, v in line.items() if k != "results"} for line in lines] == asked
     ((*found,),) = find(engine, [Query(str(folder / "0-003.png"), ("red",), engine.gallery.of_name["0-003.png"])], 4)
     assert [r["name"] for r in lines[0]["results"]] == [engine.gallery.names[id] for id, _ in found]
     assert all(len(line["results"]) == 4 for line in lines)
-    for bad, says in (({"reference": "../x"}, '".."'), ({"reference": "gone.png"}, "not found"), ({"id": 1}, "line 1")):
+    for bad, says in (
+        ({"reference": "../x"}, '".."'),
+        ({"reference": "gone.png"}, "not found"),
+        ({"id": 1}, "record 0"),
+    ):
         write_jsonl(tmp_path / "queries.jsonl", [bad])
         with pytest.raises((UserError, FileNotFoundError), match=says):
-            search.answer_file(engine, tmp_path / "queries.jsonl", tmp_path / "results.jsonl", 4)
+            ask()
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.ndjson", "q.json", "q.csv", "q.tsv"])
+def test_queries_are_read_as_triplets_are(folder, tmp_path, name):
+    file = tmp_path / name
+    row = {"reference": "0-003.png", "target": "0-001.png", "caption": "red"}
+    if file.suffix in (".csv", ".tsv"):
+        between = "\t" if file.suffix == ".tsv" else ","
+        file.write_text("\n".join(between.join(line) for line in (map(str.title, row), row.values())))
+    else:
+        file.write_text(json.dumps([row]) if file.suffix == ".json" else json.dumps(row))
+    (one,), (triplet,) = search.read_asked(str(file), str(folder)), read_triplets(file)
+    assert (one.path, one.text, one.record) == (str(folder / triplet.reference), triplet.delta, row)
+
+
+def test_a_query_in_misspelt_keys_stops(folder, tmp_path):
+    def read(record: dict) -> list[tuple[str, str]]:
+        write_jsonl(tmp_path / "q.jsonl", [{"delta": "red"}, record])
+        return [(Path(path).name, text) for _, path, text in search.read_asked(str(tmp_path / "q.jsonl"), str(folder))]
+
+    name = "0-003.png"
+    for bad, says in (
+        ({"refernce": name, "delta": "red"}, "record 1: has no \"reference\", but 'refernce'"),
+        ({"reference": name, "text": "red"}, "record 1: has no \"delta\", but 'text'"),
+        ({"reference": name, "delta": None, "caption": "red"}, "has no \"delta\", but 'caption'"),
+        ({"reference": 0, "delta": "red"}, '"reference": found 0'),
+        ({"reference": name, "delta": 3}, "wanted a text or a list of texts"),
+    ):
+        with pytest.raises(UserError, match=says):
+            read(bad)
+    for good in ({"id": 4, "target": "x"}, {"members": [name], "negatives": [], "target": ["x"]}, {"results": []}):
+        assert read({"reference": name} | good)[1] == (name, "") and read({"delta": "red"} | good)[1] == ("", "red")
+    assert read({"reference": name, "delta": ["", "red"], "brand": "X"})[1] == (name, "red")
 
 
 # ---- the JSON interface ----
@@ -417,6 +459,12 @@ def test_search_by_both_by_picture_and_by_text(server, site):
                 {"reference": -1}, {"reference": 2.0}, {"texts": ["red"], "top": "3x"}, [], "x"):  # fmt: skip
         answer = server.ask("api/search", bad)
         assert answer.status == 400 and answer.json["error"].count("\n") == 0
+
+
+def test_a_key_that_nobody_reads_is_named(server):
+    for path in ("search", "mark"):
+        answer = server.ask(f"api/{path}", {"reference": 0, "text": "make it red"})
+        assert answer.status == 400 and "'text': unknown" in answer.json["error"]
 
 
 def test_requests_that_are_no_json(server):
@@ -825,12 +873,14 @@ def test_mistakes_are_one_line(folder, tmp_path):
         ((), "--gallery is empty"),
         (("--gallery", str(tmp_path / "none")), "not found"),
         (("--gallery", str(folder), "--queries", "q.jsonl"), "--out results.jsonl"),
+        (("--gallery", str(folder), "--queries", "none.csv", "--out", str(tmp_path / "r.jsonl")), "No such file"),
         (("--gallery", str(folder), "--label", str(tmp_path / "none.jsonl")), "No such file"),
     ):
         argv = [sys.executable, "search.py", *flags, "--device", "cpu", "--port", "0"]
         argv += [] if "--queries" in flags else ["--out", str(tmp_path / "out")]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert "--queries" not in flags or not done.stdout  # nothing was loaded yet
 
 
 def luminance(colour: str) -> float:
