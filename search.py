@@ -70,7 +70,7 @@ from common.memory import advise
 from common.notes import Notes, is_held_out, key_of, note, read_notes, teaching_data, verdicts
 from common.pixels import open_image
 from common.ranks import init_world
-from common.server import body_of, guarded, is_address, json_of, listen, number_of, only
+from common.server import body_of, guarded, is_address, json_of, listen, number_of, only, serve
 from common.trained_on import trained_pairs
 from eval_cir import load_baseline
 from train_cir import load_cir
@@ -574,8 +574,7 @@ def main() -> None:
     site = Site(out, engine, notes, base, flags, *pools, contents=list(gallery.ids), using=using)
     server, address = server_of(site, listening, HOST)
     say(f"{address}   (Ctrl-C ends it)")
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn answers what it began, then raises it
-        server.run(sockets=[listening])
+    serve(server, listening)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A web server for one person: who may ask, how much a request may hold. Its answers are search.py's."""
 
+import contextlib
 import ipaddress
 import json
 import re
 import secrets
+import signal
 import socket
 
 from common.console import UserError
@@ -118,3 +120,20 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; take another --port, or 0") from None
+
+
+def serve(server, listening: socket.socket) -> None:
+    """Runs uvicorn's server until Ctrl-C. It answers what it began, for timeout_graceful_shutdown seconds at most."""
+    first = server.handle_exit
+
+    def once(number, frame) -> None:
+        # at a second Ctrl-C uvicorn would leave everything as it lies, with tracebacks
+        if not (server.should_exit and number == signal.SIGINT):
+            first(number, frame)
+
+    server.handle_exit = once
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it at its end
+        server.run(sockets=[listening])
+
+    # one more, while the last threads end, ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -883,6 +883,21 @@ def test_mistakes_are_one_line(folder, tmp_path):
         assert "--queries" not in flags or not done.stdout  # nothing was loaded yet
 
 
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_ctrl_c_ends_the_server_without_a_word(zoo, folder, tmp_path, times):
+    argv = [sys.executable, "search.py", "--gallery", str(folder), "--backbone", str(zoo / "clip"), "--device", "cpu"]
+    argv += ["--port", "0", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while "http://" not in (line := running.stdout.readline()):
+            assert line, running.stderr.read()
+        time.sleep(1)  # until uvicorn listens to signals
+        for _ in range(times):
+            running.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        out, error = running.communicate(timeout=60)
+    assert (out, error) == ("", "") and running.returncode in (0, 130, -signal.SIGINT)
+
+
 def luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
