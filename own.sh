@@ -21,11 +21,7 @@ export TOKENIZERS_PARALLELISM=false
 digest() { sha256sum | cut -c 1-8; }
 OUT=$HERE/out/own/$(basename "$FOLDER")-$(printf %s "$FOLDER" | digest)
 ENCODER=${ENCODER:-$HERE/demo/models_photos/resnet}
-if [ -z "${VDG:-}" ]; then
-  for VDG in "$HERE/out/vdg" "$HERE/out/demo/vdg" ""; do
-    [ ! -e "$VDG/config.json" ] || break
-  done
-fi
+VDG=${VDG:-$HERE/out/vdg}  # never out/demo/vdg, which knows the drawn world only
 PAIRS=${PAIRS:-2000}
 LABEL=()
 OLD=$HERE/out/own/$(basename "$FOLDER")
@@ -45,8 +41,8 @@ trap 'wait; exit 130' INT
 trap '[ -z "$CHILD" ] || kill "$CHILD" 2> /dev/null || true; wait; exit 143' TERM HUP
 
 # A step that fails (too few pictures, a file that cannot be read) says so in a line; the page comes all the same.
-if [ -z "$VDG" ]; then
-  echo "1, 2 no pairs to label: no VDG in out/vdg or out/demo/vdg, and none named by VDG=..."
+if [ "$VDG" = "$HERE/out/vdg" ] && [ ! -e "$VDG/config.json" ]; then
+  echo "1, 2 no pairs to label: no VDG in out/vdg and none named by VDG=..."
 else
   # the texts of another VDG get a folder of their own
   FILES=("$VDG"/{config,adapter_config}.json "$VDG"/{adapter_model,projection}.safetensors)

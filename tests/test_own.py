@@ -64,7 +64,7 @@ class Place:
         argv, pipe = ["bash", str(self.script), *argv], subprocess.PIPE
         env = self.env | more
         heard = {"start_new_session": True, "preexec_fn": hear_signals}
-        return subprocess.Popen(argv, cwd=self.here, env=env, stderr=pipe, **heard)
+        return subprocess.Popen(argv, cwd=self.here, env=env, stdout=pipe, stderr=pipe, **heard)
 
     def run(self, *argv: str, **more: str) -> dict[str, dict]:
         """The calls of the stages, by script."""
@@ -114,6 +114,18 @@ def test_a_better_vdg_has_a_folder_of_its_own(place):
     assert label("vdg", MODE="fail") == first, "what was described before is there to be labelled"
     write_text(place.here / "vdg/config.json", '{"new": 1}')
     assert label("vdg", MODE="fail") == ""
+
+
+def test_the_vdg_of_the_demo_is_taken_only_by_name(place):
+    """It knows the drawn world: of photographs it says next to nothing that is true."""
+    demo, usual = (place.script.parent / "out" / name for name in ("demo/vdg", "vdg"))
+    write_text(demo / "config.json", "{}")
+    run = place.start("a/photos", VDG="")
+    assert run.wait(60) == 0 and run.stdout.read().count(b"no pairs to label: no VDG in out/vdg and none named by") == 1
+    assert not {"mine_pairs.py", "gen_deltas.py"} & {call["script"] for call in read_jsonl(place.calls)}
+    assert place.run("a/photos", VDG=str(demo))["gen_deltas.py"]["--vdg"] == str(demo)
+    write_text(usual / "config.json", "{}")
+    assert place.run("a/photos", VDG="")["gen_deltas.py"]["--vdg"] == str(usual)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
