@@ -40,7 +40,11 @@ step() {
 trap 'wait; exit 130' INT
 trap '[ -z "$CHILD" ] || kill "$CHILD" 2> /dev/null || true; wait; exit 143' TERM HUP
 
-# A step that fails (too few pictures, a file that cannot be read) says so in a line; the page comes all the same.
+# What would stop the page (a wrong flag, a port or a folder in use) is found before the hours of mining and describing.
+SEARCH=("$HERE/search.py" --gallery "$FOLDER" --checkpoint "${CHECKPOINT:-}" --out "$OUT/search")
+step "${SEARCH[@]}" --check true "$@" > /dev/null
+
+# A step that fails (a full disk, a file that cannot be read) says so in a line; the page comes all the same.
 if [ "$VDG" = "$HERE/out/vdg" ] && [ ! -e "$VDG/config.json" ]; then
   echo "1, 2 no pairs to label: no VDG in out/vdg and none named by VDG=..."
 else
@@ -49,11 +53,15 @@ else
   PSEUDO=$OUT/pseudo-$(cat "${FILES[@]}" 2> /dev/null | digest || true)
   echo "1 mine: pairs of similar pictures, by $ENCODER"
   if step "$HERE/mine_pairs.py" --images "$FOLDER" --encoder "$ENCODER" --out "$OUT/mined" > "$OUT/mine.txt"; then
-    echo "2 describe: what turns the one into the other, by $VDG"
-    step "$HERE/gen_deltas.py" --vdg "$VDG" --pairs "$OUT/mined/pairs.jsonl" --images "$FOLDER" \
-      --max_pairs "$PAIRS" --out "$PSEUDO" > "$OUT/describe.txt" || true
+    if [ -s "$OUT/mined/pairs.jsonl" ]; then
+      echo "2 describe: what turns the one into the other, by $VDG"
+      step "$HERE/gen_deltas.py" --vdg "$VDG" --pairs "$OUT/mined/pairs.jsonl" --images "$FOLDER" \
+        --max_pairs "$PAIRS" --out "$PSEUDO" > "$OUT/describe.txt" || true
+    else
+      echo "2 no pairs to label: too few similar pictures; $OUT/mine.txt says more"
+    fi
   fi
   [ ! -e "$PSEUDO/pseudo.jsonl" ] || LABEL=(--label "$PSEUDO/pseudo.jsonl")
 fi
 echo "3, 4 index and serve"
-exec python "$HERE/search.py" --gallery "$FOLDER" --checkpoint "${CHECKPOINT:-}" --out "$OUT/search" "${LABEL[@]}" "$@"
+exec python "${SEARCH[@]}" "${LABEL[@]}" "$@"

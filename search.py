@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import ipaddress
 import json
 import os
@@ -61,6 +60,7 @@ from common.gallery import (
     recall_of,
     rendition,
     stamp_of,
+    summary,
     vision_digest,
     vision_weights,
 )
@@ -103,6 +103,7 @@ WORKERS = 4  # threads that decode pictures
 DEVICE = "auto"  # "auto", "cpu" or "cuda"; features are searched on the CPU
 DTYPE = "auto"  # of the model: "auto" is bf16 on cuda and fp32 on CPU; features and scores are always fp32
 SEED = 0  # of teaching
+CHECK = False  # only try the flags, the folder that is written and the port, then stop
 
 _EMBEDDED = str(Path(__file__).resolve().parent / "demo/models_photos/clip")
 _WEB = ("style.css", "app.js", "judge.js", "icon.svg")  # what is served of web/ beside index.html
@@ -539,9 +540,6 @@ def main() -> None:
         raise UserError("--gallery is empty; name the folder of your pictures")
     if QUERIES and not OUT.endswith(".jsonl"):
         raise UserError(f"--out {OUT!r}: with --queries name the file of answers, such as --out results.jsonl")
-    missing = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
-    if missing and not QUERIES:
-        raise UserError(f"the page needs {' and '.join(missing)}: pip install -r requirements-search.txt")
     out = Path((INDEX if QUERIES else OUT) or f"out/search/{os.path.basename(os.path.abspath(GALLERY))}")
     pairs = read_triplets(LABEL) if LABEL else []
     queries = read_asked(QUERIES, GALLERY) if QUERIES else []  # first: a mistake shows before the folder is indexed
@@ -550,6 +548,10 @@ def main() -> None:
     lock_folder(out, flag=flag)
     keep_to_folder(out, GALLERY, flag)
     listening = None if QUERIES else listen(HOST, PORT)  # first: a port in use shows before the folder is indexed
+    if CHECK:
+        if CHECKPOINT:
+            read_settings(CHECKPOINT)  # UserError where there is none
+        return say(f"would serve {GALLERY}, and write {out}")
 
     # ---- model and index
     base = (CHECKPOINT, BACKBONE if CHECKPOINT else BACKBONE or _EMBEDDED)
@@ -557,11 +559,7 @@ def main() -> None:
     if not CHECKPOINT:
         say(f"no --checkpoint: {model_name(base, 0)}, picture + text" + _STAND_IN * (not BACKBONE))
     gallery = index_folder(model, GALLERY, out, compute)
-    copies = len(gallery.of_name) - len(gallery.names)
-    says = f"{GALLERY}: {len(gallery.names):,} pictures" + f", {copies:,} copies of others" * bool(copies)
-    if gallery.unreadable:
-        says += f", {gallery.unreadable:,} that cannot be read (listed in {out / 'unreadable.txt'})"
-    say(says)
+    say(summary(gallery, GALLERY, out))
     engine = Engine(model, settings, model_name(base, using), gallery, compute)
     if QUERIES:
         return answer(engine, queries, OUT, TOP)

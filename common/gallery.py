@@ -186,6 +186,15 @@ def keep_to_folder(out: Path, folder: str, flag: str) -> None:
         raise UserError(f"{flag} {out} belongs to --gallery {there}; name another {flag}, or, {moved}")
 
 
+def summary(gallery: Gallery, folder: str, out: Path) -> str:
+    """How many pictures of the folder are searched, how many are copies, how many could not be read."""
+    copies = len(gallery.of_name) - len(gallery.names)
+    says = f"{folder}: {len(gallery.names):,} pictures" + f", {copies:,} copies of others" * bool(copies)
+    if gallery.unreadable:
+        says += f", {gallery.unreadable:,} that cannot be read (listed in {out / 'unreadable.txt'})"
+    return says
+
+
 def stamp_of(path: str) -> tuple[int, int]:
     """Size and time of change of a file; (-1, -1) for one that cannot be reached."""
     try:

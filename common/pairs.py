@@ -19,6 +19,8 @@ def choose_subgroups(
     The larger the share of a subgroup's pairs that is `done` (their ids), the earlier it comes: where pictures were
     added, which changes the draw, what is described stays. Without a change this is the draw itself, also after a kill,
     since then what is done was drawn first."""
+    if not pairs:
+        raise UserError("no pairs: too few similar pictures")
     if not subgroups and not max_pairs:
         return pairs
 

@@ -1,6 +1,7 @@
 """A web server for one person: who may ask, how much a request may hold. Its answers are search.py's."""
 
 import contextlib
+import importlib.util
 import ipaddress
 import json
 import re
@@ -115,7 +116,11 @@ def number_of(table, name: str, default: int | None, least: int, most: int) -> i
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound and listens. UserError where the address is not this machine's, or the port is in use."""
+    """A socket that is bound and listens. UserError where the address is not this machine's, the port is in use,
+    or a package of the page is missing."""
+    missing = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f"the page needs {' and '.join(missing)}: pip install -r requirements-search.txt")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

@@ -624,6 +624,9 @@ def test_subgroups_are_chosen_whole_by_seed(mined):
     assert gen_deltas.choose_subgroups(pairs, 0, 0, 0) == pairs == gen_deltas.choose_subgroups(pairs, 9, 99, 0)
     with pytest.raises(UserError, match="at least 9"):
         gen_deltas.choose_subgroups(pairs, 0, 5, 0)
+    for most in (0, 2000):
+        with pytest.raises(UserError, match="^no pairs: too few similar pictures$"):
+            gen_deltas.choose_subgroups([], 0, most, 0)
 
 
 def test_pairs_of_human_triplets(vdg, mined, tmp_path):

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from common.files import read_jsonl, write_text
 
-# A stage stands in for itself: gen_deltas writes its file, or waits to be stopped, or fails.
+# A stage stands in for itself: mine_pairs and gen_deltas write their file, or one finds nothing, waits or fails.
 PYTHON = f"""#!{sys.executable}
 import json, os, sys, time
 script, words = os.path.basename(sys.argv[1]), sys.argv[2:]
@@ -22,6 +22,11 @@ given = dict(zip(words[::2], words[1::2]))
 log = open(os.environ["CALLS"], "a")
 log.write(json.dumps(given | {{"script": script, "cwd": os.getcwd()}}) + "\\n")
 log.flush()
+if script == "search.py" and "--check" in given and os.environ.get("MODE") == "busy":
+    sys.exit(1)
+if script == "mine_pairs.py":
+    os.makedirs(given["--out"], exist_ok=True)
+    open(given["--out"] + "/pairs.jsonl", "w").write("" if os.environ.get("MODE") == "no pairs" else "{{}}")
 if script == "gen_deltas.py":
     mode = os.environ.get("MODE")
     if mode == "wait":
@@ -126,6 +131,27 @@ def test_the_vdg_of_the_demo_is_taken_only_by_name(place):
     assert place.run("a/photos", VDG=str(demo))["gen_deltas.py"]["--vdg"] == str(demo)
     write_text(usual / "config.json", "{}")
     assert place.run("a/photos", VDG="")["gen_deltas.py"]["--vdg"] == str(usual)
+
+
+def test_without_pairs_nothing_is_described_and_the_page_comes(place):
+    run = place.start("a/photos", MODE="no pairs")
+    assert run.wait(60) == 0
+    (line,) = [line for line in run.stdout.read().decode().splitlines() if line.startswith("2 ")]
+    scripts = {call["script"]: call for call in read_jsonl(place.calls)}
+    mined = Path(scripts["mine_pairs.py"]["--out"])
+    assert line == f"2 no pairs to label: too few similar pictures; {mined.with_name('mine.txt')} says more"
+    assert "gen_deltas.py" not in scripts and "--label" not in scripts["search.py"]
+
+
+def test_what_the_page_refuses_is_said_before_the_first_step(place):
+    """A wrong flag, a port in use, a folder that another page serves: not after hours of mining and describing."""
+    assert place.start("a/photos", "--prot", "0", MODE="busy").wait(60) == 1
+    asked = [call for call in read_jsonl(place.calls) if call["script"] != "-m"]
+    assert [call["script"] for call in asked] == ["search.py"] and asked[0]["--prot"] == "0"
+    place.run("a/photos", "--port", "8001")
+    first, *_, last = [call for call in read_jsonl(place.calls) if call["script"] != "-m"]
+    assert first.pop("--check") == "true" and "--check" not in last
+    assert first == {name: value for name, value in last.items() if name != "--label"}
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])

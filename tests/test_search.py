@@ -153,6 +153,17 @@ def test_what_is_written_is_of_one_folder(zoo, folder, tmp_path, monkeypatch):
     assert log.read_bytes() == written and (tmp_path / "results.jsonl").read_bytes() == first
 
 
+def test_a_check_ends_before_the_index(zoo, folder, tmp_path, capsys):
+    """What would stop the page is said at once: its flags, a port or a folder in use."""
+    given = {"gallery": folder, "backbone": zoo / "clip", "device": "cpu", "out": tmp_path / "out", "check": True}
+    run_stage(search, **given, port=0)
+    assert "would serve" in capsys.readouterr().out and not list(tmp_path.glob("out/index-*"))
+    with search.listen("127.0.0.1", 0) as busy, pytest.raises(UserError, match="in use.*; take another --port"):
+        run_stage(search, **given, port=busy.getsockname()[1])
+    with pytest.raises(UserError, match="nowhere"):
+        run_stage(search, **given, port=0, checkpoint=tmp_path / "nowhere")
+
+
 def test_a_folder_in_use_names_its_flag(zoo, folder, tmp_path):
     held = tmp_path / "held"
     lock_folder(held)
