@@ -7,7 +7,8 @@ Reads a folder of pictures and an image encoder (ResNet, or the vision side of C
 Writes OUT/embeddings.npy and names.json (the gallery that was mined, rows in the order of names), subgroups.jsonl,
 pairs.jsonl, stats.json, log.jsonl, and for the eye subgroups.png and subgroups.html. Every decision is a function of
 embeddings.npy: neither the number of ranks nor the block size changes a byte. Embeddings are reused while the encoder
-and the bytes of the pictures are the same; the same command goes on where a killed run stopped.
+and the bytes of the pictures are the same; the same command goes on where a killed run stopped. settings.json names the
+folder and the encoder: an OUT of others is refused.
 """
 
 from common.flags import early_help
@@ -32,16 +33,19 @@ from transformers import CLIPVisionModelWithProjection, ResNetModel
 
 from common import memory, pages
 from common.annotations import cirr_template
-from common.batches import ahead, chunks, faults_of, gather_dealt
+from common.batches import ahead, chunks, faults_of, gather_dealt, stop_together
 from common.console import UserError, progress, run, say
 from common.decoders import cpus_of_rank
 from common.files import (
+    SMALL_JSON,
     file_sha256,
     keep_apart,
     lock_folder,
+    other_settings,
     read_json,
     read_jsonl,
     read_lines,
+    real_path,
     tensors_sha256,
     whole,
     write_json,
@@ -213,6 +217,27 @@ class Encoder(nn.Module):
         """sha256 over weights and preprocessing: whatever an embedding depends on besides the picture."""
         preprocessing = repr((self.preprocess, self.preprocess.table.tolist()))
         return tensors_sha256(sorted(self.state_dict().items()), preprocessing)
+
+
+def keep_settings(encoder: Encoder, world: World) -> None:
+    """OUT is of one folder of pictures and one encoder, which OUT/settings.json names; where it holds what others gave,
+    UserError on every rank. OUT is one for all by default, and embeddings may take hours."""
+    fault = None
+    if world.rank == 0:
+        file, key = Path(OUT, "settings.json"), encoder.fingerprint()[:16]
+        now = {"images": real_path(IMAGES), "encoder": ENCODER, "dtype": DTYPE, "encoder_sha256": key}
+        made = ("embeddings.npy", "embeddings.parts/*.npy", "pairs.jsonl")
+        then = now
+        if file.exists() and any(True for name in made for _ in Path(OUT).glob(name)):
+            then = read_json(file, SMALL_JSON)
+
+        # an encoder is its weights and preprocessing, wherever it lies
+        same = all(then.get(name) == now[name] for name in ("images", "encoder_sha256"))
+        if same:
+            write_json(file, now)
+        else:
+            fault = other_settings(OUT, then, now, f"where your pictures moved, delete {file}")
+    stop_together(fault)
 
 
 @torch.inference_mode()
@@ -503,13 +528,14 @@ def main() -> None:
         return check_pictures(names, images)
     keep_apart(OUT, IMAGES, "--out --images")  # it holds a contact sheet
     lock_folder(OUT, "mine")
+    encoder = Encoder(ENCODER, world.device, pick_dtype(DTYPE, world.device))
+    keep_settings(encoder, world)
     log = Log(OUT)
 
     # S3.2: the gallery G', and S4.1: without the pictures of the benchmarks
     gallery, counts = without_benchmarks(names, images, world)
 
     # an embedding of each picture
-    encoder = Encoder(ENCODER, world.device, pick_dtype(DTYPE, world.device))
     fresh = embed_gallery(encoder, images, gallery, world)
     names = gallery.names
     say(f"embeddings of {len(names):,} pictures: {'written' if fresh else 'reused'} ({OUT}/embeddings.npy)")

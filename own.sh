@@ -20,6 +20,11 @@ python -m pip install --quiet --disable-pip-version-check -r "$HERE/requirements
 export TOKENIZERS_PARALLELISM=false
 digest() { sha256sum | cut -c 1-8; }
 OUT=$HERE/out/own/$(basename "$FOLDER")-$(printf %s "$FOLDER" | digest)
+MINED=$OUT/mined
+if [ -n "${ENCODER:-}" ]; then  # what another encoder mined has a folder of its own
+  [ ! -d "$ENCODER" ] || ENCODER=$(realpath "$ENCODER")
+  MINED+=-$(printf %s "$ENCODER" | digest)
+fi
 ENCODER=${ENCODER:-$HERE/demo/models_photos/resnet}
 VDG=${VDG:-$HERE/out/vdg}  # never out/demo/vdg, which knows the drawn world only
 PAIRS=${PAIRS:-2000}
@@ -52,10 +57,10 @@ else
   FILES=("$VDG"/{config,adapter_config}.json "$VDG"/{adapter_model,projection}.safetensors)
   PSEUDO=$OUT/pseudo-$(cat "${FILES[@]}" 2> /dev/null | digest || true)
   echo "1 mine: pairs of similar pictures, by $ENCODER"
-  if step "$HERE/mine_pairs.py" --images "$FOLDER" --encoder "$ENCODER" --out "$OUT/mined" > "$OUT/mine.txt"; then
-    if [ -s "$OUT/mined/pairs.jsonl" ]; then
+  if step "$HERE/mine_pairs.py" --images "$FOLDER" --encoder "$ENCODER" --out "$MINED" > "$OUT/mine.txt"; then
+    if [ -s "$MINED/pairs.jsonl" ]; then
       echo "2 describe: what turns the one into the other, by $VDG"
-      step "$HERE/gen_deltas.py" --vdg "$VDG" --pairs "$OUT/mined/pairs.jsonl" --images "$FOLDER" \
+      step "$HERE/gen_deltas.py" --vdg "$VDG" --pairs "$MINED/pairs.jsonl" --images "$FOLDER" \
         --max_pairs "$PAIRS" --out "$PSEUDO" > "$OUT/describe.txt" || true
     else
       echo "2 no pairs to label: too few similar pictures; $OUT/mine.txt says more"

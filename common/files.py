@@ -266,16 +266,24 @@ class JsonlAppender:
         if self.path.exists() and self.path.stat().st_size:
             found = read_json(meta, SMALL_JSON) if meta.exists() else {}
             if _known_then(fingerprint, found) != fingerprint:
-                raise UserError(
-                    f"{self.path} was written with other settings ({_difference(found, fingerprint)}); "
-                    "use those, or another --out, or delete the file"
-                )
+                raise other_settings(self.path, found, fingerprint, "delete the file")
         write_json(meta, fingerprint, indent=2)
         self.done = repair_jsonl(self.path)
 
     def append(self, record: dict) -> None:
         """One whole line or, on a full disk, none and an OSError."""
         append_line(self.path, record)
+
+
+def other_settings(path: str | Path, then: dict, now: dict, remedy: str) -> UserError:
+    """The line that says why what was written under other settings is not overwritten. remedy: besides another --out"""
+    what = f"{path} was written with other settings ({_difference(then, now)})"
+    return UserError(f"{what}; use those, or another --out, or {remedy}")
+
+
+def real_path(folder: str | Path) -> str:
+    """Where a folder lies, without links, as text for JSON: a path need not be UTF-8."""
+    return os.fsencode(os.path.realpath(folder)).decode(errors="backslashreplace")
 
 
 def _known_then(now: dict, then: dict) -> dict:

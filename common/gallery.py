@@ -26,6 +26,7 @@ from common.files import (
     JsonlAppender,
     file_sha256,
     read_json,
+    real_path,
     sync,
     tensors_sha256,
     write_json,
@@ -176,8 +177,7 @@ def keep_to_folder(out: Path, folder: str, flag: str) -> None:
     """OUT is of one folder of pictures, whose path it remembers in OUT/gallery.json; UserError for another one.
 
     Marks and the index name files of it, and another folder of the same name may have files of the same names."""
-    here = os.fsencode(os.path.realpath(folder)).decode(errors="backslashreplace")  # a path need not be UTF-8
-    file = out / "gallery.json"
+    here, file = real_path(folder), out / "gallery.json"
     there = read_json(file, SMALL_JSON) if file.exists() else None
     if there is None and os.path.isdir(folder):
         write_json(file, here)

@@ -76,6 +76,13 @@ VARIANTS = (
         (f"{FAULTS}::test_embeddings_get_their_name_when_they_are_whole",),
     ),
     Variant(
+        "mining over what another folder gave",
+        "mine_pairs.py",
+        'for name in ("images", "encoder_sha256"))',
+        'for name in ("encoder_sha256",))',
+        (f"{MINE}::test_what_another_folder_or_encoder_gave_is_not_overwritten",),
+    ),
+    Variant(
         "in-place writes of query files",
         "gen_deltas.py",
         'aside = path.with_suffix(".tmp")',

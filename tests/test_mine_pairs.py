@@ -242,8 +242,71 @@ def test_cache_is_reused_only_while_it_is_true(zoo, gallery, tmp_path, monkeypat
     weights = load_file(other / "model.safetensors")
     weights["resnet.embedder.embedder.convolution.weight"] *= 1.5
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    mine(zoo, copy, out, encoder=other)
-    assert len(seen) == 72
+    with pytest.raises(UserError, match="written with other settings"):
+        mine(zoo, copy, out, encoder=other)
+    assert len(seen) == 0
+
+
+def everything(folder):
+    """Path and bytes of each file; a run that was refused may only have locked the folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_what_another_folder_or_encoder_gave_is_not_overwritten(zoo, gallery, tmp_path, monkeypatch):
+    """The usual --out is one for all: hours of embeddings were overwritten without a word."""
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    shutil.copytree(gallery, copy)
+    embedded(monkeypatch, fail_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        mine(zoo, gallery, out)
+    seen = embedded(monkeypatch)
+    for finished in (False, True):  # what a killed run embedded is not lost either
+        before = everything(out)
+        where = rf"{out} was written with other settings \(images: .*{gallery}. there, .*{copy}. now\); .*another --out"
+        with pytest.raises(UserError, match=f"^{where}.* delete {out}/settings.json$"):
+            mine(zoo, copy, out)
+        with pytest.raises(UserError, match="other settings .encoder: .*resnet. there, .*clip. now; encoder_sha256: "):
+            mine(zoo, gallery, out, encoder=zoo / "clip")
+        with pytest.raises(UserError, match="other settings .dtype: .fp32. there, .bf16. now; "):
+            mine(zoo, gallery, out, dtype="bf16")
+        run_ranks(2, lambda: refused(lambda: mine(zoo, copy, out)))
+        assert everything(out) == before and len(seen) == (24 if finished else 0)
+        mine(zoo, gallery, out)
+
+    # the same pictures by a link, the same encoder elsewhere, more pictures, fewer
+    seen.clear()
+    (tmp_path / "link").symlink_to(gallery)
+    shutil.copytree(zoo / "resnet", tmp_path / "zoo/resnet")
+    mine(zoo, tmp_path / "link", out, encoder=tmp_path / "zoo/resnet")
+    mine(zoo, gallery, out)
+    assert seen == []
+    mine(zoo, copy, tmp_path / "new")
+    for change in (lambda: picture(copy / "more.png", 5), (copy / "more.png").unlink):
+        change()
+        mine(zoo, copy, tmp_path / "new")
+    assert (tmp_path / "new/embeddings.npy").read_bytes() == (out / "embeddings.npy").read_bytes()
+
+    # a folder that moved, once the file is gone; one of an earlier version, which tells nothing
+    copy.rename(tmp_path / "moved")
+    seen.clear()
+    (tmp_path / "new/settings.json").unlink()
+    mine(zoo, tmp_path / "moved", tmp_path / "new")
+    assert seen == [] and read_json(tmp_path / "new/settings.json")["images"] == str(tmp_path / "moved")
+
+
+def refused(work) -> str:
+    with pytest.raises(UserError, match="other settings") as fault:
+        work()
+    return str(fault.value)
+
+
+def test_where_nothing_was_embedded_another_folder_is_welcome(zoo, gallery, tmp_path, monkeypatch):
+    embedded(monkeypatch, fail_after=0)
+    with pytest.raises(KeyboardInterrupt):
+        mine(zoo, gallery, tmp_path / "out")
+    embedded(monkeypatch)
+    picture(tmp_path / "g/x.png", 0)
+    assert mine(zoo, tmp_path / "g", tmp_path / "out")["anchors"] == 1
 
 
 def test_killed_while_embedding(zoo, gallery, tmp_path, monkeypatch):

@@ -154,6 +154,16 @@ def test_what_the_page_refuses_is_said_before_the_first_step(place):
     assert first == {name: value for name, value in last.items() if name != "--label"}
 
 
+def test_another_encoder_mines_into_a_folder_of_its_own(place):
+    """mine_pairs.py refuses a folder that another encoder wrote; and to go back costs no embedding."""
+    (place.here / "resnet").mkdir()
+    encoders = ("", "resnet", f"{place.here}/resnet", "microsoft/resnet-152", "")
+    calls = [place.run("a/photos", ENCODER=encoder) for encoder in encoders]
+    outs = [call["mine_pairs.py"]["--out"] for call in calls]
+    assert outs[0] == outs[4] and outs[1] == outs[2] and len(set(outs)) == 3
+    assert [call["gen_deltas.py"]["--pairs"] for call in calls] == [f"{out}/pairs.jsonl" for out in outs]
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_too(place, number, status):
     run = place.start("a/photos", MODE="wait")
