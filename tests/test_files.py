@@ -244,7 +244,7 @@ def test_a_hash_that_a_run_of_before_did_not_keep_refuses_nothing(tmp_path):
     with pytest.raises(UserError, match="OTHER: absent there"):
         load_state(tmp_path, {"LR": 1.0, "OTHER": "a"})
     save_state(tmp_path, 2, {"x": 1}, {"LR": 1.0, "VALIDATION_SHA256": "b"})
-    with pytest.raises(UserError, match='VALIDATION_SHA256: "b" there, "a" now'):
+    with pytest.raises(UserError, match="VALIDATION_SHA256: the data changed since"):
         load_state(tmp_path, {"LR": 1.0, "VALIDATION_SHA256": "a"})
     JsonlAppender(tmp_path / "a.jsonl", {"seed": 0}).append({"x": 1})
     assert JsonlAppender(tmp_path / "a.jsonl", {"seed": 0, "llm": "a"}).done == [{"x": 1}]
