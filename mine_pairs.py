@@ -219,17 +219,16 @@ class Encoder(nn.Module):
         return tensors_sha256(sorted(self.state_dict().items()), preprocessing)
 
 
-def keep_settings(encoder: Encoder, world: World) -> None:
-    """OUT is of one folder of pictures and one encoder, which OUT/settings.json names; where it holds what others gave,
-    UserError on every rank. OUT is one for all by default, and embeddings may take hours."""
+def keep_settings(key: str, world: World) -> None:
+    """OUT is of one folder of pictures and one encoder (key: its fingerprint), which OUT/settings.json names; where it
+    holds what others gave, UserError on every rank. OUT is one for all by default, and embeddings may take hours."""
     fault = None
     if world.rank == 0:
-        file, key = Path(OUT, "settings.json"), encoder.fingerprint()[:16]
-        now = {"images": real_path(IMAGES), "encoder": ENCODER, "dtype": DTYPE, "encoder_sha256": key}
+        file = Path(OUT, "settings.json")
+        now = {"images": real_path(IMAGES), "encoder": ENCODER, "dtype": DTYPE, "encoder_sha256": key[:16]}
         made = ("embeddings.npy", "embeddings.parts/*.npy", "pairs.jsonl")
-        then = now
-        if file.exists() and any(True for name in made for _ in Path(OUT).glob(name)):
-            then = read_json(file, SMALL_JSON)
+        held = any(True for name in made for _ in Path(OUT).glob(name))
+        then = read_json(file, SMALL_JSON) if held and file.exists() else now
 
         # an encoder is its weights and preprocessing, wherever it lies
         same = all(then.get(name) == now[name] for name in ("images", "encoder_sha256"))
@@ -254,14 +253,14 @@ def embed(encoder: Encoder, images: ImageStore, names: list[str], device, pictur
     return (features / lengths[:, None]).float().cpu().numpy()
 
 
-def embed_gallery(encoder: Encoder, images: ImageStore, gallery: Gallery, world: World) -> bool:
-    """Writes OUT/embeddings.npy and names.json, unless they are there for these pictures and this encoder.
+def embed_gallery(encoder: Encoder, key: str, images: ImageStore, gallery: Gallery, world: World) -> bool:
+    """Writes OUT/embeddings.npy and names.json, unless they are there for these pictures and this encoder, whose
+    fingerprint `key` is.
 
     Chunks of BATCH pictures are embedded whole, each by one rank, whatever the number of ranks: the bits of an
     embedding depend on how many share its batch. A chunk's file is named after its content, so that a killed run finds
     what it had. True if something was embedded."""
     names, hashes = gallery
-    key = encoder.fingerprint()
     fingerprint = digest(key, *names, *hashes)
     array, listing, meta = Path(OUT, "embeddings.npy"), Path(OUT, "names.json"), Path(OUT, "embeddings.json")
     if gather_objects(world.rank == 0 and is_current(array, listing, meta, fingerprint, names))[0]:
@@ -529,14 +528,15 @@ def main() -> None:
     keep_apart(OUT, IMAGES, "--out --images")  # it holds a contact sheet
     lock_folder(OUT, "mine")
     encoder = Encoder(ENCODER, world.device, pick_dtype(DTYPE, world.device))
-    keep_settings(encoder, world)
+    key = encoder.fingerprint()
+    keep_settings(key, world)
     log = Log(OUT)
 
     # S3.2: the gallery G', and S4.1: without the pictures of the benchmarks
     gallery, counts = without_benchmarks(names, images, world)
 
     # an embedding of each picture
-    fresh = embed_gallery(encoder, images, gallery, world)
+    fresh = embed_gallery(encoder, key, images, gallery, world)
     names = gallery.names
     say(f"embeddings of {len(names):,} pictures: {'written' if fresh else 'reused'} ({OUT}/embeddings.npy)")
     embeddings = load_embeddings(OUT)  # (N, D), mapped

@@ -6,7 +6,8 @@
     TRITON_INTERPRET=1 python bench/sweep.py --workers 0 --small 6400 --first 2 --repeats 1     # no GPU: does it run?
 
 A case is a public step of the kernels at a size that users have. A candidate that this GPU cannot hold says so, and one
-that gives other numbers than the committed tile is WRONG. Prints a table and writes it to --out, a csv.
+that gives other numbers than the first that ran, the committed one if it did, is WRONG. Prints a table and writes it to
+--out, a csv.
 
 `mining` times mining as a whole under tiles of the kernel that reads a tile of scores along its rows, and of the one
 that merges what it offers to columns: the two `absorb` cases offer scores to lists that hold better ones, as most tiles
@@ -197,7 +198,7 @@ def result_of(run, candidate):
 
 
 def same(found, wanted) -> bool:
-    """Whether a candidate gives what the committed tile gives, but for rounding."""
+    """Whether two tiles give the same but for rounding."""
     for a, b in zip(*(x if isinstance(x, tuple | list) else (x,) for x in (found, wanted)), strict=True):
         usual = float(b[b.isfinite()].float().abs().mean())
         if not torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02 * usual):
@@ -236,18 +237,19 @@ def main() -> None:
     rows, began = [], time.time()
     for name, (prepare, candidates) in chosen.items():
         run, work = prepare()
-        times, wanted = {}, result_of(run, candidates[0])
+        times, wanted = {}, None
         for i, candidate in enumerate(candidates[: found.first or None]):
             if i % of != share:
                 continue
+            times[candidate] = float("nan")
             try:
-                times[candidate] = float("nan")
-                if same(result_of(run, candidate), wanted):
+                result = result_of(run, candidate)
+                wanted = result if wanted is None else wanted
+                if same(result, wanted):
                     times[candidate] = median_ms(functools.partial(run, candidate), 1 if found.share else found.repeats)
                 else:
-                    print(f"{name} {candidate}: WRONG: other numbers than the committed tile's", flush=True)
+                    print(f"{name} {candidate}: WRONG: other numbers than the first that ran", flush=True)
             except Exception as error:  # noqa: BLE001  too many registers, too much shared memory: the row says so
-                times[candidate] = float("nan")
                 print(f"{name} {candidate}: {type(error).__name__}: {str(error)[:90]}", flush=True)
         if found.share:
             continue

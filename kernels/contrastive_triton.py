@@ -339,10 +339,10 @@ def _sums_fused(x, c, label, first_row: int, first_column: int, scale: Tensor, b
 def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tensor, beta: float, of_rows, of_columns):
     """What _sums_fused does, from strips of products, each read once."""
     r, m = len(x), len(c)
-    rows, at_once, warps, stages = _tile_sizes(x, "strip sums")
+    rows, columns, warps, stages = _tile_sizes(x, "strip sums")
     blocks = row_blocks([0, first_row, r], m, STRIP)
     tiles = triton.cdiv(_tallest(blocks), rows)
-    per_split, splits = _cut(m, first_column, at_once, tiles, x, max(1, WARPS // warps))
+    per_split, splits = _cut(m, first_column, columns, tiles, x, WARPS // warps)
     for part in blocks:
         s, n = product(x[part], c.T), part.stop - part.start
         row_out = torch.empty(sum(splits), 3, n, device=x.device)  # every program writes its part, be it empty
@@ -350,7 +350,7 @@ def _sums_of_strips(x, c, label, first_row: int, first_column: int, scale: Tenso
         with torch.cuda.device_of(x):
             _strip_sums_kernel[len(column_out), len(row_out)](
                 s, label[part], scale, row_out, column_out, n, m, first_column, per_split,
-                beta, rows, at_once, stages, num_warps=warps,
+                beta, rows, columns, stages, num_warps=warps,
             )  # fmt: skip
         _merge(column_out, of_columns[int(part.start >= first_row)], beta)
         for group, parts in zip(of_rows, row_out.split(splits), strict=True):

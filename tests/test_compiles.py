@@ -52,10 +52,8 @@ POINTERS = {
 WHOLE = {"label": "*i64", "row_label": "*i64", "column_label": "*i64", "indices": "*i32"}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("case", range(len(KERNELS)), ids=lambda i: f"{KERNELS[i][0].__name__}-{i}")
-def test_kernel_compiles(case, capability):
-    kernel, types, constants = KERNELS[case]
+def compiled(kernel, types: dict, constants: dict, capability: int, warps: int = 4, aligned: bool = False) -> bytes:
+    """The cubin of a kernel; aligned: all addresses and numbers are multiples of 16."""
     names = [parameter.name for parameter in kernel.params]
     if kernel.__module__ == best_lists.__name__:
         types = types | {"columns": "*i32"}
@@ -63,25 +61,25 @@ def test_kernel_compiles(case, capability):
     usual = {name: WHOLE.get(name, REAL) for name in POINTERS - numbers}
     signature = {name: "constexpr" if name in constants else (usual | types).get(name, "i32") for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-    assert compiled.asm["cubin"]
+    known = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if aligned and name not in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=known)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", range(len(KERNELS)), ids=lambda i: f"{KERNELS[i][0].__name__}-{i}")
+def test_kernel_compiles(case, capability):
+    assert compiled(*KERNELS[case], capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_sums_of_a_strip_spill_no_registers(capability, tmp_path):
     """As they are launched: the committed tile in its warps, numbers and addresses that are multiples of 16."""
     rows, columns, warps, stages = contrastive_triton.TILES[capability // 10, 0]["strip sums"]
-    kernel, constants = contrastive_triton._strip_sums_kernel, {"BETA": 0.5, "ROWS": rows, "COLUMNS": columns}
-    constants["STAGES"] = stages
-    names = [parameter.name for parameter in kernel.params]
-    kinds = {name: WHOLE.get(name, REAL) if name in POINTERS else "i32" for name in names}
-    signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    constants = {"BETA": 0.5, "ROWS": rows, "COLUMNS": columns, "STAGES": stages}
+    cubin = compiled(contrastive_triton._strip_sums_kernel, {}, constants, capability, warps, aligned=True)
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     said = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
     assert re.findall(r"STACK:(\d+)", said.stdout) == ["0"]
